@@ -1,0 +1,17 @@
+"""LLM2Vec-Gen in JAX: text embeddings that encode the answer an LLM would give (arXiv 2603.10913)."""
+
+__version__ = "0.1.0"
+__all__ = ["LLM2VecGen", "InputError"]
+
+
+def __getattr__(name):
+    # Lazy: `import llm2vec_gen_jax` alone must not start JAX, so that launch/ can set it up first.
+    if name == "LLM2VecGen":
+        from llm2vec_gen_jax.api import LLM2VecGen
+
+        return LLM2VecGen
+    if name == "InputError":
+        from llm2vec_gen_jax.errors import InputError
+
+        return InputError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

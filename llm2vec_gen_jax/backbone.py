@@ -1,0 +1,107 @@
+"""The frozen LLM: embeddings in, last hidden states and keys/values out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm2vec_gen_jax import layers
+from llm2vec_gen_jax.architecture import Architecture
+from llm2vec_gen_jax.attention import CAUSAL, KVCache, attend
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer. Written for `scan`: returns (carry, keys and values of this pass)."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, rope, visibility):
+        a = self.architecture
+        D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
+
+        def heads(name, count, axis):
+            bias = (1, 2) if a.qkv_bias else ()
+            return layers.Linear("btd,dnh->btnh", (D, count, H), ("embed", axis, "head_dim"), bias, name=name)
+
+        def norm(name, axis):
+            return layers.RMSNorm(a.norm_eps, axis, name=name)
+
+        y_BTD = norm("attention_norm", "norm")(x_BTD)
+        q_BTNH = heads("query", N, "heads")(y_BTD)
+        k_BTGH = heads("key", G, "kv_heads")(y_BTD)
+        v_BTGH = heads("value", G, "kv_heads")(y_BTD)
+        if a.qk_norm:
+            q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
+            k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
+        q_BTNH, k_BTGH = layers.rotate(q_BTNH, rope), layers.rotate(k_BTGH, rope)
+        # Attention weights are recomputed in the backward pass, as flash kernels do: they would be the largest
+        # thing that it keeps.
+        mixed_BTNH = jax.checkpoint(attend, prevent_cse=False)(q_BTNH, k_BTGH, v_BTGH, visibility, cache)
+        output = layers.Linear("btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"), name="output")
+        x_BTD = x_BTD + output(mixed_BTNH)
+
+        y_BTD = norm("mlp_norm", "norm")(x_BTD)
+        gate_BTF = layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="gate")(y_BTD)
+        up_BTF = layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="up")(y_BTD)
+        down = layers.Linear("btf,fd->btd", (F, D), ("mlp", "embed"), name="down")
+        x_BTD = x_BTD + down(nn.silu(gate_BTF) * up_BTF)
+        return x_BTD, KVCache(k_BTGH, v_BTGH)
+
+
+class Backbone(nn.Module):
+    """A causal LM as functions of its parameters: `Backbone(a).apply({"params": frozen}, ..., method="embed")`.
+
+    The layers are stacked on a leading axis and run by a scan, so that compile time does not grow with depth.
+    """
+
+    architecture: Architecture
+
+    def setup(self):
+        a = self.architecture
+        table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", table, (a.vocab_size, a.hidden_size))
+        if not a.tied_embeddings:
+            self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
+        self.layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=a.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(a)
+        self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
+
+    def embed(self, ids):
+        """Returns the input embeddings (..., D) of token ids (...)."""
+        return jnp.take(self.embedding, ids, axis=0)
+
+    def __call__(self, x_BTD, positions_BT, visibility, cache=None):
+        """Runs every layer over embeddings x_BTD.
+
+        cache: a KVCache that the pass continues, or None; it is read, never written.
+        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B T G H).
+        """
+        a = self.architecture
+        rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
+        x_BTD, own = self.layers(x_BTD, cache, rope, visibility)
+        return self.final_norm(x_BTD), own
+
+    def head_VD(self):
+        """Returns the output matrix (V, D); the embedding table when they are tied."""
+        return self.embedding if self.architecture.tied_embeddings else self.head
+
+    def logits(self, hidden):
+        """Returns float32 logits (..., V) of last hidden states (..., D)."""
+        return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+
+
+def abstract_params(architecture):
+    """Returns the parameter tree of a backbone as boxed ShapeDtypeStructs that carry their logical axes."""
+    backbone = Backbone(architecture)
+
+    def init(key):
+        x_BTD = jnp.zeros((1, 1, architecture.hidden_size))
+        return backbone.init(key, x_BTD, jnp.zeros((1, 1), jnp.int32), CAUSAL)["params"]
+
+    return jax.eval_shape(init, jax.random.key(0))

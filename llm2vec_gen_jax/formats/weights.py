@@ -1,0 +1,134 @@
+"""Backbone weights by their Hugging Face names: one table, read forwards to load and backwards to save.
+
+A source of weights has `names()`, `shape(name)` and `read(name, slices)`; hf.py and gguf.py make them.
+"""
+
+import re
+
+import einops
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax.backbone import abstract_params
+from llm2vec_gen_jax.errors import InputError
+
+# Our path -> (their name, their layout -> ours). "{}" is the layer.
+TABLE = {
+    "embedding": ("model.embed_tokens.weight", "v d -> v d"),
+    "head": ("lm_head.weight", "v d -> v d"),
+    "final_norm/scale": ("model.norm.weight", "d -> d"),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "d -> d"),
+    "layers/query/kernel": ("model.layers.{}.self_attn.q_proj.weight", "(n h) d -> d n h"),
+    "layers/query/bias": ("model.layers.{}.self_attn.q_proj.bias", "(n h) -> n h"),
+    "layers/key/kernel": ("model.layers.{}.self_attn.k_proj.weight", "(n h) d -> d n h"),
+    "layers/key/bias": ("model.layers.{}.self_attn.k_proj.bias", "(n h) -> n h"),
+    "layers/value/kernel": ("model.layers.{}.self_attn.v_proj.weight", "(n h) d -> d n h"),
+    "layers/value/bias": ("model.layers.{}.self_attn.v_proj.bias", "(n h) -> n h"),
+    "layers/query_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", "h -> h"),
+    "layers/key_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", "h -> h"),
+    "layers/output/kernel": ("model.layers.{}.self_attn.o_proj.weight", "d (n h) -> n h d"),
+    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "d -> d"),
+    "layers/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", "f d -> d f"),
+    "layers/up/kernel": ("model.layers.{}.mlp.up_proj.weight", "f d -> d f"),
+    "layers/down/kernel": ("model.layers.{}.mlp.down_proj.weight", "d f -> f d"),
+}
+
+
+def load(source, architecture, mesh, dtype):
+    """Reads a backbone straight to its shards; the host holds one stacked weight's shard at a time.
+
+    Returns the frozen parameter tree in `dtype`. Raises InputError for a missing, unexpected, misshapen or
+    non-finite tensor, naming it.
+    """
+    boxed = abstract_params(architecture)
+    shardings = flax.traverse_util.flatten_dict(sharding.param_shardings(boxed, mesh), sep="/")
+    shapes = {path: x.shape for path, x in flax.traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()}
+    _check_names(source, architecture, shapes)
+    params = {}
+    for path, shape in shapes.items():
+        array = jax.make_array_from_callback(
+            shape, shardings[path], lambda index, path=path, shape=shape: _read(source, path, shape, index, dtype)
+        )
+        if not jnp.isfinite(array).all():
+            raise InputError(f"{source}: {TABLE[path][0].format('*')} holds NaN or infinity: the file is damaged")
+        params[path] = array
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def tensors(params, architecture):
+    """Yields (Hugging Face name, numpy array in their layout) for every weight of a frozen tree."""
+    for path, stacked in flax.traverse_util.flatten_dict(params, sep="/").items():
+        name, pattern = TABLE[path]
+        theirs, ours = pattern.split(" -> ")
+        if path.startswith("layers/"):
+            for layer in range(architecture.num_layers):
+                yield name.format(layer), einops.rearrange(np.asarray(stacked[layer]), f"{ours} -> {theirs}")
+        else:
+            yield name, np.asarray(stacked)
+
+
+def fingerprint_values(source):
+    """Returns a few weights that tell backbones apart, rounded to bfloat16 so that the storage type is no matter."""
+    rows = source.read("model.embed_tokens.weight", (slice(0, 16), slice(None)))
+    norm = source.read("model.norm.weight", (slice(None),))
+    return np.concatenate([rows.ravel(), norm.ravel()]).astype(jnp.bfloat16)
+
+
+def _check_names(source, architecture, shapes):
+    expected = {}
+    for path, shape in shapes.items():
+        name, pattern = TABLE[path]
+        stacked = path.startswith("layers/")
+        their_shape = _their_shape(pattern, shape[1:] if stacked else shape)
+        for layer in range(architecture.num_layers if stacked else 1):
+            expected[name.format(layer)] = their_shape
+    found = set(source.names())
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    if architecture.tied_embeddings:
+        ignored.add("lm_head.weight")  # some exporters write the tied head as well
+    missing, unexpected = sorted(expected.keys() - found), sorted(found - expected.keys() - ignored)
+    if missing:
+        raise InputError(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}")
+    if unexpected:
+        raise InputError(f"{source}: {len(unexpected)} weights are not of this architecture: {unexpected[0]}, ...")
+    for name, shape in expected.items():
+        if tuple(source.shape(name)) != shape:
+            raise InputError(f"{source}: {name} has shape {tuple(source.shape(name))}, the config says {shape}")
+
+
+def _axes(pattern):
+    """Splits a pattern: "(n h) d -> d n h" gives ([["n", "h"], ["d"]], ["d", "n", "h"])."""
+    theirs, ours = pattern.split(" -> ")
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", theirs)], ours.split()
+
+
+def _their_shape(pattern, shape):
+    theirs, ours = _axes(pattern)
+    size = dict(zip(ours, shape, strict=True))
+    return tuple(int(np.prod([size[axis] for axis in group])) for group in theirs)
+
+
+def _read(source, path, shape, index, dtype):
+    """Reads our slice `index` of one (stacked) weight."""
+    name, pattern = TABLE[path]
+    theirs, ours = _axes(pattern)
+    stacked = path.startswith("layers/")
+    bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    inner, inner_shape = (bounds[1:], shape[1:]) if stacked else (bounds, shape)
+    bound, size = dict(zip(ours, inner, strict=True)), dict(zip(ours, inner_shape, strict=True))
+    # Only the first axis of a group is ever split (heads, not the inside of a head), so a slice stays a slice.
+    slices = []
+    for group in theirs:
+        step = int(np.prod([size[axis] for axis in group[1:]]))
+        slices.append(slice(bound[group[0]].start * step, bound[group[0]].stop * step))
+    lengths = {axis: len(bound[axis]) for axis in ours}
+    if not stacked:
+        return einops.rearrange(source.read(name, tuple(slices)), pattern, **lengths).astype(dtype)
+    out = np.empty([len(part) for part in bounds], dtype)
+    for row, layer in enumerate(bounds[0]):
+        out[row] = einops.rearrange(source.read(name.format(layer), tuple(slices)), pattern, **lengths)
+    return out

@@ -1,0 +1,52 @@
+"""What trains: the compression tokens and the two affine heads. Nothing else does."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def _uniform(fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what the published heads start from (torch.nn.Linear's default)."""
+
+    def initializer(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return initializer
+
+
+class Compressor(nn.Module):
+    """The trainable tree, float32: tokens (M+K, D), reconstruction D -> D, alignment D -> E.
+
+    The M thought tokens come before the K compression tokens; their states are computed and not read.
+    """
+
+    num_thought_tokens: int
+    num_tokens: int
+    hidden_size: int
+    embedding_size: int
+
+    def setup(self):
+        count, D, E = self.num_thought_tokens + self.num_tokens, self.hidden_size, self.embedding_size
+        self.tokens = self.param("tokens", nn.initializers.normal(0.02), (count, D))
+        self.reconstruction = nn.Dense(D, kernel_init=_uniform(D), bias_init=_uniform(D))
+        self.alignment = nn.Dense(E, kernel_init=_uniform(D), bias_init=_uniform(D))
+
+    def __call__(self, h_BKD):
+        """The chain of the heads (paper, section 3): the alignment head reads what the reconstruction head wrote.
+
+        h_BKD: last hidden states of the compression tokens.
+        Returns (embedding_BE, soft_prompts_BKD), float32.
+        """
+        soft_prompts_BKD = self.reconstruction(h_BKD.astype(jnp.float32))
+        return self.alignment(soft_prompts_BKD).mean(axis=1), soft_prompts_BKD
+
+
+def init_trainable(compressor, key, embedding_VD):
+    """Returns a fresh trainable tree. The tokens start at the mean of the backbone's embedding table, as tokens
+    added to a Hugging Face model do, with a tenth of its spread as noise so that they differ."""
+    key_tokens, key_heads = jax.random.split(key)
+    h_BKD = jnp.zeros((1, compressor.num_tokens, compressor.hidden_size))
+    params = compressor.init(key_heads, h_BKD)["params"]
+    table = embedding_VD.astype(jnp.float32)
+    noise = 0.1 * table.std(axis=0) * jax.random.normal(key_tokens, params["tokens"].shape)
+    return {**params, "tokens": table.mean(axis=0) + noise}

@@ -1,0 +1,86 @@
+"""The pieces of a transformer block, and the alphabet of its dimensions.
+
+B batch, T query tokens or positions of a pass, S answer tokens or cache slots, K compression tokens, N query heads,
+G key/value heads, H head size, D hidden size, F MLP size, V vocabulary, L layers, E teacher size. Array names in
+model code end in their dimensions: q_BTNH.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def matmul(equation, x, kernel):
+    """einsum with a float32 accumulator, returned in x's dtype.
+
+    Asking for the accumulator also picks the fast bfloat16 kernels of XLA on CPUs.
+    """
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), computed in float32."""
+
+    eps: float
+    axis_name: str
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", _partitioned(nn.initializers.ones, self.axis_name), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`matmul(equation, x, kernel) + bias`: a projection whose axes keep their names.
+
+    shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
+    if any, has the kernel dimensions that the equation keeps.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_dims: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        initializer = nn.initializers.normal(self.shape[0] ** -0.5)
+        kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
+        y = matmul(self.equation, x, kernel)
+        if self.bias_dims:
+            axes = tuple(self.axes[dim] for dim in self.bias_dims)
+            shape = tuple(self.shape[dim] for dim in self.bias_dims)
+            y = y + self.param("bias", _partitioned(nn.initializers.normal(0.02), *axes), shape)
+        return y
+
+
+def rope_angles(positions_BT, head_dim, theta, scaling):
+    """Returns (cos_BTH, sin_BTH), float32, of the rotary embedding (Su et al. 2021, halves rotated as in Llama).
+
+    scaling: None, or a RopeScaling; its formula is Llama 3.1's.
+    """
+    frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        wavelength_H = 2 * jnp.pi / frequency_H
+        ratio = scaling.original_max_position_embeddings / wavelength_H
+        blend = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        frequency_H = frequency_H * (blend + (1 - blend) / scaling.factor)
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
+    angle_BTH = jnp.concatenate([angle_BTH, angle_BTH], axis=-1)
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rotate(x_BTNH, rope):
+    """Applies the angles of `rope_angles` to queries or keys."""
+    cos_BTH, sin_BTH = rope
+    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    turned_BTNH = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (angle[:, :, None, :].astype(x_BTNH.dtype) for angle in (cos_BTH, sin_BTH))
+    return x_BTNH * cos + turned_BTNH * sin
+
+
+def _partitioned(initializer, *axes):
+    return nn.with_logical_partitioning(initializer, axes)

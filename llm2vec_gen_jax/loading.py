@@ -1,0 +1,93 @@
+"""From a name to a loaded backbone: parameters on their devices, tokenizer, identity."""
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llm2vec_gen_jax import download
+from llm2vec_gen_jax.architecture import Architecture
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import fingerprint
+from llm2vec_gen_jax.formats import gguf, hf, weights
+from llm2vec_gen_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class LoadedBackbone:
+    """A frozen backbone.
+
+    frozen: parameter tree on the mesh. identity: 16 hex digits that are the same for the same weights, whatever
+    file and dtype they came from. name: what the user called it.
+    """
+
+    name: str
+    architecture: Architecture
+    frozen: Any
+    tokenizer: Tokenizer
+    identity: str
+    mesh: Mesh
+
+
+def resolve_dtype(name):
+    """Returns the jnp dtype of a config's dtype name; auto is float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_backbone(path, dtype, mesh):
+    """Loads a backbone: the default's name, a .gguf file, a local folder or a hub id.
+
+    dtype: a config name (auto | float32 | bfloat16 | float16). Raises InputError for what is missing or unsupported.
+    """
+    where = resolve_path(path)
+    if where.suffix == ".gguf":
+        source = gguf.GGUFSource(where)
+        architecture, _ = gguf.read_architecture(source)
+        tokenizer = Tokenizer(gguf.read_tokenizer(source), gguf.stop_ids(source))
+    else:
+        from llm2vec_gen_jax import architecture as architecture_lib
+
+        config = hf.read_config(where)
+        architecture = architecture_lib.from_hf_config(config, where / "config.json")
+        source = hf.SafetensorsSource(where)
+        tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
+    tokenizer.check_fits(architecture.vocab_size, where)
+    frozen = weights.load(source, architecture, mesh, resolve_dtype(dtype))
+    digest = hashlib.sha256(weights.fingerprint_values(source).tobytes()).hexdigest()
+    identity = fingerprint([dataclasses.asdict(architecture), digest])
+    return LoadedBackbone(str(path), architecture, frozen, tokenizer, identity, mesh)
+
+
+def resolve_path(path):
+    """Returns the local .gguf file or folder of a backbone, fetching it when it is the default or a hub id."""
+    if path == download.NAME:
+        return download.default_backbone()
+    local = pathlib.Path(path).expanduser()
+    if local.exists():
+        if local.is_file() and local.suffix != ".gguf":
+            raise InputError(f"{path}: a backbone is a folder or a .gguf file")
+        return local
+    if local.suffix == ".gguf" or local.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise InputError(f"{path}: no such file or folder (known name: {download.NAME})")
+    return fetch_from_hub(path, hf.PATTERNS)
+
+
+def fetch_from_hub(repository, patterns):
+    """Returns the local snapshot of a hub repository. Raises InputError when it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{repository}: no such local folder, and it cannot be fetched from the hub "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None

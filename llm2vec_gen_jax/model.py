@@ -1,0 +1,115 @@
+"""The method: read a query, compress it, reconstruct the answer, align with the teacher (arXiv 2603.10913)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llm2vec_gen_jax.architecture import Architecture
+from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
+from llm2vec_gen_jax.backbone import Backbone
+from llm2vec_gen_jax.heads import Compressor
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """LLM2Vec-Gen as pure functions of two trees: `trainable` (tokens and heads, float32) and `frozen` (the LLM).
+
+    Ids and lengths are right-padded: ids_BT int32, lengths_B real tokens of each row (0 is an empty text).
+    """
+
+    architecture: Architecture
+    num_tokens: int
+    num_thought_tokens: int
+    embedding_size: int
+
+    @property
+    def compressor(self):
+        """The Linen module of the trainable tree."""
+        a = self.architecture
+        return Compressor(self.num_thought_tokens, self.num_tokens, a.hidden_size, self.embedding_size)
+
+    @property
+    def num_appended(self):
+        """Tokens that follow every query: thought tokens, then compression tokens."""
+        return self.num_thought_tokens + self.num_tokens
+
+    def encode(self, trainable, frozen, ids_BT, lengths_B):
+        """The embedding of each query, in one causal pass (section 3, "encode").
+
+        The compression tokens follow the last real token of each row, so padding stays behind them and unseen.
+        Returns (embedding_BE, soft_prompts_BKD), float32.
+        """
+        B, T = ids_BT.shape
+        width = T + self.num_appended
+        token_BT = self._embed(frozen, jnp.pad(ids_BT, ((0, 0), (0, self.num_appended))))
+        offset_BT = jnp.arange(width) - lengths_B[:, None]
+        appended_BTD = trainable["tokens"].astype(token_BT.dtype)[jnp.clip(offset_BT, 0, self.num_appended - 1)]
+        x_BTD = jnp.where((offset_BT >= 0)[..., None], appended_BTD, token_BT)
+        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL)
+        where_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
+        return self.heads(trainable, jnp.take_along_axis(hidden_BTD, where_BK[..., None], axis=1))
+
+    def prefix(self, frozen, ids_BT, slots):
+        """Keys and values of the queries, padded to a fixed number of slots so that later passes have one shape.
+
+        Nothing in them depends on what trains, so training computes them without gradient.
+        """
+        B, T = ids_BT.shape
+        _, cache = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), CAUSAL)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - T), (0, 0), (0, 0))), cache)
+
+    def compress(self, trainable, frozen, cache, lengths_B):
+        """`encode` when the queries have been read: only the appended tokens run, so only they are differentiated.
+
+        Returns (embedding_BE, soft_prompts_BKD), float32.
+        """
+        cache = jax.lax.stop_gradient(cache)
+        slots = cache.k_LBSGH.shape[2]
+        x_MD = trainable["tokens"].astype(cache.k_LBSGH.dtype)
+        x_BMD = jnp.broadcast_to(x_MD, (len(lengths_B), *x_MD.shape))
+        positions_BM = lengths_B[:, None] + jnp.arange(self.num_appended)
+        visibility = Visibility(causal=True, cache_BS=jnp.arange(slots) < lengths_B[:, None])
+        hidden_BMD, _ = self._run(frozen, x_BMD, positions_BM, visibility, cache)
+        return self.heads(trainable, hidden_BMD[:, self.num_thought_tokens :])
+
+    def heads(self, trainable, h_BKD):
+        """The two heads: (embedding_BE, soft_prompts_BKD) of last hidden states h_BKD."""
+        return self.compressor.apply({"params": trainable}, h_BKD)
+
+    def predict_answer(self, frozen, soft_prompts_BKD, ids_BS):
+        """Teacher-forced reading of the answers by the frozen LLM, from soft prompts (section 3, "reconstruct").
+
+        Returns hidden_BSD: position s predicts answer token s, so the last soft prompt predicts the first token.
+        """
+        B, S = ids_BS.shape
+        answer_BSD = self._embed(frozen, ids_BS[:, :-1])
+        x_BTD = jnp.concatenate([soft_prompts_BKD.astype(answer_BSD.dtype), answer_BSD], axis=1)
+        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S - 1), CAUSAL)
+        return hidden_BTD[:, self.num_tokens - 1 :]
+
+    def mean_pool(self, frozen, ids_BT, lengths_B, causal):
+        """The teacher: mean over real tokens of the last hidden state (section 3; LLM2Vec, BehnamGhader 2024).
+
+        frozen: the backbone, or the backbone with adapters merged. Returns (B, D) float32; zeros for an empty text.
+        """
+        B, T = ids_BT.shape
+        visibility = Visibility(causal=causal, lengths_B=lengths_B)
+        hidden_BTD, _ = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), visibility)
+        real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.float32)
+        total_BD = jnp.einsum("btd,bt->bd", hidden_BTD.astype(jnp.float32), real_BT)
+        return total_BD / jnp.maximum(lengths_B, 1)[:, None]
+
+    def head_VD(self, frozen):
+        """The frozen LLM's output matrix (V, D)."""
+        return Backbone(self.architecture).apply({"params": frozen}, method="head_VD")
+
+    def _embed(self, frozen, ids):
+        return Backbone(self.architecture).apply({"params": frozen}, ids, method="embed")
+
+    def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None):
+        return Backbone(self.architecture).apply({"params": frozen}, x_BTD, positions_BT, visibility, cache)
+
+
+def _positions(B, T):
+    return jnp.broadcast_to(jnp.arange(T), (B, T))

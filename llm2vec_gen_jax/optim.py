@@ -1,0 +1,22 @@
+"""Learning-rate schedule and AdamW, as the published training has them."""
+
+import optax
+
+
+def make_schedule(config):
+    """Returns step -> learning rate: linear warm-up from 0, then linear, constant or cosine (OptimizerConfig)."""
+    peak, rest = config.learning_rate, max(config.schedule_steps - config.warmup_steps, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+def make_optimizer(config):
+    """Returns the optax chain of an OptimizerConfig: clip by global norm, then AdamW."""
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    return optax.chain(clip, optax.adamw(make_schedule(config), weight_decay=config.weight_decay))

@@ -1,0 +1,89 @@
+"""The mesh, and which of its axes each logical axis is split over. The only file that names mesh axes."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from llm2vec_gen_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# Logical axis of a backbone weight -> mesh axis. Norms are replicated; nothing is unmatched.
+RULES = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(config, devices=None):
+    """Returns the (data, fsdp, tensor) mesh of a MeshConfig over all devices; one device is the mesh (1, 1, 1)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    named = ", ".join(f"mesh.{name}={size}" for name, size in zip(MESH_AXES, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(f"{named}: sizes must be positive, and at most one may be -1")
+    if -1 in sizes:
+        known = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if np.prod(sizes) != len(devices):
+        raise InputError(f"{named}: does not make {len(devices)} devices")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(boxed, mesh):
+    """Returns NamedShardings for a tree of boxed parameters (see backbone.abstract_params).
+
+    Raises InputError naming the parameter and sizes when a dimension does not divide over its mesh axis.
+    """
+
+    def shard(path, box):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = []
+        for size, logical in zip(box.value.shape, box.names, strict=True):
+            axis = RULES[logical]
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(
+                    f"{name}: its {logical} dimension of {size} does not divide over mesh.{axis}={mesh.shape[axis]}"
+                )
+            spec.append(axis)
+        return NamedSharding(mesh, jax.P(*spec))
+
+    return jax.tree_util.tree_map_with_path(shard, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def replicated(mesh):
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, jax.P())
+
+
+def batch_sharding(mesh, axis=0):
+    """The sharding of an array whose dimension `axis` is the batch."""
+    return NamedSharding(mesh, jax.P(*[None] * axis, BATCH_AXES))
+
+
+def batch_shards(mesh):
+    """Number of pieces that a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_batch(tree, mesh):
+    """Makes global arrays, split over the batch, from the rows that this process holds (numpy, leading B)."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)
+
+
+def put_replicated(tree, mesh):
+    """Makes global arrays that every device holds whole, from numpy that is equal on every process."""
+    sharding = replicated(mesh)
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
