@@ -5,14 +5,14 @@ It runs in an environment of its own (llm2vec-gen 0.1.3, transformers 4.56.2, pe
     python peer_step.py HF_BACKBONE_DIR PAIRS.jsonl --dtype float32|bfloat16 --checkpointing on|off
                         --batch-size 8 --threads 2
 
-PAIRS.jsonl has one {"question", "answer"} per line. The set-up follows the package's scripts/train.py: an encoder
-with trainable compression tokens, a second copy of the backbone as frozen decoder, a third as teacher, the two
-heads, the package's collator, losses and gradient checkpointing, and the Trainer's optimizer, clipping and schedule.
-(The teacher there is LLM2Vec: bidirectional, with LoRA on every layer. Here it is the causal backbone with rank 1
-on one matrix, which costs no more.)
+PAIRS.jsonl has one {"question", "answer"} per line. The set-up follows the package's scripts/train.py: an
+encoder with trainable compression tokens, a second copy of the backbone as frozen decoder, a third as
+teacher, the two heads, the package's collator, losses and gradient checkpointing, and the Trainer's
+optimizer, clipping and schedule. (The teacher there is LLM2Vec: bidirectional, with LoRA on every layer.
+Here it is the causal backbone with rank 1 on one matrix, which costs no more.)
 
-When ready it prints {"ready": true, "peak_rss_mb"}. Then it reads commands, one a line, from stdin. "run N" trains
-N steps and prints one line:
+When ready it prints {"ready": true, "peak_rss_mb"}. Then it reads commands, one a line, from stdin. "run N"
+trains N steps and prints one line:
 
     seconds          wall time, collation and the teacher's forward pass included
     samples          N * batch size
@@ -50,8 +50,8 @@ from transformers import (
 )
 
 if importlib.util.find_spec("datasets") is None:
-    # The collator's package also imports `datasets`, for a Hub loader that is not used here. The stand-in goes
-    # away again, because other libraries ask whether `datasets` is there.
+    # The collator's package also imports `datasets`, for a Hub loader that is not used here. The stand-in
+    # goes away again, because other libraries ask whether `datasets` is there.
     sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
     from llm2vec_gen.dataset import CustomCollator, DataSample
     del sys.modules["datasets"]
@@ -67,7 +67,13 @@ WARMUP_STEPS, SCHEDULE_STEPS = 100, 20_000
 MAX_GRAD_NORM = 1.0
 SEED = 42
 
-STUDENT_KEYS = ("query_input_ids", "query_attention_mask", "answer_input_ids", "answer_attention_mask", "labels")
+STUDENT_KEYS = (
+    "query_input_ids",
+    "query_attention_mask",
+    "answer_input_ids",
+    "answer_attention_mask",
+    "labels",
+)
 
 
 def load_tokenizer(backbone):
@@ -133,20 +139,22 @@ def compute_loss(model, teacher, features):
 
 
 def count_tokens(features):
-    """(real, computed) tokens of the encoder's and the decoder's pass; the decoder also reads K soft prompts."""
+    """(real, computed) tokens of the encoder's and the decoder's pass, which also reads K soft prompts."""
     query, answer = features["query_attention_mask"], features["answer_attention_mask"]
     soft_prompts = len(query) * len(SPECIAL_TOKENS)
     return (query.sum() + answer.sum()).item() + soft_prompts, query.numel() + answer.numel() + soft_prompts
 
 
 def peak_rss_mb():
-    """Peak resident memory of this process. Not getrusage's ru_maxrss: that starts at the size of the parent."""
+    """Peak resident memory of this process. (getrusage's ru_maxrss would start at the size of the parent.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("backbone")
     parser.add_argument("pairs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
@@ -188,7 +196,8 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()       # as the Trainer does; layers checkpoint in train mode only
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)    # Trainer's default
+    # Fused is the Trainer's default.
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, SCHEDULE_STEPS)
     reply(ready=True, peak_rss_mb=peak_rss_mb())
 

@@ -1,5 +1,10 @@
 """LLM2Vec-Gen in JAX: text embeddings that encode the answer an LLM would give (arXiv 2603.10913)."""
 
+import os
+
+# Before transformers is imported: no notice that PyTorch, which is not needed, is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 __version__ = "0.1.0"
 __all__ = ["LLM2VecGen", "InputError"]
 

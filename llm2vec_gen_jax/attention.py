@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llm2vec_gen_jax.layers import product
+
 
 @struct.dataclass
 class KVCache:
@@ -39,33 +41,21 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache):
 
     Scores and softmax are float32. Returns (B, T, N, H) in q's dtype. Queries of padding are defined and unread.
     """
-    if cache is None:
-        return jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTGH,
-            v_BTGH,
-            is_causal=visibility.causal,
-            key_value_seq_lengths=None if visibility.causal else jnp.maximum(visibility.lengths_B, 1),
-        )
-    # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
     B, T, N, H = q_BTNH.shape
     q_BTGRH = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H) * H**-0.5
-    own = _scores(q_BTGRH, k_BTGH)
     if visibility.causal:
-        own = jnp.where(jnp.tril(jnp.ones((T, T), bool)), own, -jnp.inf)
+        seen = jnp.tril(jnp.ones((T, T), bool))
     else:
-        own = jnp.where((jnp.arange(T) < visibility.lengths_B[:, None])[:, None, None, None], own, -jnp.inf)
-    cached = _scores(q_BTGRH, cache.k_LBSGH)
-    cached = jnp.where(visibility.cache_BS[:, None, None, None, :], cached, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([cached, own], axis=-1), axis=-1).astype(q_BTNH.dtype)
-    cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
-    out_BTGRH = _mix(cached, cache.v_LBSGH) + _mix(own, v_BTGH)
-    return out_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
-
-
-def _scores(q_BTGRH, k_BSGH):
-    return jnp.einsum("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH, preferred_element_type=jnp.float32)
-
-
-def _mix(weights_BGRTS, v_BSGH):
-    return jnp.einsum("bgrts,bsgh->btgrh", weights_BGRTS, v_BSGH, preferred_element_type=jnp.float32)
+        seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
+    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH), -jnp.inf)
+    if cache is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+        mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BTGH)
+    else:
+        # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
+        seen = visibility.cache_BS[:, None, None, None, :]
+        cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH), -jnp.inf)
+        weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1).astype(q_BTNH.dtype)
+        cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
+        mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BTGH)
+    return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)

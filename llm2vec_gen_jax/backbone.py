@@ -3,10 +3,22 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llm2vec_gen_jax import layers
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, attend
+
+
+# What the backward pass keeps of a layer: the results of its matrix products, no more. Norms, rotations, the
+# attention weights (the largest of all) and activations are computed again, which costs next to nothing.
+_KEPT = "kept"
+_keep_products = jax.checkpoint_policies.save_only_these_names(_KEPT)
+
+
+def kept(x):
+    """Marks an array that the backward pass keeps."""
+    return checkpoint_name(x, _KEPT)
 
 
 class Block(nn.Module):
@@ -27,22 +39,20 @@ class Block(nn.Module):
             return layers.RMSNorm(a.norm_eps, axis, name=name)
 
         y_BTD = norm("attention_norm", "norm")(x_BTD)
-        q_BTNH = heads("query", N, "heads")(y_BTD)
-        k_BTGH = heads("key", G, "kv_heads")(y_BTD)
-        v_BTGH = heads("value", G, "kv_heads")(y_BTD)
+        q_BTNH = kept(heads("query", N, "heads")(y_BTD))
+        k_BTGH = kept(heads("key", G, "kv_heads")(y_BTD))
+        v_BTGH = kept(heads("value", G, "kv_heads")(y_BTD))
         if a.qk_norm:
             q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
             k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
         q_BTNH, k_BTGH = layers.rotate(q_BTNH, rope), layers.rotate(k_BTGH, rope)
-        # Attention weights are recomputed in the backward pass, as flash kernels do: they would be the largest
-        # thing that it keeps.
-        mixed_BTNH = jax.checkpoint(attend, prevent_cse=False)(q_BTNH, k_BTGH, v_BTGH, visibility, cache)
+        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache)
         output = layers.Linear("btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"), name="output")
-        x_BTD = x_BTD + output(mixed_BTNH)
+        x_BTD = kept(x_BTD + output(mixed_BTNH))
 
         y_BTD = norm("mlp_norm", "norm")(x_BTD)
-        gate_BTF = layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="gate")(y_BTD)
-        up_BTF = layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="up")(y_BTD)
+        gate_BTF = kept(layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="gate")(y_BTD))
+        up_BTF = kept(layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="up")(y_BTD))
         down = layers.Linear("btf,fd->btd", (F, D), ("mlp", "embed"), name="down")
         x_BTD = x_BTD + down(nn.silu(gate_BTF) * up_BTF)
         return x_BTD, KVCache(k_BTGH, v_BTGH)
@@ -63,7 +73,7 @@ class Backbone(nn.Module):
         if not a.tied_embeddings:
             self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
         self.layers = nn.scan(
-            Block,
+            nn.remat(Block, policy=_keep_products, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),

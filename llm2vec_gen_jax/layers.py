@@ -5,17 +5,37 @@ G key/value heads, H head size, D hidden size, F MLP size, V vocabulary, L layer
 model code end in their dimensions: q_BTNH.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
-def matmul(equation, x, kernel):
-    """einsum with a float32 accumulator, returned in x's dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation, x, y):
+    """einsum of two arrays of one dtype, accumulated and returned in float32.
 
-    Asking for the accumulator also picks the fast bfloat16 kernels of XLA on CPUs.
+    Its gradient is taken in the operands' dtype too: without this a bfloat16 weight meets a float32 cotangent in the
+    backward pass, and XLA turns the whole product (and a copy of the weight) into float32.
     """
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _product_forward(equation, x, y):
+    return product(equation, x, y), (x, y)
+
+
+def _product_backward(equation, operands, cotangent):
+    x, y = operands
+    inputs, out = equation.split("->")
+    x_dims, y_dims = inputs.split(",")
+    cotangent = cotangent.astype(x.dtype)
+    x_cotangent = product(f"{out},{y_dims}->{x_dims}", cotangent, y).astype(x.dtype)
+    return x_cotangent, product(f"{x_dims},{out}->{y_dims}", x, cotangent).astype(y.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nn.Module):
@@ -33,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """`matmul(equation, x, kernel) + bias`: a projection whose axes keep their names.
+    """`einsum(equation, x, kernel) + bias`: a projection whose axes keep their names.
 
     shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
     if any, has the kernel dimensions that the equation keeps.
@@ -48,7 +68,7 @@ class Linear(nn.Module):
     def __call__(self, x):
         initializer = nn.initializers.normal(self.shape[0] ** -0.5)
         kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
-        y = matmul(self.equation, x, kernel)
+        y = product(self.equation, x, kernel).astype(x.dtype)
         if self.bias_dims:
             axes = tuple(self.axes[dim] for dim in self.bias_dims)
             shape = tuple(self.shape[dim] for dim in self.bias_dims)

@@ -91,3 +91,14 @@ def fetch_from_hub(repository, patterns):
             f"{repository}: no such local folder, and it cannot be fetched from the hub "
             f"({str(error).strip().splitlines()[0]})"
         ) from None
+
+
+def resolve_adapter(path):
+    """Returns the local folder of a PEFT adapter, fetching it when it is a hub id."""
+    folder = pathlib.Path(path).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        folder = fetch_from_hub(path, ["adapter_config.json", "adapter_model.safetensors"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"teacher.adapters: {path} has no {name}")
+    return folder

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from llm2vec_gen_jax.errors import InputError
 
 _SENTINEL = "\ue000user text\ue001"  # private-use characters: no template contains them
-_CHARS_PER_TOKEN = 64  # no ordinary text has longer tokens; see _cut
+_CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
 
 
 class Tokenizer:

@@ -7,7 +7,7 @@ It runs in an environment of its own (llm2vec-gen 0.1.3, transformers 4.56.2, pe
 MODEL_DIR is a float32 model directory in the published layout. REQUEST.json holds
 
     texts, max_length                      encoded as one batch
-    pairs [{question, answer}], targets    one training batch; targets is a .npy (B,E), relative to the request
+    pairs [{question, answer}], targets    one training batch; targets: a .npy (B,E), relative to the request
     recon_weight, align_weight             weights of the two losses
     learning_rate, weight_decay, max_grad_norm, schedule_steps, warmup_steps, trajectory_steps
     decode_texts, max_new_tokens           greedy decoding of each text's soft prompts
@@ -41,15 +41,21 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from transformers import Trainer, get_linear_schedule_with_warmup
 
 if importlib.util.find_spec("datasets") is None:
-    # The collator's package also imports `datasets`, for a Hub loader that is not used here. The stand-in goes
-    # away again, because other libraries ask whether `datasets` is there.
+    # The collator's package also imports `datasets`, for a Hub loader that is not used here. The stand-in
+    # goes away again, because other libraries ask whether `datasets` is there.
     sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
     from llm2vec_gen.dataset import CustomCollator, DataSample
     del sys.modules["datasets"]
 else:
     from llm2vec_gen.dataset import CustomCollator, DataSample
 
-BATCH_KEYS = ("query_input_ids", "query_attention_mask", "answer_input_ids", "answer_attention_mask", "labels")
+BATCH_KEYS = (
+    "query_input_ids",
+    "query_attention_mask",
+    "answer_input_ids",
+    "answer_attention_mask",
+    "labels",
+)
 
 
 def encode(model, request):
@@ -73,7 +79,7 @@ def encode(model, request):
 def decode(model, request):
     """Greedy continuation of each text's soft prompts, one at a time: batches never stop at an end token."""
     decoded = torch.full((len(request["decode_texts"]), request["max_new_tokens"]), -1)
-    unread = torch.ones(1, 1, dtype=torch.long)     # generate() asks for ids, and ignores them given soft prompts
+    unread = torch.ones(1, 1, dtype=torch.long)  # generate() wants ids, but given soft prompts ignores them
     for row, text in enumerate(request["decode_texts"]):
         _, soft_prompts = model.encode(text, max_length=request["max_length"], get_recon_hidden_states=True)
         ids = model.model.generate(
@@ -137,11 +143,17 @@ def gradients(model, batch, targets, request, rows, row_order):
 
 def trajectory(model, batch, targets, request):
     """Losses of consecutive updates on one batch, in the Trainer's order: clip, update, move the schedule."""
-    decayed = Trainer.get_decay_parameter_names(None, model.model)      # biases are not decayed
     trainable = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
+    decayed = set(Trainer.get_decay_parameter_names(None, model.model))     # the biases are not in it
     groups = [
-        {"params": [p for n, p in trainable.items() if n in decayed], "weight_decay": request["weight_decay"]},
-        {"params": [p for n, p in trainable.items() if n not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trainable.items() if name in decayed],
+            "weight_decay": request["weight_decay"],
+        },
+        {
+            "params": [p for name, p in trainable.items() if name not in decayed],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=request["learning_rate"], betas=(0.9, 0.999), eps=1e-8)
     schedule = get_linear_schedule_with_warmup(optimizer, request["warmup_steps"], request["schedule_steps"])
@@ -166,7 +178,7 @@ def main(model_dir, request_path, out_path):
     torch.use_deterministic_algorithms(True)
     request = json.loads(Path(request_path).read_text())
     model = LLM2VecGenModel.from_pretrained(model_dir)
-    # No part of a published model has dropout unless its encoder has LoRA, so train mode gives the same numbers.
+    # Only LoRA has dropout. A model without it gives the same numbers in train mode.
     model.model.eval()
 
     result = encode(model, request) | decode(model, request)

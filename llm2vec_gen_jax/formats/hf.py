@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, safetensors (one file or many), the generation config."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -88,6 +89,7 @@ def save(folder, params, architecture, tokenizer=None, stop=()):
     with atomic_directory(folder) as temporary:
         arrays = {name: np.ascontiguousarray(array) for name, array in weights.tensors(params, architecture)}
         save_file(arrays, temporary / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(temporary / "model.safetensors", 0o644)  # safetensors makes it its owner's alone
         config = architecture_lib.to_hf_config(architecture)
         config["torch_dtype"] = str(arrays["model.norm.weight"].dtype)
         config["eos_token_id"] = list(stop) or None

@@ -74,7 +74,7 @@ def read(directory):
     differ = f"trains the ids {indices}, but in tokenizer.json the special_tokens of run_config.yml are {ids}"
     _require(sorted(ids) == sorted(indices), directory / ADAPTER_CONFIG, differ)
     extra_path = _find(directory, "llm2vec_gen_jax.json")
-    extra = _read_object(extra_path) if extra_path else {"format_version": FORMAT_VERSION}
+    extra = files.read_json(extra_path) if extra_path else {"format_version": FORMAT_VERSION}
     version = extra.pop("format_version", None)
     _require(version == FORMAT_VERSION, extra_path, f"format_version is {version}, expected {FORMAT_VERSION}")
     model = PublishedModel(
@@ -100,15 +100,13 @@ def write(directory, model, tokenizer, backbone_config, card):
     Raises InputError when the directory exists, or when the parts of the model do not fit together.
     """
     directory = pathlib.Path(directory)
-    exists = os.path.lexists(directory)
-    _require(not exists, directory, "already exists. Remove it, or choose another directory")
+    _require(not os.path.lexists(directory), directory, "already exists. Remove it, or choose another name")
     _check(directory, model)
     size, width = backbone_config.get("hidden_size"), model.tokens_MD.shape[1]
     _require(
         size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}"
     )
     tokenizer_json, tokenizer_config, ids, vocab_size = _tokenizer_files(tokenizer, model.special_tokens)
-    encoder_config = _encoder_config(backbone_config, model.dtype, ids, vocab_size)
     run = {
         "model_name_or_path": model.backbone,
         "torch_dtype": model.dtype,
@@ -118,8 +116,7 @@ def write(directory, model, tokenizer, backbone_config, card):
     }
     with files.atomic_directory(directory) as folder:
         (folder / "encoder").mkdir()
-        files.write_json(folder / "encoder/config.json", encoder_config)
-        _write_adapter(folder, model, ids, encoder_config)
+        _write_encoder(folder, model, backbone_config, ids, vocab_size)
         for name in HEADS:
             _write_head(folder / f"{name}_mlp", getattr(model, name), model.dtype)
         mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
@@ -155,6 +152,10 @@ def _require(condition, place, message):
         raise InputError(f"{place}: {message}")
 
 
+def _require_shape(path, key, value, shape):
+    _require(value.shape == shape, path, f"{key} has shape {value.shape}, expected {shape}")
+
+
 def _find(directory, name, required=False):
     """Returns the path of a file of the directory, or None; a path that leads elsewhere is an InputError."""
     root, target = (pathlib.Path(os.path.realpath(path)) for path in (directory, directory / name))
@@ -167,24 +168,21 @@ def _find(directory, name, required=False):
     return directory / name if found else None
 
 
-def _read_object(path):
-    value = files.read_json(path)
-    _require(isinstance(value, dict), path, f"expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _read_safetensors(path, ignored=None):
-    """Returns {key: array}, less the keys that match `ignored`."""
+def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            keys = [key for key in file.keys() if not (ignored and ignored.fullmatch(key))]
-            return {key: file.get_tensor(key) for key in keys}
+            return {key: file.get_tensor(key) for key in file.keys() if not IGNORED_KEY.fullmatch(key)}
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}. Fetch it again") from None
 
 
+def _write_safetensors(path, tensors):
+    # Not save_file, which makes files that only their owner can read.
+    path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+
+
 def _read_run_config(path):
-    """Returns run_config.yml as a dict of strings and lists, the last of a repeated key; checks what is used.
+    """Returns the strings of run_config.yml, the last of a repeated key, and its list of special_tokens.
 
     BaseLoader knows no types: what a tag such as !!python/object stands for is never constructed.
     """
@@ -193,22 +191,23 @@ def _read_run_config(path):
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     _require(isinstance(run, dict), path, f"expected lines of `key: value`, found {type(run).__name__}")
+    # Nested values are not used, and aliases could make one too large to print.
+    strings = {key: value for key, value in run.items() if isinstance(value, str)}
     for key in ("model_name_or_path", "torch_dtype"):
         # The published package writes null as "None".
-        given = isinstance(run.get(key), str) and run[key] not in ("", "None", "null", "~")
-        _require(given, path, f"{key} is {run.get(key)!r}. Add a line `{key}: ...`")
+        given = strings.get(key) not in (None, "", "None", "null", "~")
+        _require(given, path, f"{key} is missing or null. Add a line `{key}: ...`")
     tokens = run.get("special_tokens")
     are_tokens = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-    _require(are_tokens, path, f"special_tokens is {tokens!r}, expected a list of tokens")
-    return run
+    _require(are_tokens, path, "special_tokens is missing or not a list of tokens")
+    return strings | {"special_tokens": tokens}
 
 
 def _read_num_tokens(directory, run):
     """Returns K of the encoding mode: encoder_decoder_config.json, then run_config.yml, as PyTorch does."""
     path = _find(directory, "encoder_decoder_config.json")
-    config = _read_object(path) if path else {}
-    separate = config.get("save_decoder", False)
-    _require(not separate, path, "save_decoder is true: a decoder of its own is not supported")
+    config = files.read_json(path) if path else {}
+    _require(not config.get("save_decoder"), path, "save_decoder is true: a second decoder is not supported")
     mode = config.get("encoding_mode", run.get("encoding_mode", "last_10_tokens"))
     match = re.fullmatch(r"last_(\d+)_tokens", str(mode))
     _require(match, path or directory, f"encoding_mode is {mode!r}, supported: last_N_tokens, N a number")
@@ -218,8 +217,8 @@ def _read_num_tokens(directory, run):
 def _token_ids(path, special_tokens):
     """Returns the id of each special token in tokenizer.json."""
     try:
-        ids = {token["content"]: token["id"] for token in _read_object(path)["added_tokens"]}
-    except (KeyError, TypeError):
+        ids = {token["content"]: int(token["id"]) for token in files.read_json(path)["added_tokens"]}
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: added_tokens is not a list of tokens with content and id") from None
     for token in special_tokens:
         _require(token in ids, path, f"added_tokens lacks the special token {token!r} of run_config.yml")
@@ -229,10 +228,9 @@ def _token_ids(path, special_tokens):
 def _read_adapter(directory):
     """Returns (token ids, their rows (M, D), lora or None), the rows in the adapter's own order of ids."""
     path = _find(directory, ADAPTER_CONFIG, required=True)
-    config = _read_object(path)
+    config = files.read_json(path)
     kind = config.get("peft_type")
-    supported = kind in ("TRAINABLE_TOKENS", "LORA")
-    _require(supported, path, f"peft_type is {kind!r}, supported: TRAINABLE_TOKENS, LORA")
+    _require(kind in ("TRAINABLE_TOKENS", "LORA"), path, f"peft_type is {kind!r}; not supported")
     field = "trainable_token_indices" if kind == "LORA" else "token_indices"
     indices = config.get(field)
     if isinstance(indices, dict):
@@ -241,38 +239,43 @@ def _read_adapter(directory):
     _require(are_ids, path, f"{field} is {indices!r}, expected the ids of the special tokens")
 
     path = _find(directory, ADAPTER_WEIGHTS, required=True)
-    tensors = {key: value.astype(np.float32) for key, value in _read_safetensors(path, IGNORED_KEY).items()}
+    tensors = {key: value.astype(np.float32) for key, value in _read_safetensors(path).items()}
     keys = [key for key in tensors if TOKENS_KEY.fullmatch(key)]
-    found = f"found {sorted(tensors)}"
-    _require(len(keys) == 1, path, f"expected one ...embed_tokens.trainable_tokens_delta, {found}")
+    _require(len(keys) == 1, path, f"holds {len(keys)} ...embed_tokens.trainable_tokens_delta, expected 1")
     rows_MD = tensors.pop(keys[0])
     _require(kind == "LORA" or not tensors, path, f"unexpected tensor {next(iter(tensors), None)}")
-    fits = rows_MD.ndim == 2 and len(rows_MD) == len(indices)
-    expected = f"({len(indices)}, hidden size), a row for each of {field} in adapter_config.json"
-    _require(fits, path, f"{keys[0]} has shape {rows_MD.shape}, expected {expected}")
+    _require_shape(path, keys[0], rows_MD, (len(indices), *rows_MD.shape[1:]))
     return indices, rows_MD, {"config": config, "tensors": tensors} if kind == "LORA" else None
 
 
-def _write_adapter(folder, model, ids, encoder_config):
-    base = {"base_model_name_or_path": model.backbone, "inference_mode": True, "auto_mapping": None}
+def _write_encoder(folder, model, backbone_config, ids, vocab_size):
+    """Writes encoder/: the trained rows only, and the backbone's config as the published training has it."""
+    original = vocab_size - len(ids)
+    config = hf_config_v4(backbone_config)
+    config["num_tokens"] = max(config.get("vocab_size", original), original) + len(ids)
+    config |= {"num_special_tokens": len(ids), "special_tokens_ids": ids, "torch_dtype": model.dtype}
+    # The published package resizes the embedding matrix to the tokenizer: vocab_size is its number of rows.
+    config |= {"tokenizer_original_num_tokens": original, "vocab_size": vocab_size}
+    files.write_json(folder / "encoder/config.json", config)
+
     rows_MD = np.ascontiguousarray(model.tokens_MD, np.float32)
-    if encoder_config.get("architectures"):
-        family = encoder_config["model_type"]
-        base["auto_mapping"] = {
-            "base_model_class": encoder_config["architectures"][0].replace("ForCausalLM", "Model"),
-            "parent_library": f"transformers.models.{family}.modeling_{family}",
+    adapter = {"base_model_name_or_path": model.backbone, "inference_mode": True, "auto_mapping": None}
+    if config.get("architectures"):
+        adapter["auto_mapping"] = {
+            "base_model_class": config["architectures"][0].replace("ForCausalLM", "Model"),
+            "parent_library": "transformers.models.{0}.modeling_{0}".format(config["model_type"]),
         }
     if model.lora is None:
-        config = base | {"peft_type": "TRAINABLE_TOKENS", "target_modules": "embed_tokens"}
-        config["token_indices"] = ids
+        adapter |= {"peft_type": "TRAINABLE_TOKENS", "target_modules": "embed_tokens", "token_indices": ids}
         tensors = {"base_model.model.embed_tokens.trainable_tokens_delta": rows_MD}
     else:
-        config = model.lora["config"] | base | {"trainable_token_indices": {"embed_tokens": ids}}
+        adapter = model.lora["config"] | adapter
+        adapter |= {"peft_type": "LORA", "trainable_token_indices": {"embed_tokens": ids}}
         matrices = model.lora["tensors"].items()
         tensors = {key: np.ascontiguousarray(value, np.float32) for key, value in matrices}
         tensors["base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = rows_MD
-    files.write_json(folder / ADAPTER_CONFIG, config)
-    safetensors.numpy.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    files.write_json(folder / ADAPTER_CONFIG, adapter)
+    _write_safetensors(folder / ADAPTER_WEIGHTS, tensors)
 
 
 def _read_head(directory, name):
@@ -305,49 +308,35 @@ def _write_head(path, head, dtype):
         _require(np.isfinite(value).all(), path.name, f"{key} has numbers too large for {dtype}. Use float32")
     config = {"input_dim": weight.shape[1], "output_dim": weight.shape[0], "dtype": f"torch.{dtype}"}
     torchzip.write(path, rounded, config | {"size": 1, "pooling_mode": "linear"})
-    safetensors.numpy.save_file(exact, f"{path}.safetensors", metadata={"format": "pt"})
+    _write_safetensors(path.with_suffix(".safetensors"), exact)
 
 
 def _check(directory, model):
     """Raises InputError naming file and key unless the parts of the model are finite and fit together."""
-    count, width, tokens = len(model.special_tokens), model.tokens_MD.shape[-1], model.special_tokens
-    run_path, mode_path = directory / "run_config.yml", directory / "encoder_decoder_config.json"
-    known, distinct = model.dtype in DTYPES, all(tokens) and len(set(tokens)) == count
-    _require(known, run_path, f"torch_dtype is {model.dtype!r}, supported: {', '.join(DTYPES)}")
-    _require(distinct, run_path, f"special_tokens {tokens} has an empty or a repeated token")
-    fits = 1 <= model.num_tokens <= count
-    _require(fits, mode_path, f"encoding_mode reads the last {model.num_tokens} of {count} special tokens")
+    tokens, (count, width) = model.special_tokens, (len(model.special_tokens), model.tokens_MD.shape[-1])
+    path = directory / "run_config.yml"
+    _require(model.dtype in DTYPES, path, f"torch_dtype is {model.dtype!r}, supported: {', '.join(DTYPES)}")
+    _require(all(tokens) and len(set(tokens)) == count, path, f"special_tokens {tokens} repeat or are empty")
+    mode = f"encoding_mode reads the last {model.num_tokens} of {count} special tokens"
+    _require(1 <= model.num_tokens <= count, directory / "encoder_decoder_config.json", mode)
     parts = [(ADAPTER_WEIGHTS, "trainable_tokens_delta", model.tokens_MD, (count, width))]
     for name, size in (("reconstruction", width), ("alignment", model.alignment["bias"].size)):
-        kernel, bias = getattr(model, name)["kernel"], getattr(model, name)["bias"]
-        # In the order of the file: (out, in).
-        parts.append((f"{name}_mlp", "projection.weight", kernel.T, (size, width)))
-        parts.append((f"{name}_mlp", "projection.bias", bias, (size,)))
+        head = getattr(model, name)  # its weight in the order of the file: (out, in)
+        parts.append((f"{name}_mlp", "projection.weight", head["kernel"].T, (size, width)))
+        parts.append((f"{name}_mlp", "projection.bias", head["bias"], (size,)))
     for key, value in model.lora["tensors"].items() if model.lora else ():
         _require(LORA_KEY.fullmatch(key), directory / ADAPTER_WEIGHTS, f"unexpected tensor {key}")
         parts.append((ADAPTER_WEIGHTS, key, value, value.shape))
     for file, key, value, shape in parts:
-        found = f"{key} has shape {value.shape}, expected {shape} for {count} tokens of width {width}"
-        _require(value.shape == shape, directory / file, found)
+        _require_shape(directory / file, key, value, shape)
         _require(np.isfinite(value).all(), directory / file, f"{key} holds NaN or infinite numbers")
-
-
-def _encoder_config(backbone_config, dtype, ids, vocab_size):
-    """Returns encoder/config.json: the backbone's config, and what the published training adds to it."""
-    config = hf_config_v4(backbone_config)
-    original = vocab_size - len(ids)
-    config["num_tokens"] = max(config.get("vocab_size", original), original) + len(ids)
-    # The published package resizes the embedding matrix to the tokenizer, so this is its number of rows.
-    config |= {"torch_dtype": dtype, "vocab_size": vocab_size, "tokenizer_original_num_tokens": original}
-    return config | {"num_special_tokens": len(ids), "special_tokens_ids": ids}
 
 
 def _tokenizer_files(tokenizer, special_tokens):
     """Returns tokenizer.json, tokenizer_config.json, the ids of the special tokens, the vocabulary size.
 
-    Both transformers 4.56 and 5 read them.
-    Not `save_pretrained`: 4.56 knows neither the class name nor the list of extra tokens that 5 saves, and
-    neither saves the padding side, on which every vector of the published package depends.
+    Not `save_pretrained`: transformers 4.56 knows neither the class name nor the list of extra tokens that 5
+    saves, and neither saves the padding side, on which every vector of the published package depends.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
@@ -365,13 +354,11 @@ def _tokenizer_files(tokenizer, special_tokens):
         "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, fields["added_tokens"])},
     }
     config |= {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None))}
-    if "pad_token" not in config:
-        _require("eos_token" in config, "tokenizer", "has no pad_token and no eos_token. Set one of them")
-        config["pad_token"] = config["eos_token"]
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
+    # Without a pad token the published training pads with the end-of-text token.
+    config.setdefault("pad_token", config.get("eos_token"))
+    _require(config["pad_token"], "tokenizer", "has no pad_token and no eos_token. Set one of them")
+    if isinstance(template := tokenizer.chat_template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        config["chat_template"] = template
+    config |= {"chat_template": template} if template else {}
     ids = [backend.token_to_id(token) for token in special_tokens]
     return fields, config, ids, backend.get_vocab_size()

@@ -1,8 +1,8 @@
 """Reads and writes the files of `torch.save({"state_dict": ..., "config": {...}})` without torch.
 
-Such a file is a zip of a pickle (`data.pkl`) and one record of raw bytes per storage (`data/0`, `data/1`, ...).
-A pickle is a program; the reader here runs only the handful of instructions and names that a dict of tensors
-needs, and refuses the file otherwise.
+Such a file is a zip of a pickle (`data.pkl`) and of one record of raw bytes per tensor (`data/0`, ...).
+A pickle is a program; the reader runs only the few instructions and names that tensors need, and refuses all
+else.
 """
 
 import collections
@@ -26,39 +26,38 @@ STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
 }
 OPCODES = frozenset(
-    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE"
-    " TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NONE NEWTRUE NEWFALSE BINPUT"
-    " LONG_BINPUT BINGET LONG_BINGET".split()
+    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS"
+    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NONE NEWTRUE"
+    " NEWFALSE BINPUT LONG_BINPUT BINGET LONG_BINGET".split()
 )
 MAX_PICKLE_BYTES = 1 << 20
 ALIGNMENT = 64
 
 
 class _Rebuild:
-    """Stands in for torch._utils._rebuild_tensor_v2. Without a __dict__, so that a pickle cannot alter it."""
+    """Stands in for torch._utils._rebuild_tensor_v2. Has no __dict__, so that a pickle cannot alter it."""
 
     __slots__ = ()
 
     def __call__(self, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+        where = f"a tensor of size {size}, offset {offset} and stride {stride}"
         if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-            raise pickle.UnpicklingError(f"a tensor of size {size} has offset {offset} and stride {stride}")
+            raise pickle.UnpicklingError(f"{where} is malformed")
         count = math.prod(size)
-        end = offset + (1 + sum((n - 1) * step for n, step in zip(size, stride)) if count else 0)
-        # `count`: a stride of 0 could ask for any amount of memory, and state_dict() never holds such a tensor.
-        if max(end, count) > storage.size:
-            raise pickle.UnpicklingError(
-                f"a tensor of size {size}, offset {offset} and stride {stride} leaves its storage of {storage.size}"
-            )
+        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1
+        # `count`: a stride of 0 makes a tensor of any size out of one number; no state_dict holds one.
+        if max(offset + last + 1, count) > storage.size:
+            raise pickle.UnpicklingError(f"{where} leaves its storage of {storage.size}")
         steps = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
+        return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles `data.pkl`; `storage(key, dtype)` returns the flat array of one record."""
+    """Unpickles `data`, taking the bytes of tensors from `archive`, an open zip, under the folder `root`."""
 
-    def __init__(self, data, storage):
+    def __init__(self, data, archive, root):
         super().__init__(io.BytesIO(data))
-        self.storage = storage
+        self.archive, self.root, self.records = archive, root, {}
 
     def find_class(self, module, name):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -74,7 +73,9 @@ class _Unpickler(pickle.Unpickler):
         kind, name, key, _, count = pid
         if kind != "storage" or name not in STORAGES:
             raise pickle.UnpicklingError(f"unexpected record {kind!r} of {name!r}")
-        array = self.storage(key, STORAGES[name])
+        if key not in self.records:
+            self.records[key] = self.archive.read(f"{self.root}data/{key}")
+        array = np.frombuffer(self.records[key], STORAGES[name])
         if array.size != count:
             raise pickle.UnpicklingError(f"record data/{key} holds {array.size} numbers, expected {count}")
         return array
@@ -82,42 +83,27 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(archive):
     """Returns the object that an open zip holds."""
-    infos = {info.filename: info for info in archive.infolist()}
-    roots = [
-        name.removesuffix("data.pkl") for name in infos if name.count("/") == 1 and name.endswith("/data.pkl")
-    ]
-    if len(roots) != 1:
-        raise pickle.UnpicklingError("it has no data.pkl")
-    root = roots[0]
-    # torch never compresses: with stored records that do not overlap, the file's size bounds the memory needed.
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+    sizes = {info.filename: info.file_size for info in archive.infolist()}
+    roots = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
+    if len(roots) != 1 or sizes[f"{roots[0]}data.pkl"] > MAX_PICKLE_BYTES:
+        raise pickle.UnpicklingError(f"it holds no data.pkl of at most {MAX_PICKLE_BYTES} bytes")
+    # torch never compresses: with records stored apart, the size of the file bounds the memory needed.
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise pickle.UnpicklingError("it holds compressed records")
-    if sum(info.file_size for info in infos.values()) > os.fstat(archive.fp.fileno()).st_size:
+    if sum(sizes.values()) > os.fstat(archive.fp.fileno()).st_size:
         raise pickle.UnpicklingError("its records overlap")
-    if f"{root}byteorder" in infos and archive.read(f"{root}byteorder") != b"little":
+    byteorder = f"{roots[0]}byteorder"
+    if byteorder in sizes and archive.read(byteorder) != b"little":
         raise pickle.UnpicklingError("it was written on a big-endian machine")
-    if infos[f"{root}data.pkl"].file_size > MAX_PICKLE_BYTES:
-        raise pickle.UnpicklingError(f"data.pkl is larger than {MAX_PICKLE_BYTES} bytes")
 
-    data = archive.read(f"{root}data.pkl")
+    data = archive.read(f"{roots[0]}data.pkl")
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in OPCODES:
             raise pickle.UnpicklingError(f"unexpected pickle instruction {opcode.name}")
         # Unpickling allocates as many slots as the largest number that it is told to store at.
         if opcode.name == "LONG_BINPUT" and argument > len(data):
             raise pickle.UnpicklingError(f"unexpected pickle memo number {argument}")
-
-    records = {}
-
-    def storage(key, dtype):
-        name = f"{root}data/{key}"
-        if name not in infos:
-            raise pickle.UnpicklingError(f"record data/{key} is missing")
-        if name not in records:
-            records[name] = archive.read(name)
-        return np.frombuffer(records[name], dtype)
-
-    return _Unpickler(data, storage).load()
+    return _Unpickler(data, archive, roots[0]).load()
 
 
 def _plain_dict(value, field, kinds):
@@ -133,29 +119,26 @@ def _plain_dict(value, field, kinds):
 def read(path):
     """Reads a file of tensors, executing nothing.
 
-    Returns (tensors, config): {name: array in the stored dtype}, and the dict of plain values beside it.
+    Returns (tensors, config): {name: read-only array in the stored dtype}, and the plain values beside it.
     Raises InputError naming the file when it is damaged, or holds anything but tensors and plain values.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             value = _unpickle(archive)
         if not isinstance(value, dict) or set(value) != {"state_dict", "config"}:
-            found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise pickle.UnpicklingError(f"expected a dict of state_dict and config, found {found}")
+            raise pickle.UnpicklingError("it is not a dict of state_dict and config")
         tensors = _plain_dict(value, "state_dict", np.ndarray)
         return tensors, _plain_dict(value, "config", (str, int, float, type(None)))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
-        # Damaged bytes can raise nearly anything inside zipfile and pickle; the answer is the same to all of it.
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{path}: not a readable torch file of tensors: {reason}. Fetch or export it again"
-        ) from None
+        # Damaged bytes raise nearly anything inside zipfile and pickle; the answer is the same to all of it.
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a readable torch file of tensors ({reason}). Fetch it again") from None
 
 
 def _program(tensors, config):
-    """Returns the `data.pkl` of `write`, assembled by hand because pickle can name only what it can import."""
+    """Returns the `data.pkl` of `write`, made by hand because pickle can name only what it can import."""
     dtypes = {dtype: name.encode() for name, dtype in STORAGES.items()}
     ordered_dict = b"ccollections\nOrderedDict\n)R"
 

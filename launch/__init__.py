@@ -1,0 +1,1 @@
+"""Commands: `python -m launch.NAME [CONFIG] [key=value ...]`; --help lists every key with its default."""

@@ -1,0 +1,47 @@
+"""python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy [key=value ...]"""
+
+import json
+
+import numpy as np
+
+from launch import start
+from llm2vec_gen_jax.config import DecodeConfig
+from llm2vec_gen_jax.data import read_texts
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import write_text
+
+
+def main(path, config):
+    from llm2vec_gen_jax import LLM2VecGen
+
+    given = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]
+    if len(given) != 1:
+        raise InputError(f"give one of text=, input= and soft_prompts=, found {' and '.join(given) or 'none'}")
+    texts = None
+    if config.soft_prompts:
+        try:
+            soft_prompts = np.load(config.soft_prompts, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"soft_prompts={config.soft_prompts}: not a .npy array ({error})") from None
+    else:
+        texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
+    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
+    if texts is not None:
+        _, soft_prompts = model.encode(
+            texts, batch_size=config.batch_size, max_length=config.max_length, return_soft_prompts=True
+        )
+    decoded = model.decode(
+        soft_prompts, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.batch_size
+    )
+    decoded = [decoded] if isinstance(decoded, str) else decoded
+    rows = [{"decoded": text} if texts is None else {"text": texts[row], "decoded": text} for row, text in enumerate(decoded)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if config.output:
+        write_text(config.output, lines)
+        print(f"written: {config.output} ({len(rows)} lines)")
+    else:
+        print(lines, end="")
+
+
+if __name__ == "__main__":
+    start.run(DecodeConfig, main, "MODEL")

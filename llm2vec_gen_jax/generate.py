@@ -1,0 +1,137 @@
+"""Batched generation with a KV cache: prompts of any length in one batch, one compiled decode loop."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
+from llm2vec_gen_jax.backbone import Backbone
+from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax.encode import ladder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_p is the nucleus (Holtzman et al. 2020)."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def generate(backbone, ids, sampling, seed=0, row_ids=None):
+    """Continues prompts given as id lists. Returns a list of id lists without their stop token.
+
+    row_ids: integers that, with the seed, fix each row's random numbers, so that a sample does not depend on the
+    batch it is in; default: 0, 1, ...
+    """
+    return _continue(backbone, ids, None, sampling, seed, row_ids)
+
+
+def generate_from_soft_prompts(backbone, soft_prompts_BKD, sampling, seed=0, row_ids=None):
+    """Continues soft prompts (B, K, D): the text that the frozen LLM reads out of them. Returns id lists."""
+    return _continue(backbone, None, np.asarray(soft_prompts_BKD, np.float32), sampling, seed, row_ids)
+
+
+def ended(ids, sampling):
+    """Whether a generated row came to its own end, rather than to max_new_tokens."""
+    return len(ids) < sampling.max_new_tokens
+
+
+def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
+    count = len(ids) if ids is not None else len(soft_prompts_BKD)
+    shards = sharding.batch_shards(backbone.mesh)
+    size = -(-count // shards) * shards
+    row_ids = np.arange(size, dtype=np.int32) if row_ids is None else np.resize(np.asarray(row_ids, np.int32), size)
+    if ids is not None:
+        lengths_B = np.array([len(row) for row in ids] + [1] * (size - count), np.int32)
+        prompt = pad([*ids, *[[0]] * (size - count)], ladder(lengths_B.max()))
+    else:
+        lengths_B = np.full(size, soft_prompts_BKD.shape[1], np.int32)
+        prompt = np.concatenate([soft_prompts_BKD, np.zeros((size - count, *soft_prompts_BKD.shape[1:]), np.float32)])
+    prompt, lengths_B, row_ids = sharding.put_batch((prompt, lengths_B, row_ids), backbone.mesh)
+    stop = tuple(backbone.tokenizer.stop_ids)
+    out_BN, count_B = _generate(
+        backbone.architecture, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, np.int32(seed)
+    )
+    out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
+    return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(architecture, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
+    """prompt: ids (B, P) or soft prompts (B, P, D). Returns (ids (B, max_new_tokens), number of ids before a stop).
+
+    The cache has P slots for the right-padded prompts, then one for every new token; the gap between a short prompt
+    and its first new token is never visible, and positions count real tokens only.
+    """
+    model = Backbone(architecture)
+    variables, N = {"params": frozen}, sampling.max_new_tokens
+    x_BPD = prompt if prompt.ndim == 3 else model.apply(variables, prompt, method="embed")
+    x_BPD = x_BPD.astype(frozen["embedding"].dtype)
+    B, P, _ = x_BPD.shape
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_ids_B)
+    stop = jnp.array(stop_ids, jnp.int32)
+
+    def choose(hidden_BD, step):
+        logits_BV = model.apply(variables, hidden_BD, method="logits")
+        if sampling.temperature == 0:
+            return logits_BV.argmax(axis=-1).astype(jnp.int32)
+        logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
+        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
+            keys_B, logits_BV
+        ).astype(jnp.int32)
+
+    hidden_BPD, prefix = model.apply(variables, x_BPD, jnp.broadcast_to(jnp.arange(P), (B, P)), CAUSAL)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, N), (0, 0), (0, 0))), prefix)
+    last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    slot = jnp.arange(P + N)
+
+    def unfinished(state):
+        step, _, done_B, *_ = state
+        return (step < N) & ~done_B.all()
+
+    def advance(state):
+        step, token_B, done_B, count_B, out_BN, cache = state
+        done_B = done_B | jnp.isin(token_B, stop)
+        out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, jnp.where(done_B, 0, token_B)[:, None], step, axis=1)
+        count_B = count_B + ~done_B
+        visible_BS = (slot < lengths_B[:, None]) | ((slot >= P) & (slot < P + step))
+        x_B1D = model.apply(variables, token_B[:, None], method="embed")
+        hidden_B1D, own = model.apply(
+            variables, x_B1D, (lengths_B + step)[:, None], Visibility(causal=True, cache_BS=visible_BS), cache
+        )
+        cache = KVCache(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=2)
+                for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(own))
+            )
+        )
+        return step + 1, choose(hidden_B1D[:, 0], step + 1), done_B, count_B, out_BN, cache
+
+    zeros_B = jnp.zeros(B, jnp.int32)
+    state = (jnp.int32(0), choose(last_BD, 0), zeros_B.astype(bool), zeros_B, jnp.zeros((B, N), jnp.int32), cache)
+    _, _, _, count_B, out_BN, _ = jax.lax.while_loop(unfinished, advance, state)
+    return out_BN, count_B
+
+
+def _nucleus(logits_BV, top_p):
+    """Keeps the most likely tokens up to a total probability of top_p, the one that crosses it included."""
+    if top_p >= 1:
+        return logits_BV
+    # A bisection of the smallest probability kept: much cheaper than sorting the vocabulary.
+    probability_BV = jax.nn.softmax(logits_BV, axis=-1)
+
+    def halve(_, bounds):
+        low_B, high_B = bounds
+        middle_B = (low_B + high_B) / 2
+        enough_B = jnp.where(probability_BV >= middle_B[:, None], probability_BV, 0).sum(axis=-1) >= top_p
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    top_B = probability_BV.max(axis=-1)
+    low_B, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top_B), top_B))
+    return jnp.where(probability_BV >= low_B[:, None], logits_BV, -jnp.inf)

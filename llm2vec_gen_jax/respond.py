@@ -1,0 +1,82 @@
+"""The LLM's own responses to queries: greedy or sampled, in length-sorted batches, resumable line by line."""
+
+import pathlib
+
+import numpy as np
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import data, progress, sharding
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import JsonlAppender, fingerprint
+from llm2vec_gen_jax.generate import Sampling, ended, generate
+from llm2vec_gen_jax.loading import load_backbone
+
+
+def open_backbone(config):
+    """Loads the backbone of a command's config on its mesh."""
+    return load_backbone(config.backbone.path, config.backbone.dtype, sharding.make_mesh(config.mesh))
+
+
+def shard_path(output, shard):
+    """Returns the output path; of one of many shards, with its number before the suffix."""
+    if not 0 <= shard.index < shard.count:
+        raise InputError(f"shard.index={shard.index} must be within 0 and shard.count - 1 = {shard.count - 1}")
+    path = pathlib.Path(output)
+    if path.suffix != ".jsonl":
+        raise InputError(f"output={output}: must end in .jsonl (lines are appended; compress it afterwards)")
+    if shard.count == 1:
+        return path
+    return path.with_name(f"{path.stem}.{shard.index:05}-of-{shard.count:05}.jsonl")
+
+
+def respond(config, backbone=None):
+    """Writes the responses of a RespondConfig; an interrupted run goes on where it stopped. Returns the path.
+
+    One line {id, question, answer, finish} per query, longest prompts first; finish is "stop", or "length" for a
+    response cut at max_new_tokens. Every query is answered once, however often the run is killed and repeated.
+    """
+    config_lib.require(config, "input", "output")
+    path = shard_path(config.output, config.shard)
+    records = data.read_records(config.input, ("question",), limit=config.limit)
+    for number, record in enumerate(records):
+        record.setdefault("id", number)
+    if len({record["id"] for record in records}) < len(records):
+        raise InputError(f"{config.input}: the ids are not unique, so a resumed run could not tell lines apart")
+    backbone = backbone or open_backbone(config)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    run = {
+        "command": "respond",
+        "backbone": backbone.identity,
+        "input": fingerprint(records),
+        "sampling": [config.max_new_tokens, config.temperature, config.top_p, config.seed],
+        "batch": [config.batch_size, config.max_prompt_length],
+        "shard": [config.shard.index, config.shard.count],
+    }
+    mine = list(range(config.shard.index, len(records), config.shard.count))
+    with JsonlAppender(path, run, config.overwrite) as output:
+        prompts = {
+            row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in mine
+        }
+        mine.sort(key=lambda row: -len(prompts[row]))
+        done = {row["id"] for row in output.rows}
+        with progress.bar(len(mine), "response", "respond", initial=len(done)) as bar:
+            for start in range(0, len(mine), config.batch_size):
+                rows = mine[start : start + config.batch_size]
+                if all(records[row]["id"] in done for row in rows):
+                    continue
+                # A batch that was cut off half-way is computed whole again: its numbers do not change.
+                ids = [prompts[row] for row in rows] + [[0]] * (config.batch_size - len(rows))
+                numbers = np.array(rows + [0] * (config.batch_size - len(rows)))
+                answers = generate(backbone, ids, sampling, config.seed, numbers)
+                new = [
+                    records[row]
+                    | {
+                        "answer": backbone.tokenizer.decode(answer).strip(),
+                        "finish": "stop" if ended(answer, sampling) else "length",
+                    }
+                    for row, answer in zip(rows, answers)
+                    if records[row]["id"] not in done
+                ]
+                output.append(new)
+                bar.update(len(new))
+    return path
