@@ -1,5 +1,6 @@
 """Learning-rate schedule and AdamW, as the published training has them."""
 
+import jax
 import optax
 
 
@@ -17,6 +18,10 @@ def make_schedule(config):
 
 
 def make_optimizer(config):
-    """Returns the optax chain of an OptimizerConfig: clip by global norm, then AdamW."""
+    """Returns the optax chain of an OptimizerConfig: clip by global norm, then AdamW. Biases do not decay."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    return optax.chain(clip, optax.adamw(make_schedule(config), weight_decay=config.weight_decay))
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "bias", params)
+
+    return optax.chain(clip, optax.adamw(make_schedule(config), weight_decay=config.weight_decay, mask=decays))

@@ -1,0 +1,129 @@
+"""Shared by all tests: fake devices, tiny random backbones of every family, the real default backbone."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+
+from llm2vec_gen_jax import config, sharding  # noqa: E402
+from llm2vec_gen_jax.download import cache_folder  # noqa: E402
+from llm2vec_gen_jax.loading import load_backbone  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled-tests"))
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+
+
+def one_device_mesh():
+    """The mesh (1, 1, 1)."""
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+
+
+def tiny_tokenizer(bos=False):
+    """A byte-level tokenizer of 260 ids with ChatML control tokens; one id per byte."""
+    from transformers import PreTrainedTokenizerFast
+
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(control + alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|begin|>" if bos else None,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_torch_model(family, **changes):
+    """A random torch causal LM in float32: 3 layers, hidden 32, 4 query and 2 key/value heads, 264 rows."""
+    import torch
+    import transformers
+
+    settings = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "tie_word_embeddings": family != "llama",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": 0.2,
+    }
+    if family == "llama3":
+        settings["rope_parameters"] = LLAMA3_ROPE | {"rope_theta": 500000.0}
+    if family == "qwen2":
+        del settings["head_dim"]  # Qwen2's config has no such field
+    if family == "qwen3":
+        settings["head_dim"] = 16  # explicit: heads * head_dim is not hidden_size
+    settings |= changes
+    torch.manual_seed(0)
+    name = {"llama": "Llama", "llama3": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or "bias" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)  # otherwise ones and zeros hide mistakes
+    return model.float().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """family -> the Hugging Face folder of a tiny random model with its tokenizer, made once."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            tiny_torch_model(family).save_pretrained(made[family])
+            tiny_tokenizer().save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """family -> the tiny model, loaded on one device in float32."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = load_backbone(str(tiny_folder(family)), "float32", one_device_mesh())
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real default backbone on one device in float32."""
+    return load_backbone("smollm2-135m", "float32", one_device_mesh())
