@@ -54,6 +54,7 @@ if importlib.util.find_spec("datasets") is None:
     # goes away again, because other libraries ask whether `datasets` is there.
     sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
     from llm2vec_gen.dataset import CustomCollator, DataSample
+
     del sys.modules["datasets"]
 else:
     from llm2vec_gen.dataset import CustomCollator, DataSample
@@ -152,9 +153,7 @@ def peak_rss_mb():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone")
     parser.add_argument("pairs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
@@ -174,7 +173,7 @@ def main():
         print(json.dumps(fields), file=replies, flush=True)
 
     torch.set_num_threads(arguments.threads)
-    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)    # the tokenizer's threads
+    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # the tokenizer's threads
     torch.manual_seed(SEED)
     dtype = getattr(torch, arguments.dtype)
 
@@ -194,7 +193,7 @@ def main():
 
     if arguments.checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()       # as the Trainer does; layers checkpoint in train mode only
+    model.train()  # as the Trainer does; layers checkpoint in train mode only
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Fused is the Trainer's default.
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

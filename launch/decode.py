@@ -34,7 +34,9 @@ def main(path, config):
         soft_prompts, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.batch_size
     )
     decoded = [decoded] if isinstance(decoded, str) else decoded
-    rows = [{"decoded": text} if texts is None else {"text": texts[row], "decoded": text} for row, text in enumerate(decoded)]
+    rows = [{"decoded": text} for text in decoded]
+    if texts is not None:
+        rows = [{"text": text, **row} for text, row in zip(texts, rows)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if config.output:
         write_text(config.output, lines)

@@ -109,9 +109,8 @@ def from_hf_config(config, source):
 
 def to_hf_config(architecture):
     """Returns a config.json dict that transformers 4.5x and 5 both read."""
-    for family, switches in _FAMILIES.items():
-        if all(getattr(architecture, key) == value for key, value in switches.items()):
-            break
+    switches = {"qkv_bias": architecture.qkv_bias, "qk_norm": architecture.qk_norm}
+    family = next(family for family, its_switches in _FAMILIES.items() if its_switches == switches)
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     scaling = architecture.rope_scaling
     return {

@@ -9,7 +9,6 @@ from llm2vec_gen_jax import layers
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, attend
 
-
 # What the backward pass keeps of a layer: the results of its matrix products, no more. Norms, rotations, the
 # attention weights (the largest of all) and activations are computed again, which costs next to nothing.
 _KEPT = "kept"

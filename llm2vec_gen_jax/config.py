@@ -6,6 +6,8 @@ The architecture of a backbone is never configured: it is read from the backbone
 """
 
 import dataclasses
+import math
+import re
 import typing
 
 import omegaconf
@@ -15,9 +17,12 @@ from omegaconf import OmegaConf
 from llm2vec_gen_jax.errors import InputError, nearest
 
 
-def setting(default, help, choices=None):
-    """Declares a config field with its help text and, where only some values make sense, the choices."""
-    metadata = {"help": help, "choices": choices}
+def setting(default, help, choices=None, least=0):
+    """Declares a config field with its help text and, where only some values make sense, the choices.
+
+    least: the smallest value of a number.
+    """
+    metadata = {"help": help, "choices": choices, "least": least}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -42,7 +47,9 @@ class BackboneConfig:
 
 @dataclasses.dataclass
 class CompressionConfig:
-    num_tokens: int = setting(10, "trainable compression tokens K whose last hidden states become the embedding")
+    num_tokens: int = setting(
+        10, "trainable compression tokens K whose last hidden states become the embedding", least=1
+    )
     num_thought_tokens: int = setting(0, "extra trainable tokens before the K, computed and not read")
 
 
@@ -58,35 +65,35 @@ class TeacherConfig:
     )
     adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order")
     path: str | None = setting(None, "kind=file: a .npy of float targets (rows of data.responses, E)")
-    batch_size: int = setting(32, "responses per teacher pass")
+    batch_size: int = setting(32, "responses per teacher pass", least=1)
 
 
 @dataclasses.dataclass
 class DataConfig:
     responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
     split: str = setting("train", "split of a Hugging Face dataset")
-    max_query_length: int = setting(512, "tokens of a query, the compression tokens included")
-    max_answer_length: int = setting(512, "tokens of an answer, its end token included")
+    max_query_length: int = setting(512, "tokens of a query, the compression tokens included", least=1)
+    max_answer_length: int = setting(512, "tokens of an answer, its end token included", least=1)
     answer_suffix: str = setting(
         "auto", "ends every answer; auto: the tokenizer's end token; else a literal (<|end_of_text|> as published)"
     )
     shuffle: bool = setting(True, "a new order every epoch")
     seed: int = setting(0, "of the order")
-    max_buckets: int = setting(8, "padded lengths that are compiled, for queries and for answers each")
+    max_buckets: int = setting(8, "padded lengths that are compiled, for queries and for answers each", least=1)
 
 
 @dataclasses.dataclass
 class LossConfig:
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
-    chunk_tokens: int = setting(512, "answer tokens whose logits are in memory at a time")
+    chunk_tokens: int = setting(512, "answer tokens whose logits are in memory at a time", least=1)
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
     learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
     schedule: str = setting("linear", "after the warm-up", ("linear", "constant", "cosine"))
-    schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero")
+    schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero", least=1)
     warmup_steps: int = setting(100, "steps of linear warm-up")
     weight_decay: float = setting(0.0, "of AdamW")
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped; 0: no clipping")
@@ -94,12 +101,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class TrainSettings:
-    steps: int = setting(5_000, "optimizer steps")
-    batch_size: int = setting(32, "global batch size")
+    steps: int = setting(5_000, "optimizer steps", least=1)
+    batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "of the initial trainable parameters")
-    log_every: int = setting(10, "steps between records in metrics.jsonl")
-    checkpoint_every: int = setting(500, "steps between checkpoints")
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
+    checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
     output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
     overwrite: bool = setting(False, "delete what is in the run directory first")
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
@@ -107,15 +114,15 @@ class TrainSettings:
 
 @dataclasses.dataclass
 class MeshConfig:
-    data: int = setting(-1, "devices over which a batch is split; -1: the rest")
-    fsdp: int = setting(1, "devices over which batch and backbone weights are split")
-    tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split")
+    data: int = setting(-1, "devices over which a batch is split; -1: the rest", least=-1)
+    fsdp: int = setting(1, "devices over which batch and backbone weights are split", least=-1)
+    tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split", least=-1)
 
 
 @dataclasses.dataclass
 class ShardConfig:
     index: int = setting(0, "this process's share of the input")
-    count: int = setting(1, "number of shares")
+    count: int = setting(1, "number of shares", least=1)
 
 
 @dataclasses.dataclass
@@ -138,9 +145,9 @@ class SynthesizeConfig:
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str | None = setting(None, "JSONL of {id, question}")
-    count: int = setting(1000, "queries to keep, over all shards")
-    batch_size: int = setting(32, "samples per generation batch")
-    max_new_tokens: int = setting(128, "longer samples are dropped")
+    count: int = setting(1000, "queries to keep, over all shards", least=1)
+    batch_size: int = setting(32, "samples per generation batch", least=1)
+    max_new_tokens: int = setting(128, "longer samples are dropped", least=1)
     temperature: float = setting(1.0, "of the sampling")
     top_p: float = setting(0.95, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
@@ -156,10 +163,12 @@ class RespondConfig:
     backbone: BackboneConfig = section(BackboneConfig)
     input: str | None = setting(None, "JSONL[.gz] of {question} (and id)")
     output: str | None = setting(None, "JSONL of {id, question, answer}")
-    limit: int | None = setting(None, "only the first so many queries")
-    batch_size: int = setting(32, "prompts per generation batch")
-    max_prompt_length: int = setting(1024, "tokens of a prompt, chat template included; longer questions are cut")
-    max_new_tokens: int = setting(500, "tokens of a response")
+    limit: int | None = setting(None, "only the first so many queries", least=1)
+    batch_size: int = setting(32, "prompts per generation batch", least=1)
+    max_prompt_length: int = setting(
+        1024, "tokens of a prompt, chat template included; longer questions are cut", least=1
+    )
+    max_new_tokens: int = setting(500, "tokens of a response", least=1)
     temperature: float = setting(0.0, "0: greedy")
     top_p: float = setting(1.0, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
@@ -176,8 +185,8 @@ class EncodeConfig:
     output: str | None = setting(None, "new directory for embeddings.npy and manifest.json")
     field: str = setting("text", "of the JSONL objects")
     instruction: str = setting("", "put before every text, with one space")
-    batch_size: int = setting(32, "texts per batch")
-    max_length: int = setting(512, "tokens of a text, the compression tokens included")
+    batch_size: int = setting(32, "texts per batch", least=1)
+    max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
     normalize: bool = setting(False, "to unit length")
     save_soft_prompts: bool = setting(False, "also write soft_prompts.npy, which `decode` reads")
     dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
@@ -193,9 +202,9 @@ class DecodeConfig:
     soft_prompts: str | None = setting(None, "a .npy (n, K, D) that `encode save_soft_prompts=true` wrote")
     output: str | None = setting(None, "JSONL to write; printed when not given")
     field: str = setting("text", "of the JSONL objects")
-    batch_size: int = setting(16, "texts per batch")
-    max_length: int = setting(512, "tokens of a text, the compression tokens included")
-    max_new_tokens: int = setting(128, "tokens of a decoded text")
+    batch_size: int = setting(16, "texts per batch", least=1)
+    max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
+    max_new_tokens: int = setting(128, "tokens of a decoded text", least=1)
     temperature: float = setting(0.0, "0: greedy")
     top_p: float = setting(1.0, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
@@ -209,10 +218,10 @@ class QuickstartConfig:
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume")
-    queries: int = setting(320, "queries that the LLM writes")
-    max_new_tokens: int = setting(64, "tokens of a response")
-    steps: int = setting(300, "training steps")
-    batch_size: int = setting(8, "training batch")
+    queries: int = setting(320, "queries that the LLM writes", least=1)
+    max_new_tokens: int = setting(64, "tokens of a response", least=1)
+    steps: int = setting(300, "training steps", least=1)
+    batch_size: int = setting(8, "training batch", least=1)
     learning_rate: float = setting(1e-3, "peak; high, because the run is short")
     seed: int = setting(0, "of everything")
     overwrite: bool = setting(False, "start anew")
@@ -228,8 +237,8 @@ def load(schema, file=None, overrides=()):
     config = OmegaConf.structured(schema)
     if file is not None:
         values = _read_yaml(file)
-        recipe = {key: values[key] for key in values if key not in config and key in _keys(TrainConfig)}
-        _merge(OmegaConf.structured(TrainConfig), recipe, file)
+        recipe = {key: values[key] for key in values if key not in _keys(schema) and key in _keys(TrainConfig)}
+        _check(OmegaConf.to_object(_merge(OmegaConf.structured(TrainConfig), recipe, file)))
         config = _merge(config, {key: values[key] for key in values if key not in recipe}, file)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -237,7 +246,7 @@ def load(schema, file=None, overrides=()):
             raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
         config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
     instance = OmegaConf.to_object(config)
-    _check_choices(instance)
+    _check(instance)
     return instance
 
 
@@ -281,6 +290,8 @@ def _read_yaml(file):
             values = yaml.safe_load(handle)
     except FileNotFoundError:
         raise InputError(f"{file}: no such config file") from None
+    except OSError as error:
+        raise InputError(f"{file}: not a readable config file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML ({error})") from None
     if not isinstance(values or {}, dict):
@@ -289,18 +300,56 @@ def _read_yaml(file):
 
 
 def _merge(config, values, source):
+    values = _known(OmegaConf.get_type(config), values, source)
     try:
         # create() parses numbers as OmegaConf does (1e-3 is a float), not as YAML 1.1 does (a string).
         return OmegaConf.merge(config, OmegaConf.create(values))
-    except (omegaconf.errors.ConfigKeyError, omegaconf.errors.ConfigTypeError) as error:
-        key = error.full_key or error.key or "?"
-        schema = OmegaConf.get_type(config)
-        raise InputError(f"{source}: unknown key {key}{nearest(str(key), _leaves(schema))}") from None
-    except (omegaconf.errors.ValidationError, ValueError) as error:
+    except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None) or "?"
         raise InputError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise InputError(f"{source}: {str(error).splitlines()[0]}") from None
+
+
+def _known(schema, values, source, prefix=""):
+    """Returns nested values ready for OmegaConf. Raises InputError for what is not of the schema."""
+    known = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        field = next((field for field in dataclasses.fields(schema) if field.name == key), None)
+        if field is None:
+            raise InputError(f"{source}: unknown key {name}{_nearest_key(schema, str(key), prefix)}")
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value or {}, dict):
+                raise InputError(f"{source}: {name} is a section of keys ({', '.join(_keys(field.type))})")
+            known[key] = _known(field.type, value or {}, source, f"{name}.")
+        elif isinstance(value, bool) and field.type is not bool:
+            raise InputError(f"{source}: {name}: YAML takes this for {str(value).lower()}. Put text in quotes")
+        elif "???" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
+        elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
+            raise InputError(f"{source}: {name}: expected a list of text, found {value!r}")
+        elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
+            raise InputError(f"{source}: {name}: expected a single value, found {value!r}")
+        else:
+            known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
+    return known
+
+
+def _literal(value):
+    """Escapes a string for OmegaConf, to which ${...} is an interpolation; to us it is text like any other."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _is_list_of_text(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _nearest_key(schema, key, prefix=""):
+    sections = [field.name for field in dataclasses.fields(schema) if dataclasses.is_dataclass(field.type)]
+    if key in sections:
+        return f": it is a section; its keys are {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
+    if key in _leaves(schema):
+        return f": write {key.rpartition('.')[2]} below `{key.rpartition('.')[0]}:`"
+    return nearest(prefix + key, [prefix + leaf for leaf in _leaves(schema)] + [prefix + name for name in sections])
 
 
 def _keys(schema):
@@ -329,14 +378,18 @@ def _help_of(schema, key):
 def _value(schema, key, text):
     """Turns a command-line value into what its field expects; strings are taken as they are."""
     if key not in _leaves(schema):
-        raise InputError(f"command line: unknown key {key}{nearest(key, _leaves(schema))}")
+        raise InputError(f"command line: unknown key {key}{_nearest_key(schema, key)}")
     kind = _field_of(schema, key).type
     if typing.get_origin(kind) is list:
-        value = yaml.safe_load(text) if text.startswith("[") else [part for part in text.split(",") if part]
-        return value
-    if text in ("null", "None") and type(None) in typing.get_args(kind):
-        return None
-    return text.replace("${", "\\${")  # user text is never an interpolation
+        return _list_value(key, text) if text.startswith("[") else [part for part in text.split(",") if part]
+    return None if text in ("null", "None") and type(None) in typing.get_args(kind) else text
+
+
+def _list_value(key, text):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"command line: {key}={text}: not a list. Write a,b or [a, b]") from None
 
 
 def _nest(key, value):
@@ -345,10 +398,13 @@ def _nest(key, value):
     return value
 
 
-def _check_choices(instance, prefix=""):
+def _check(instance, prefix=""):
+    """Raises InputError for an unknown choice and for a number that makes no sense."""
     for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
+        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            _check_choices(value, f"{prefix}{field.name}.")
+            _check(value, f"{name}.")
         elif field.metadata["choices"] and value not in field.metadata["choices"]:
-            raise InputError(f"{prefix}{field.name}={value}: unknown{nearest(value, field.metadata['choices'])}")
+            raise InputError(f"{name}={value}: unknown{nearest(value, field.metadata['choices'])}")
+        elif isinstance(value, (int, float)) and not field.metadata["least"] <= value < math.inf:
+            raise InputError(f"{name}={value}: must be a number, at least {field.metadata['least']}")

@@ -29,14 +29,18 @@ def read_records(source, columns, split="train", limit=None):
     for where, row in rows:
         if limit is not None and len(records) == limit:
             break
+        if not isinstance(row.get("id", 0), (str, int)):
+            raise InputError(f"{where}: 'id' must be a string or a whole number, found {row['id']!r}")
         for column in columns:
             if column not in row:
                 raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
             if not isinstance(row[column], str):
                 raise InputError(f"{where}: {column!r} must be a string, found {type(row[column]).__name__}")
-            if not row[column].isascii() and any("\ud800" <= char <= "\udfff" for char in row[column]):
-                raise InputError(f"{where}: {column!r} holds half of a surrogate pair, which is no valid text")
-        records.append({key: row[key] for key in ("id", *columns) if key in row})
+        record = {key: row[key] for key in ("id", *columns) if key in row}
+        for key, value in record.items():
+            if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+                raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is no valid text")
+        records.append(record)
     if not records:
         raise InputError(f"{source}: no rows")
     return records
@@ -153,15 +157,15 @@ class Batch:
 class Plan:
     """Batches as a pure function of (seed, lengths, step): no state, so a run resumes from an integer.
 
-    Examples fall into cells by their padded query and answer lengths; batches are cut inside the shuffled cells, and
-    what is left over is sorted and cut too, so that only len % batch_size examples (others every epoch) sit out.
+    Examples fall into cells by their padded query and answer lengths. An epoch is shuffled, then sorted by cell and
+    cut, so only len % batch_size examples (others every epoch) sit out; the order of its batches is shuffled too.
     """
 
     def __init__(self, query_lengths, answer_lengths, batch_size, max_buckets, shuffle, seed):
         count = len(query_lengths)
         if count < batch_size:
             raise InputError(f"{count} examples do not fill a batch of {batch_size}: lower train.batch_size")
-        # With few examples, many cells would only make leftovers.
+        # With few examples, many cells would only make batches that straddle them.
         buckets = min(max_buckets, max(1, int((count / (4 * batch_size)) ** 0.5)))
         self.query_edges = choose_edges(query_lengths, buckets)
         self.answer_edges = choose_edges(answer_lengths, buckets)
@@ -180,14 +184,10 @@ class Plan:
         if not self.shuffle:
             return [self._batch(rows) for rows in self._cut(np.arange(len(self.query_cell)))]
         random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(len(self.query_cell))
-        cell = self.answer_cell[order] * len(self.query_edges) + self.query_cell[order]
-        order = order[np.argsort(cell, kind="stable")]
-        batches, leftover = [], []
-        for rows in np.split(order, np.cumsum(np.bincount(cell))):
-            batches += self._cut(rows)
-            leftover.append(rows[len(rows) // self.batch_size * self.batch_size :])
-        batches += self._cut(np.concatenate(leftover))
+        order = random.permutation(len(self.query_cell))[: self.batches_per_epoch * self.batch_size]
+        query, answer = self.query_cell[order], self.answer_cell[order]
+        # Queries up and down in turn, so that the two cells that a batch may straddle are neighbours.
+        batches = self._cut(order[np.lexsort((np.where(answer % 2, -query, query), answer))])
         return [self._batch(batches[index]) for index in random.permutation(len(batches))]
 
     def _cut(self, rows):

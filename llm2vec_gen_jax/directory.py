@@ -34,8 +34,9 @@ def save(directory, model, trainable, backbone, config, summary):
         **{head: dict(trainable[head]) for head in HEADS},
         extra={"version": __version__, "backbone_identity": backbone.identity, "config": config},
     )
-    card = _card(record, model, config, summary)
-    published.write(directory, record, backbone.tokenizer.hf, to_hf_config(model.architecture), card)
+    # The published generate() reads the end tokens from this config.
+    backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
+    published.write(directory, record, backbone.tokenizer.hf, backbone_config, _card(record, model, config, summary))
 
 
 def read(path):
@@ -93,7 +94,7 @@ def _card(record, model, config, summary):
         'vectors = model.encode(["What is the capital of France?"])',
         "```",
         "",
-        "In PyTorch: `LLM2VecGenModel.from_pretrained(\"THIS_DIRECTORY\")` of the package `llm2vec-gen`; there",
+        'In PyTorch: `LLM2VecGenModel.from_pretrained("THIS_DIRECTORY")` of the package `llm2vec-gen`; there',
         "`run_config.yml` must name the backbone as a Hugging Face folder or hub id.",
         "",
         "## Configuration",
@@ -104,4 +105,3 @@ def _card(record, model, config, summary):
         "",
     ]
     return "\n".join(lines)
-

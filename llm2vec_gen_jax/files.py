@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, and JSONL that survives a kill."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
@@ -8,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 
 from llm2vec_gen_jax.errors import InputError
 
@@ -49,6 +51,23 @@ def atomic_directory(path):
         raise
 
 
+@contextlib.contextmanager
+def exclusive(path):
+    """Lets one process at a time into the block; the others wait. A kill lets the next one in.
+
+    path: of a lock file, removed when the block succeeds; who waited for it must check whether there is still work.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which holds {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)
+
+
 def write_text(path, text):
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
@@ -66,7 +85,7 @@ def read_json(path):
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -104,7 +123,7 @@ def read_lines(path):
             f"{path}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "
             "Convert the file, for example with `iconv -t utf-8`"
         ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}, after line {number}: damaged gzip file ({error})") from None
 
 
@@ -120,6 +139,8 @@ def read_jsonl(path):
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise InputError(f"{path}, line {number}: not readable JSON ({error})") from None
         if not isinstance(value, dict):
             raise InputError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
         yield number, value
@@ -130,7 +151,8 @@ class JsonlAppender:
 
     A last line without its newline (a kill in the middle of a write) is cut off on opening; `rows` holds the
     objects that are already there. A sidecar `FILE.run.json` records what the file was made with: opening it
-    with another `run` raises InputError, because its lines would be a mixture.
+    with another `run` raises InputError, because its lines would be a mixture; so does a file that another process
+    is appending to.
     """
 
     def __init__(self, path, run, overwrite=False):
@@ -149,14 +171,16 @@ class JsonlAppender:
                     f"{self.path}: holds another run ({differing}). Repeat its settings to resume it, "
                     "choose another output, or pass overwrite=true"
                 )
-            with open(self.path, "rb+") as file:
-                data = file.read()
-                file.truncate(data.rfind(b"\n") + 1)
         else:
             write_json(self.sidecar, run)
-            self.path.touch()
+        self.file = open(self.path, "ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another process is writing to it") from None
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
         self.rows = [row for _, row in read_jsonl(self.path)]
-        self.file = open(self.path, "ab")
 
     def append(self, rows):
         """Writes a list of objects in one piece and waits until they are on disk."""

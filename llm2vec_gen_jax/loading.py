@@ -60,7 +60,7 @@ def load_backbone(path, dtype, mesh):
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
     tokenizer.check_fits(architecture.vocab_size, where)
     frozen = weights.load(source, architecture, mesh, resolve_dtype(dtype))
-    digest = hashlib.sha256(weights.fingerprint_values(source).tobytes()).hexdigest()
+    digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
     identity = fingerprint([dataclasses.asdict(architecture), digest])
     return LoadedBackbone(str(path), architecture, frozen, tokenizer, identity, mesh)
 

@@ -116,7 +116,7 @@ def cosine_table(model):
     cosines = model.similarity(embeddings[: len(QUESTIONS)], embeddings[len(QUESTIONS) :])
     hits = int(np.sum(cosines.argmax(axis=1) == np.arange(len(QUESTIONS))))
     lines = ["cosine of questions (rows) and answers (columns), centred", " " * 52 + "a1     a2     a3     a4"]
-    for number, (question, row) in enumerate(zip(QUESTIONS, cosines)):
+    for question, row in zip(QUESTIONS, cosines):
         cells = "  ".join(f"{value:5.2f}" for value in row)
         lines.append(f"  {_short(question, 46):<47} {cells}")
     return "\n".join([*lines, f"  own answer nearest: {hits} of {len(QUESTIONS)}"])
@@ -130,7 +130,7 @@ def _places(output, queries, responses, model_directory):
             f"  responses  {responses}",
             f"  metrics    {model_directory.parent / 'metrics.jsonl'} (and tensorboard/)",
             f"  model      {model_directory}",
-            "next: python -m launch.encode {0} input=FILE.txt output=vectors".format(model_directory),
+            f"next: python -m launch.encode {model_directory} input=FILE.txt output=vectors",
         ]
     )
 

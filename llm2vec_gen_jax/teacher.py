@@ -10,7 +10,7 @@ from llm2vec_gen_jax import progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import fingerprint, read_json, write_json
+from llm2vec_gen_jax.files import exclusive, fingerprint, read_json, write_json
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.loading import load_backbone, resolve_adapter
 from llm2vec_gen_jax.model import Model
@@ -35,14 +35,19 @@ def read_targets(path, records, rows):
         targets = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"teacher.path={path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise InputError(f"teacher.path={path}: not a .npy array ({error})") from None
+    if not isinstance(targets, np.ndarray):
+        raise InputError(f"teacher.path={path}: holds many arrays (.npz), expected one (.npy)")
     if targets.ndim != 2 or len(targets) != records or not np.issubdtype(targets.dtype, np.floating):
         raise InputError(
             f"teacher.path={path}: expected a float array ({records} rows of data.responses, E), "
             f"found {targets.dtype} {targets.shape}"
         )
-    return np.asarray(targets[rows], np.float32)
+    targets = np.asarray(targets[rows], np.float32)
+    if not (sound := np.isfinite(targets).all(axis=1)).all():
+        raise InputError(f"teacher.path={path}: row {rows[np.argmin(sound)]} (from 0) holds NaN or infinity")
+    return targets
 
 
 def targets_of(backbone, config, answers, responses):
@@ -67,11 +72,16 @@ def targets_of(backbone, config, answers, responses):
     file = _folder(responses) / f"{key}.npy"
     if file.exists():
         return np.load(file), backbone
-    frozen = backbone.frozen
-    for adapter in adapters:
-        frozen = peft.merge(frozen, adapter, backbone.architecture)
-    pool = functools.partial(_mean_pool, backbone, frozen, causal)
-    targets = _compute(file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size)
+    with exclusive(file.with_suffix(".lock")):
+        if file.exists():  # another run, on the same responses, has computed them meanwhile
+            return np.load(file), backbone
+        frozen = backbone.frozen
+        for adapter in adapters:
+            frozen = peft.merge(frozen, adapter, backbone.architecture)
+        pool = functools.partial(_mean_pool, backbone, frozen, causal)
+        targets = _compute(
+            file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size
+        )
     if adapters:
         del frozen, pool
         backbone.frozen = None
@@ -101,12 +111,12 @@ def _compute(file, ids, batch_size, mesh, pool, width):
     order = np.argsort([-len(row) for row in ids], kind="stable")
     edges = choose_edges([len(row) for row in ids], 8)
     partial, marker = file.with_name(f"{file.stem}.partial.npy"), file.with_name(f"{file.stem}.partial.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
     if marker.exists() and partial.exists():
         done = read_json(marker)["done"]
         targets = np.lib.format.open_memmap(partial, mode="r+")
     else:
         done = 0
+        marker.unlink(missing_ok=True)
         targets = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(ids), width))
     with progress.bar(len(ids), "text", "teacher targets", initial=done) as bar:
         for number, start in enumerate(range(done, len(ids), batch_size)):

@@ -64,6 +64,8 @@ class Tokenizer:
         suffix: "auto" for the tokenizer's end token, else a literal that is tokenised with the text, as the
         published package does: one id where it is a control token, plain text where it is not.
         """
+        if suffix == "auto" and self.eos_id is None:
+            raise InputError("the backbone's tokenizer has no end token: set data.answer_suffix to a literal")
         if suffix == "auto":
             end = [self.eos_id]
         elif suffix in self.control:

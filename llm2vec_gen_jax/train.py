@@ -18,7 +18,7 @@ from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
 from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.metrics import MetricsWriter
+from llm2vec_gen_jax.metrics import MetricsWriter, read_metrics
 from llm2vec_gen_jax.model import Model
 
 # What may change when a run is resumed: how long and where it runs, not what it computes.
@@ -88,7 +88,8 @@ def train(config, show_progress=True, backbone=None):
     if jax.process_index() == 0:
         if final.exists():
             shutil.rmtree(final)  # of a shorter run that this one went on from
-        last = run.last_record
+        # A run that was killed after its last step has logged everything and only lacks the directory.
+        last = run.last_record or read_metrics(output)[-1]
         summary = [
             f"Trained for {config.train.steps} steps at batch {config.train.batch_size} on {len(examples)} responses; "
             f"reconstruction loss {last['reconstruction_loss']:.4f}, alignment loss {last['alignment_loss']:.4f}."
@@ -103,25 +104,34 @@ def _num_appended(config):
 
 def _claim(output, config):
     """Makes the run directory this run's. Returns whether it holds an earlier part of the same run."""
-    if config.train.overwrite and output.exists():
-        if not (output / "config.yaml").exists() and any(output.iterdir()):
-            raise InputError(f"{output}: not a run directory (no config.yaml); it is not deleted")
-        shutil.rmtree(output)
-    described = config_lib.to_yaml(config)
-    if output.exists() and any(output.iterdir()):
-        if not (output / "config.yaml").exists():
-            raise InputError(f"train.output={output}: exists and is not a run directory. Choose another")
-        old = config_lib.to_dict(config_lib.load(config_lib.TrainConfig, output / "config.yaml"))
-        differing = changes(_fixed(old), _fixed(config_lib.to_dict(config)))
-        if differing:
-            raise InputError(
-                f"train.output={output}: holds another run ({differing}). Repeat its settings to resume it, choose "
-                "another output, or pass train.overwrite=true"
-            )
-        write_text(output / "config.yaml", described)
-        return True
-    write_text(output / "config.yaml", described)
-    return False
+    resuming = False
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        old = _config_of(output)
+        if config.train.overwrite:
+            shutil.rmtree(output)
+        elif differing := changes(_fixed(config_lib.to_dict(old)), _fixed(config_lib.to_dict(config))):
+            # A run that failed before its first step, often on what is now put right, left its config only.
+            if any(path.name != "config.yaml" for path in output.iterdir()):
+                raise InputError(
+                    f"train.output={output}: holds another run ({differing}). Repeat its settings to resume it, "
+                    "choose another output, or pass train.overwrite=true"
+                )
+        else:
+            resuming = True
+    write_text(output / "config.yaml", config_lib.to_yaml(config))
+    return resuming
+
+
+def _config_of(output):
+    """Returns the TrainConfig of a run directory. Raises InputError when the directory is anything else."""
+    try:
+        found = config_lib.load(config_lib.TrainConfig, output / "config.yaml")
+        config_lib.require(found, "train.output")  # what every run's config has
+    except InputError as error:
+        raise InputError(
+            f"train.output={output}: exists and is not a run directory; it is left as it is. Choose another ({error})"
+        ) from None
+    return found
 
 
 def _fixed(values):
@@ -178,9 +188,8 @@ class Run:
                 "embedding": self.model.embedding_size,
             },
         }
+        self.state, self.first_step = self._fresh_state(), 0
         self.checkpoints = Checkpoints(self.output / "checkpoints", record, self.config.train.keep_checkpoints)
-        self.state = self._fresh_state()
-        self.first_step = 0
         latest = self.checkpoints.latest() if resuming else None
         if latest is not None:
             self.state = self.checkpoints.restore(latest, self.state)

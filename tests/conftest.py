@@ -127,3 +127,52 @@ def tiny(tiny_folder):
 def smollm2():
     """The real default backbone on one device in float32."""
     return load_backbone("smollm2-135m", "float32", one_device_mesh())
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2, tmp_path_factory):
+    """The real default backbone in torch, float32, by way of a saved Hugging Face folder."""
+    import torch
+    import transformers
+
+    from llm2vec_gen_jax.formats import hf
+
+    torch.set_num_threads(1)  # several spin at barriers: many times slower on a busy machine
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    hf.save(folder, smollm2.frozen, smollm2.architecture, smollm2.tokenizer, smollm2.tokenizer.stop_ids)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+def torch_outputs(model, rows, causal=True):
+    """[(last hidden states (n, D), logits (n, V))] of id lists of n tokens: one right-padded batch in torch."""
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    if not causal:  # a 4-D mask is added to the scores as it is
+        unseen = (mask == 0)[:, None, None, :].expand(-1, 1, longest, -1)
+        mask = torch.zeros(unseen.shape).masked_fill(unseen, torch.finfo(torch.float32).min)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = model.lm_head(hidden)
+    return [(hidden[b, : len(row)].numpy(), logits[b, : len(row)].numpy()) for b, row in enumerate(rows)]
+
+
+def write_jsonl(path, rows):
+    """Writes objects as JSON lines; returns the path."""
+    import json
+
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# Tiny programs compile in under a second each, but there are many of them: keep those too.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+import hypothesis  # noqa: E402
+
+# Hypothesis would call a test slow because the machine is busy.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")

@@ -173,7 +173,7 @@ def trajectory(model, batch, targets, request):
 
 
 def main(model_dir, request_path, out_path):
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     request = json.loads(Path(request_path).read_text())

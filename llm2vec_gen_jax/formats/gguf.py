@@ -146,7 +146,10 @@ def read_tokenizer(source):
     if kind not in _SPLITS:
         raise InputError(f"{source}: tokenizer.ggml.pre={kind!r} is not supported; known: {', '.join(_SPLITS)}")
     tokens, types = f("tokenizer.ggml.tokens"), f("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in f("tokenizer.ggml.merges")]
+    if tokens is None or types is None:
+        raise InputError(f"{source}: metadata tokenizer.ggml.tokens or tokenizer.ggml.token_type is missing")
+    # GGUF cannot hold an empty list: a tokenizer of bytes alone has no merges.
+    merges = [tuple(merge.split(" ")) for merge in f("tokenizer.ggml.merges", [])]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "default", "smollm"))

@@ -106,7 +106,7 @@ def write(directory, model, tokenizer, backbone_config, card):
     _require(
         size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}"
     )
-    tokenizer_json, tokenizer_config, ids, vocab_size = _tokenizer_files(tokenizer, model.special_tokens)
+    tokenizer_json, tokenizer_config, ids, vocab_size = tokenizer_files(tokenizer, model.special_tokens)
     run = {
         "model_name_or_path": model.backbone,
         "torch_dtype": model.dtype,
@@ -332,7 +332,7 @@ def _check(directory, model):
         _require(np.isfinite(value).all(), directory / file, f"{key} holds NaN or infinite numbers")
 
 
-def _tokenizer_files(tokenizer, special_tokens):
+def tokenizer_files(tokenizer, special_tokens):
     """Returns tokenizer.json, tokenizer_config.json, the ids of the special tokens, the vocabulary size.
 
     Not `save_pretrained`: transformers 4.56 knows neither the class name nor the list of extra tokens that 5
@@ -347,6 +347,8 @@ def _tokenizer_files(tokenizer, special_tokens):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",
+        # Without it the published generate() is handed token_type_ids, which its models do not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,
         "clean_up_tokenization_spaces": False,
         # Exactly these: the published encode() appends every token of this list to each text.

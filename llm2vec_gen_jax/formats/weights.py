@@ -71,11 +71,21 @@ def tensors(params, architecture):
             yield name, np.asarray(stacked)
 
 
-def fingerprint_values(source):
-    """Returns a few weights that tell backbones apart, rounded to bfloat16 so that the storage type is no matter."""
-    rows = source.read("model.embed_tokens.weight", (slice(0, 16), slice(None)))
-    norm = source.read("model.norm.weight", (slice(None),))
-    return np.concatenate([rows.ravel(), norm.ravel()]).astype(jnp.bfloat16)
+def fingerprint_values(source, architecture):
+    """Returns the first rows of every weight, rounded to bfloat16 so that the storage type is no matter.
+
+    Of every one: tuned backbones often share their embeddings and norms.
+    """
+    values = []
+    for name in sorted(source.names()):
+        ignored = name.endswith("inv_freq") or (name == "lm_head.weight" and architecture.tied_embeddings)
+        # A GGUF file permutes queries and keys head by head.
+        rows = architecture.head_dim if name.endswith(("q_proj.weight", "k_proj.weight")) else 1
+        if not ignored:
+            shape = source.shape(name)
+            part = (slice(None),) if len(shape) == 1 else (slice(0, rows), slice(None))
+            values.append(np.asarray(source.read(name, part)).astype(jnp.bfloat16).ravel())
+    return np.concatenate(values)
 
 
 def _check_names(source, architecture, shapes):

@@ -1,0 +1,94 @@
+"""What compiling the training step costs, and whether the frozen weights are copied for its backward pass.
+
+    python -m benchmarks.compile_time
+
+Compiles (without running) the step of a small Llama with 12 and with 48 layers, five times each in turn, and prints
+medians of trace + compile time, and XLA's own account of the program's memory beside the size of the weights.
+"""
+
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm2vec_gen_jax import config, optim
+from llm2vec_gen_jax.architecture import Architecture
+from llm2vec_gen_jax.backbone import abstract_params
+from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.train import TrainState, train_step
+
+ROUNDS = 5
+
+
+def compile_step(layers, hidden_size=128, B=8, length=64):
+    """Returns (seconds, compiled step, bytes of the frozen weights) for B queries and answers of that length."""
+    T = S = length
+    architecture = Architecture(
+        vocab_size=2048,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=hidden_size // 4,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        qkv_bias=False,
+        qk_norm=False,
+        tied_embeddings=True,
+    )
+    model = Model(architecture, 10, 0, hidden_size)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), nn.unbox(abstract_params(architecture)))
+    optimizer = optim.make_optimizer(config.OptimizerConfig())
+
+    def fresh():
+        trainable = model.compressor.init(jax.random.key(0), jnp.zeros((1, 10, hidden_size)))["params"]
+        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+
+    batch = {
+        "query_lengths": jax.ShapeDtypeStruct((B,), jnp.int32),
+        "answer": jax.ShapeDtypeStruct((B, S), jnp.int32),
+        "answer_lengths": jax.ShapeDtypeStruct((B,), jnp.int32),
+        "target": jax.ShapeDtypeStruct((B, hidden_size), jnp.float32),
+    }
+    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    cache = jax.eval_shape(lambda frozen, ids: model.prefix(frozen, ids, T), frozen, ids_BT)
+    weights = config.LossConfig()
+
+    def step(state, frozen, cache, batch):  # a new function each time: nothing is remembered
+        return train_step(state, frozen, cache, batch, model=model, optimizer=optimizer, weights=weights)
+
+    state = jax.eval_shape(fresh)
+    started = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, cache, batch).compile()
+    seconds = time.perf_counter() - started
+    return seconds, compiled, sum(x.size * 4 for x in jax.tree.leaves(frozen))
+
+
+def main():
+    jax.config.update("jax_enable_compilation_cache", False)
+    compile_step(2)  # warms up the compiler itself
+    times = {12: [], 48: []}
+    for _ in range(ROUNDS):
+        for layers in times:
+            times[layers].append(compile_step(layers)[0])
+    medians = {layers: statistics.median(seconds) for layers, seconds in times.items()}
+    print(f"compile time of the training step, medians of {ROUNDS}:")
+    for layers, seconds in medians.items():
+        print(f"  {layers:>3} layers  {seconds:6.2f} s")
+    print(f"  ratio       {medians[48] / medians[12]:6.2f}")
+    print("memory of the step of a 24-layer model of width 768, by XLA (a copy of the weights would show):")
+    for B, length in ((8, 64), (1, 8)):
+        _, compiled, frozen_bytes = compile_step(24, 768, B, length)
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        print(
+            f"  {B} rows of {length:>2} tokens: frozen weights {frozen_bytes / 2**20:.0f} MiB, "
+            f"temporaries {temporary / 2**20:.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Training steps of this package, as a worker of benchmarks/train_step.py; the protocol is peer_step.py's.
+
+python -m benchmarks.our_step HF_BACKBONE_DIR PAIRS.jsonl --dtype float32|bfloat16 --batch-size 8
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import data, sharding, teacher
+from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax.train import Run
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backbone")
+    parser.add_argument("pairs")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    config = config_lib.TrainConfig(
+        backbone=config_lib.BackboneConfig(arguments.backbone, arguments.dtype),
+        data=config_lib.DataConfig(responses=arguments.pairs),
+        train=config_lib.TrainSettings(batch_size=arguments.batch_size),
+    )
+    backbone = load_backbone(arguments.backbone, arguments.dtype, sharding.make_mesh(config.mesh))
+    records = data.read_records(arguments.pairs, ("question", "answer"))
+    examples = data.tokenize(records, backbone.tokenizer, config.data, 10)
+    started = time.perf_counter()
+    few = [records[row]["answer"].strip() for row in range(64)]
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = pathlib.Path(folder) / "pairs.jsonl"
+        pairs.write_text("")  # only its folder is used: the targets are written beside it
+        targets, _ = teacher.targets_of(backbone, config, few, pairs)
+    seconds = (time.perf_counter() - started) / len(few)
+    # The step's cost does not depend on the targets' values: 64 of them serve all examples.
+    examples.target = np.resize(targets, (len(examples), targets.shape[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, backbone, examples, pathlib.Path(folder))
+        run.start(False)
+        run.checkpoints.close()
+    shapes = {"query": run.plan.query_edges, "answer": run.plan.answer_edges}
+    say(ready=True, peak_rss_mb=peak_rss_mb(), target_seconds_per_sample=round(seconds, 4), **shapes)
+    state, position = run.state, 0
+    batches = data.Batches(examples, run.plan, 0, 1)
+    for command in sys.stdin:
+        if command.split()[0] == "quit":
+            break
+        steps = int(command.split()[1])
+        real = computed = 0
+        started = time.perf_counter()
+        for number in range(position, position + steps):
+            batch = batches[number]
+            arrays = sharding.put_batch(batch, run.mesh)
+            cache = run.prefix(backbone.frozen, arrays.pop("query"))
+            state, metrics = run.step(state, backbone.frozen, cache, arrays)
+            appended = 2 * 10 * arguments.batch_size  # compression tokens and soft prompts
+            real += int(batch["query_lengths"].sum() + batch["answer_lengths"].sum()) + appended
+            computed += batch["query"].size + batch["answer"].size + appended
+        loss = float(metrics["loss"])
+        seconds = time.perf_counter() - started
+        position += steps
+        say(
+            seconds=round(seconds, 3),
+            samples=steps * arguments.batch_size,
+            real_tokens=real,
+            computed_tokens=computed,
+            peak_rss_mb=peak_rss_mb(),
+            loss=loss,
+        )
+
+
+def peak_rss_mb():
+    """Peak resident memory of this process alone (ru_maxrss would include the parent's before exec)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+
+
+def say(**values):
+    print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+"""The backbone: equal to torch, from every file format, on every mesh, and wired to every field of its config."""
+
+import dataclasses
+import functools
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from tests.conftest import FAMILIES, one_device_mesh, tiny_tokenizer, tiny_torch_model, torch_outputs
+
+from llm2vec_gen_jax import architecture as architecture_lib
+from llm2vec_gen_jax import config, sharding
+from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
+from llm2vec_gen_jax.backbone import Backbone, abstract_params
+from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import hf, weights
+from llm2vec_gen_jax.loading import load_backbone
+
+ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (12, 1, 5)]
+VARIANTS = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 12}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3-untied-ungrouped": ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def run(architecture, params, ids_BT, lengths_B, causal=True):
+    """Returns (last hidden states (B, T, D), logits (B, T, V)) of right-padded ids."""
+    model = Backbone(architecture)
+    x_BTD = model.apply({"params": params}, ids_BT, method="embed")
+    positions_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
+    visibility = Visibility(causal=causal, lengths_B=lengths_B)
+    hidden_BTD, _ = model.apply({"params": params}, x_BTD, positions_BT, visibility)
+    return hidden_BTD, model.apply({"params": params}, hidden_BTD, method="logits")
+
+
+def outputs(backbone, rows=ROWS, causal=True, length=None, architecture=None, params=None):
+    """What `torch_outputs` returns, from a LoadedBackbone."""
+    ids = pad(rows, length or max(len(row) for row in rows))
+    lengths = np.array([len(row) for row in rows], np.int32)
+    hidden, logits = run(architecture or backbone.architecture, params or backbone.frozen, ids, lengths, causal)
+    hidden, logits = np.asarray(hidden), np.asarray(logits)
+    return [(hidden[b, : len(row)], logits[b, : len(row)]) for b, row in enumerate(rows)]
+
+
+def assert_same_outputs(found, expected, tolerance):
+    """Compares the outputs of every row; the tolerance is a share of the expected values' largest."""
+    for found_arrays, expected_arrays in zip(found, expected, strict=True):
+        for array, wanted in zip(found_arrays, expected_arrays, strict=True):
+            np.testing.assert_allclose(array, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def assert_same_weights(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def save_folder(folder, model, **options):
+    """Writes a torch model and the tiny tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(path, mesh=None):
+    return load_backbone(str(path), "float32", mesh or one_device_mesh())
+
+
+def mesh_of(*sizes):
+    return sharding.make_mesh(config.MeshConfig(*sizes))
+
+
+# Equal to torch
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hidden_states_and_logits_equal_torch(variant, tmp_path):
+    family, changes = VARIANTS[variant]
+    model = tiny_torch_model(family, **changes)
+    backbone = load(save_folder(tmp_path, model))
+    assert backbone.architecture.tied_embeddings == model.config.tie_word_embeddings
+    causal, bidirectional = (torch_outputs(model, ROWS, causal) for causal in (True, False))
+    assert np.abs(causal[0][0] - bidirectional[0][0]).max() > 0.1  # torch did run bidirectionally
+    assert_same_outputs(outputs(backbone, causal=True), causal, 1e-4)
+    assert_same_outputs(outputs(backbone, causal=False), bidirectional, 1e-4)
+
+
+def test_smollm2_equals_torch(smollm2, smollm2_torch):
+    """To 1e-4 of the largest value: hidden states reach 50, logits 40."""
+    texts = ["The capital of France is", "Hi", "def add(a, b):\n    return a + b  # 1234567890 is a long number"]
+    rows = smollm2.tokenizer.encode(texts, 64)
+    for causal in (True, False):
+        expected = torch_outputs(smollm2_torch, rows, causal)
+        assert_same_outputs(outputs(smollm2, rows, causal), expected, 1e-4)
+
+
+def test_bfloat16_is_close_to_float32(tiny):
+    backbone = tiny("qwen3")
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), backbone.frozen)
+    exact = outputs(backbone)
+    assert_same_outputs([[x.astype(np.float32) for x in row] for row in outputs(backbone, params=params)], exact, 0.1)
+
+
+# Who sees whom
+
+
+def hidden_of(backbone, x_BTD, visibility, cache=None, start=0):
+    """Returns the last hidden states (B, T, D) of embeddings whose positions count from `start`."""
+    positions_BT = np.broadcast_to(start + np.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    return Backbone(backbone.architecture).apply({"params": backbone.frozen}, x_BTD, positions_BT, visibility, cache)[0]
+
+
+def input_gradient(backbone, visibility):
+    """Returns f(x_BTD, probe_BTD): the gradient of sum(probe * last hidden states) with respect to x."""
+    return jax.jit(jax.grad(lambda x, probe: (hidden_of(backbone, x, visibility) * probe).sum()))
+
+
+def positions_read(gradient, x_BTD, position):
+    """Which positions of the input the last hidden state at `position` depends on."""
+    probe = np.zeros_like(x_BTD)
+    probe[:, position] = np.random.default_rng(1).normal(size=x_BTD.shape[2])
+    return (np.abs(gradient(x_BTD, probe)).max(axis=(0, 2)) > 0).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causality_by_gradient_and_gradient_equals_torch(family, tiny):
+    """A token reads itself and what is before it. The layers' own backward rules agree with torch's autograd."""
+    import torch
+
+    x, probe = np.random.default_rng(0).normal(size=(2, 2, 9, 32)).astype(np.float32)
+    gradient = input_gradient(tiny(family), CAUSAL)
+    assert positions_read(gradient, x, 4) == [True] * 5 + [False] * 4
+    x_torch = torch.tensor(x, requires_grad=True)
+    hidden = tiny_torch_model(family).model(inputs_embeds=x_torch).last_hidden_state
+    (hidden * torch.tensor(probe)).sum().backward()
+    expected = x_torch.grad.numpy()
+    np.testing.assert_allclose(gradient(x, probe), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_bidirectional_tokens_read_all_real_ones(tiny):
+    x = np.random.default_rng(0).normal(size=(2, 9, 32)).astype(np.float32)
+    gradient = input_gradient(tiny("qwen3"), Visibility(causal=False, lengths_B=np.array([7, 7])))
+    assert positions_read(gradient, x, 4) == [True] * 7 + [False] * 2
+
+
+def test_visible_cache_slots_alone_are_read(tiny):
+    backbone = tiny("llama")
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(2, 3, 32)).astype(np.float32)
+    cache = KVCache(*rng.normal(size=(2, 3, 2, 6, 2, 8)).astype(np.float32))
+    visible_BS = np.array([[1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
+    visibility = Visibility(causal=True, cache_BS=visible_BS)
+    probe = rng.normal(size=32)
+    gradient = jax.jit(jax.grad(lambda cache: (hidden_of(backbone, x_BTD, visibility, cache, 6) @ probe).sum()))(cache)
+    for array in jax.tree.leaves(gradient):  # L B S G H
+        assert np.isfinite(array).all()
+        read_LBS = np.abs(array).max(axis=(3, 4)) > 0
+        assert (read_LBS == visible_BS).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing(causal, tiny):
+    backbone = tiny("qwen2")
+    expected = outputs(backbone, causal=causal)
+    assert_same_outputs(outputs(backbone, causal=causal, length=19), expected, 1e-5)
+    lengths = np.array([len(row) for row in ROWS], np.int32)
+    other = np.where(np.arange(12) < lengths[:, None], pad(ROWS, 12), 77)  # another padding id
+    hidden, _ = run(backbone.architecture, backbone.frozen, other, lengths, causal)
+    for b, row in enumerate(ROWS):
+        np.testing.assert_allclose(hidden[b, : len(row)], expected[b][0], atol=1e-5)
+
+
+# Files
+
+
+def test_many_files_equal_one(tiny, tmp_path):
+    backbone = tiny("qwen3")
+    folder = save_folder(tmp_path, tiny_torch_model("qwen3"), max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    loaded = load(folder)
+    assert_same_weights(loaded.frozen, backbone.frozen)
+    assert (loaded.architecture, loaded.identity) == (backbone.architecture, backbone.identity)
+
+
+@pytest.mark.parametrize("name, damage", [("model.norm.weight", "missing"), ("extra.weight", "unexpected")])
+def test_index_and_weights_must_agree(name, damage, tiny_folder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(tiny_folder("llama") / "model.safetensors")
+    if damage == "missing":
+        del arrays[name]
+    else:
+        arrays[name] = np.zeros(3, np.float32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny_folder("llama") / "config.json").read_bytes())
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=name):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_folder_is_the_same_model_in_torch_and_here(family, tiny, tmp_path):
+    import transformers
+
+    backbone = tiny(family)
+    hf.save(tmp_path / "saved", backbone.frozen, backbone.architecture, backbone.tokenizer, backbone.tokenizer.stop_ids)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    expected = torch_outputs(tiny_torch_model(family), ROWS)
+    assert_same_outputs(torch_outputs(reloaded, ROWS), expected, 1e-6)
+    again = load(tmp_path / "saved")
+    assert_same_weights(again.frozen, backbone.frozen)
+    assert (again.architecture, again.identity) == (backbone.architecture, backbone.identity)
+    assert again.tokenizer.stop_ids == backbone.tokenizer.stop_ids
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name):
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, stem = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[stem]}.{suffix}"
+    return f"{GGUF_NAMES[stem]}.{suffix}"
+
+
+def rope_factors(rope, head_dim):
+    """Llama 3.1's division of each rotary frequency, written as in its reference code."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (i / head_dim)
+        ratio = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        if ratio > high:
+            factors.append(1.0)
+        elif ratio < low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (ratio - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def write_gguf(path, model, kinds=()):
+    """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer.
+
+    kinds: {part of a name: quantisation type}; the torch model's own weights are rounded to what the file holds.
+    """
+    import torch
+
+    c, family = model.config, model.config.model_type
+    rope = c.rope_parameters
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", rope_factors(rope, head_dim))
+    vocabulary = tiny_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if number < 4 else normal for number in range(len(tokens))])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    heads = {"q_proj.weight": c.num_attention_heads, "k_proj.weight": c.num_key_value_heads}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        kind = next((kinds[part] for part in kinds if part in name), None)
+        if kind is not None:
+            array = gguf.dequantize(gguf.quantize(array, kind), kind)
+            with torch.no_grad():
+                parameter.copy_(torch.tensor(array))
+        count = next((heads[part] for part in heads if part in name), None)
+        if count and family == "llama":
+            array = array.reshape(count, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        stored = array if kind is None else gguf.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama3_scaling(factor):
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **scaling}}
+
+
+GGUF_VARIANTS = {
+    "llama": ("llama", {}),
+    "llama3.1": ("llama3", llama3_scaling(8.0)),
+    "llama3.2": ("llama3", llama3_scaling(32.0)),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.mark.parametrize("variant", GGUF_VARIANTS)
+def test_gguf_equals_folder(variant, tmp_path):
+    family, changes = GGUF_VARIANTS[variant]
+    model = tiny_torch_model(family, **changes)
+    expected = load(save_folder(tmp_path / "folder", model))
+    found = load(write_gguf(tmp_path / "model.gguf", model))
+    assert_same_weights(found.frozen, expected.frozen)
+    assert (found.architecture, found.identity) == (expected.architecture, expected.identity)
+    texts = ["Where am I? <|im_end|>", ""]
+    assert found.tokenizer.encode(texts, 99) == expected.tokenizer.encode(texts, 99)
+    assert found.tokenizer.stop_ids == expected.tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_quantised_gguf_on_a_mesh_equals_its_rounded_weights(kind, tmp_path):
+    """A shard starts at any whole head or row of a tensor, also where blocks are packed and rows are permuted."""
+    kinds = {part: gguf.GGMLQuantizationType[kind] for part in ("_proj.weight", "embed_tokens")}
+    model = tiny_torch_model("llama", intermediate_size=64)
+    unrounded = model.model.layers[0].self_attn.q_proj.weight.detach().numpy().copy()
+    path = write_gguf(tmp_path / "model.gguf", model, kinds)
+    assert not np.array_equal(model.model.layers[0].self_attn.q_proj.weight.detach().numpy(), unrounded)
+    expected = load(save_folder(tmp_path / "folder", model)).frozen
+    assert_same_weights(load(path).frozen, expected)
+    assert_same_weights(load(path, mesh_of(2, 2, 2)).frozen, expected)
+
+
+def test_unknown_rope_factors_are_refused(tmp_path):
+    with pytest.raises(InputError, match="rope_freqs"):
+        load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama3", **llama3_scaling(16.0))))
+
+
+# Every field of the architecture is wired
+
+
+COMPUTES = {
+    "norm_eps": ("llama3", 1e-2),
+    "rope_theta": ("llama3", 100.0),
+    "rope_scaling": ("llama3", None),
+    "qkv_bias": ("qwen2", False),
+    "qk_norm": ("qwen3", False),
+    "tied_embeddings": ("llama", True),
+}
+SHAPES = {
+    "vocab_size": (272, "embed_tokens"),
+    "hidden_size": (40, "embed_tokens"),
+    "intermediate_size": (56, "mlp"),
+    "num_layers": (4, "layers.3"),
+    "num_heads": (6, "q_proj|o_proj"),
+    "num_kv_heads": (4, "k_proj|v_proj"),
+    "head_dim": (6, "self_attn"),
+    "qkv_bias": (True, "proj.bias"),
+    "qk_norm": (True, "_norm"),
+    "tied_embeddings": (True, "lm_head"),
+}
+SCALING = {
+    "factor": 4.0,
+    "low_freq_factor": 0.1,
+    "high_freq_factor": 20.0,
+    "original_max_position_embeddings": 1024,
+}
+
+
+def changes_output(backbone, architecture):
+    expected = outputs(backbone)[0]
+    found = outputs(backbone, architecture=architecture)[0]
+    return any(np.abs(a - b).max() > 1e-3 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(architecture_lib.Architecture)])
+def test_every_field_changes_the_output_or_the_shapes(field, tiny, tiny_folder):
+    assert field in COMPUTES or field in SHAPES
+    if field in COMPUTES:
+        family, value = COMPUTES[field]
+        assert changes_output(tiny(family), dataclasses.replace(tiny(family).architecture, **{field: value}))
+    if field in SHAPES:
+        value, weight = SHAPES[field]
+        architecture = dataclasses.replace(tiny("llama").architecture, **{field: value})
+        if field == "tied_embeddings":  # a tied model may carry a copy of its head; an untied one may not lack it
+            architecture = dataclasses.replace(tiny("qwen2").architecture, tied_embeddings=False)
+        family = "qwen2" if field == "tied_embeddings" else "llama"
+        source = hf.SafetensorsSource(tiny_folder(family))
+        with pytest.raises(InputError, match=weight):
+            weights.load(source, architecture, one_device_mesh(), "float32")
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(architecture_lib.RopeScaling)])
+def test_every_field_of_the_rope_scaling_changes_the_output(field, tiny):
+    backbone = tiny("llama3")
+    scaling = dataclasses.replace(backbone.architecture.rope_scaling, **{field: SCALING[field]})
+    assert changes_output(backbone, dataclasses.replace(backbone.architecture, rope_scaling=scaling))
+
+
+def test_number_of_parameters(tiny, smollm2):
+    for backbone in (*map(tiny, FAMILIES), smollm2):
+        counted = sum(leaf.size for leaf in jax.tree.leaves(backbone.frozen))
+        assert backbone.architecture.num_parameters == counted
+
+
+# Meshes of eight devices
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (8, 1, 1), (-1, 2, 1)])
+def test_sharded_equals_one_device(sizes, tiny, tiny_folder):
+    rows = [ids for ids in ROWS for _ in range(3)][:8]
+    mesh = mesh_of(*sizes)
+    backbone = load(tiny_folder("qwen3"), mesh)
+    kernel = backbone.frozen["layers"]["gate"]["kernel"]  # L D F
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // mesh.shape["fsdp"], 48 // mesh.shape["tensor"])
+    assert_same_weights(backbone.frozen, tiny("qwen3").frozen)
+    ids, lengths = sharding.put_batch((pad(rows, 12), np.array([len(row) for row in rows], np.int32)), mesh)
+    hidden, _ = run(backbone.architecture, backbone.frozen, ids, lengths, True)
+    for b, (expected, _) in enumerate(outputs(tiny("qwen3"), rows)):
+        np.testing.assert_allclose(hidden[b, : len(expected)], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, sizes, message",
+    [
+        ({}, (1, 1, 8), "layers/key/kernel: its kv_heads dimension of 2 does not divide over mesh.tensor=8"),
+        ({"hidden_size": 36}, (1, 8, 1), "embedding: its embed dimension of 36 does not divide over mesh.fsdp=8"),
+        ({"vocab_size": 261}, (4, 1, 2), "embedding: its vocab dimension of 261 does not divide over mesh.tensor=2"),
+        ({"intermediate_size": 49}, (4, 1, 2), "mlp dimension of 49 does not divide over mesh.tensor=2"),
+    ],
+)
+def test_dimension_that_does_not_divide_is_named(changes, sizes, message, tiny):
+    architecture = dataclasses.replace(tiny("llama").architecture, **changes)
+    with pytest.raises(InputError, match=message):
+        sharding.param_shardings(abstract_params(architecture), mesh_of(*sizes))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 3, 1), (16, 1, 1)])
+def test_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(InputError, match=rf"mesh\.data={sizes[0]}"):
+        mesh_of(*sizes)

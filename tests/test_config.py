@@ -1,0 +1,288 @@
+"""Configuration: the YAML files of configs/, misspelt keys, wrong types, verbatim text, and no dead keys."""
+
+import dataclasses
+import pathlib
+import sys
+
+import hypothesis
+import numpy as np
+import pytest
+import yaml
+from hypothesis import strategies as st
+
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TrainConfig
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.train import train
+
+from .conftest import write_jsonl
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+SCHEMAS = [
+    value
+    for name, value in vars(config).items()
+    if name.endswith("Config") and dataclasses.is_dataclass(value) and "launch" in (value.__doc__ or "")
+]
+# Printable text with what means something to a shell, YAML, JSON or OmegaConf drawn often.
+TEXT = st.text(st.one_of(st.sampled_from("${}\\=:?#'\"[], \n"), st.characters(exclude_categories=["Cs"])))
+TEXT = TEXT.filter(lambda text: text != "???")
+# What PyYAML writes and reads back: not the rarer line separators.
+YAML_TEXT = TEXT.filter(lambda text: not set(text) & set("\x85\u2028\u2029"))
+
+
+def leaves(value, prefix=""):
+    """{dotted key: value} of a config."""
+    found = {}
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        nested = dataclasses.is_dataclass(inner)
+        found |= leaves(inner, f"{prefix}{field.name}.") if nested else {prefix + field.name: inner}
+    return found
+
+
+def load_yaml(folder, text, schema=TrainConfig):
+    file = folder / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    return config.load(schema, file)
+
+
+# The files of configs/
+
+
+def test_there_are_config_files():
+    assert len(CONFIGS) >= 10
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, RespondConfig, SynthesizeConfig])
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_file_serves_every_command(file, schema):
+    loaded = leaves(config.load(schema, file))
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert loaded["backbone.path"] == given["backbone"]["path"]
+    if schema is TrainConfig:
+        assert loaded["train.steps"] == given["train"]["steps"]
+    assert file.read_text(encoding="utf-8").startswith("# python -m launch."), "opens with the command that runs it"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "text, key, suggestion",
+    [
+        ("train: {stepz: 3}", "train.stepz", "'train.steps'"),
+        ("trian: {steps: 3}", "trian", "'train'"),
+        ("backbone: {dtpye: auto}", "backbone.dtpye", "'backbone.dtype'"),
+        ("output: x", "output", "'train.output'"),
+        ("train.steps: 3", "train.steps", "below `train:`"),
+        ("qqqq: 1", "qqqq", "train.steps"),
+        ("1: 2", "1", "known"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_named_with_the_nearest(tmp_path, text, key, suggestion):
+    with pytest.raises(InputError) as error:
+        load_yaml(tmp_path, text)
+    message = str(error.value)
+    assert "config.yaml" in message and f"unknown key {key}" in message and suggestion in message
+
+
+def test_a_command_checks_the_recipe_keys_that_it_does_not_use(tmp_path):
+    kept = load_yaml(tmp_path, "backbone: {dtype: float16}\ntrain: {steps: 3}", RespondConfig)
+    assert kept.backbone.dtype == "float16"
+    with pytest.raises(InputError, match="train.stepz.*'train.steps'"):
+        load_yaml(tmp_path, "train: {stepz: 3}", RespondConfig)
+    with pytest.raises(InputError, match="teacher.kind=lm2vec"):
+        load_yaml(tmp_path, "teacher: {kind: lm2vec}", SynthesizeConfig)
+    with pytest.raises(InputError, match="unknown key shard"):
+        load_yaml(tmp_path, "shard: {index: 1}")  # of respond and synthesize, not of the recipe
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("train.stepz=3", "train.stepz.*'train.steps'"),
+        ("steps=3", "unknown key steps.*'train.steps'"),
+        ("--train.steps=3", "'train.steps'"),
+        ("train=3", "train.*is a section.*train.steps"),
+        ("train.steps.x=3", "train.steps.x"),
+        ("=3", "unknown key"),
+        ("train.steps", "expected key=value"),
+    ],
+)
+def test_an_unknown_key_of_the_command_line_is_named_with_the_nearest(word, expected):
+    with pytest.raises(InputError, match=expected):
+        config.load(TrainConfig, None, [word])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("train.steps", "many"),
+        ("train.steps", "1.5"),
+        ("train.steps", "null"),
+        ("train.steps", "[1]"),
+        ("train.steps", "{a: 1}"),
+        ("train.steps", "true"),
+        ("train.overwrite", "maybe"),
+        ("optimizer.learning_rate", "fast"),
+        ("optimizer.learning_rate", ".nan"),
+        ("optimizer.learning_rate", ".inf"),
+        ("train.batch_size", "0"),
+        ("train.log_every", "0"),
+        ("data.seed", "-1"),
+        ("mesh.data", "-2"),
+        ("teacher.adapters", "one"),
+        ("teacher.adapters", "{a: b}"),
+        ("teacher.adapters", "[{a: b}]"),
+        ("data.split", "on"),
+        ("data.split", "[a]"),
+        ("data.split", "'???'"),
+    ],
+)
+def test_a_wrong_value_of_a_file_is_named(tmp_path, key, value):
+    section, name = key.split(".")
+    with pytest.raises(InputError, match=key):
+        load_yaml(tmp_path, f"{section}: {{{name}: {value}}}")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.steps=many",
+        "train.steps=1.5",
+        "train.steps=",
+        "train.steps=0",
+        "train.overwrite=maybe",
+        "optimizer.learning_rate=nan",
+        "teacher.adapters=[a",
+        "teacher.adapters=[1]",
+        "backbone.path=???",
+    ],
+)
+def test_a_wrong_value_of_the_command_line_is_named(word):
+    with pytest.raises(InputError, match=word.partition("=")[0]):
+        config.load(TrainConfig, None, [word])
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_an_unknown_choice_is_named_with_the_nearest(schema):
+    fields = [key for key in leaves(schema()) if key.endswith("dtype")]
+    for key in fields:
+        with pytest.raises(InputError, match=f"{key}=flaot32.*'float32'"):
+            config.load(schema, None, [f"{key}=flaot32"])
+    assert fields
+
+
+@pytest.mark.parametrize("text", ["- a", "just text", "a: b: c", "a: !!python/object:os.system x", "\x00"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    with pytest.raises(InputError, match="config.yaml"):
+        load_yaml(tmp_path, text)
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match=str(path)):
+            config.load(TrainConfig, path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "train:\n", "train:\n  # steps: 3\n"])
+def test_an_empty_file_or_section_is_the_defaults(tmp_path, text):
+    assert load_yaml(tmp_path, text) == TrainConfig()
+
+
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {steps: 3, batch_size: 5}\noptimizer: {learning_rate: 1e-3}")
+    words = ["train.steps=7", "teacher.adapters=a/b,c", "data.shuffle=false", "train.output=null"]
+    loaded = config.load(TrainConfig, file, words)
+    assert (loaded.train.steps, loaded.train.batch_size, loaded.train.seed) == (7, 5, TrainConfig().train.seed)
+    assert loaded.optimizer.learning_rate == 1e-3
+    assert loaded.teacher.adapters == ["a/b", "c"]
+    assert (loaded.data.shuffle, loaded.train.output) == (False, None)
+    assert config.load(TrainConfig, None, ["teacher.adapters=[a, 'b,c']"]).teacher.adapters == ["a", "b,c"]
+
+
+def test_require_names_the_key_and_what_it_is():
+    with pytest.raises(InputError, match="train.output is needed.*run directory"):
+        config.require(TrainConfig(), "backbone.path", "train.output")
+    config.require(TrainConfig(), "backbone.path")
+
+
+# Text
+
+
+@hypothesis.given(TEXT)
+def test_text_of_the_command_line_is_verbatim(text):
+    assert config.load(TrainConfig, None, [f"backbone.path={text}"]).backbone.path == text
+
+
+@hypothesis.given(
+    st.lists(YAML_TEXT, min_size=4, max_size=4), st.lists(YAML_TEXT), st.floats(0, 1e300), st.integers(0)
+)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number, count):
+    written = TrainConfig()
+    written.backbone.path, written.data.responses, written.data.answer_suffix, written.train.output = texts
+    written.teacher.adapters = adapters
+    written.optimizer.learning_rate, written.train.seed = number, count
+    assert load_yaml(tmp_path, config.to_yaml(written)) == written
+
+
+# Help
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_help_lists_every_key_with_its_default(schema):
+    lines = {line.split("=")[0].strip(): line for line in config.help_text(schema).splitlines()}
+    expected = leaves(schema())
+    assert set(lines) == set(expected)
+    for key, value in expected.items():
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        assert lines[key].split()[0] == f"{key}={shown}"
+        assert len(lines[key].split(None, 1)[1]) > 3, "says what the key is"
+
+
+# Dead keys
+
+
+@pytest.fixture
+def keys_read(monkeypatch):
+    """The (section class, key) pairs that the package itself reads from configs."""
+    seen = set()
+
+    def spy(cls):
+        names, read = {field.name for field in dataclasses.fields(cls)}, object.__getattribute__
+
+        def attribute(self, name):
+            if name in names:
+                module = sys._getframe(1).f_globals["__name__"]
+                if module.startswith("llm2vec_gen_jax.") and module != "llm2vec_gen_jax.config":
+                    seen.add((cls, name))
+            return read(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", attribute)
+
+    for field in dataclasses.fields(TrainConfig):
+        spy(field.type)
+    return seen
+
+
+def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read):
+    rows = [{"question": f"question {number}", "answer": f"answer {number}"} for number in range(8)]
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    np.save(tmp_path / "targets.npy", np.zeros((8, 4), np.float32))
+    words = [
+        f"backbone.path={tiny_folder('qwen3')}",
+        f"data.responses={tmp_path / 'responses.jsonl'}",
+        "train.steps=1",
+        "train.batch_size=8",
+    ]
+    file_teacher = ["teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}"]
+    for name, more in (("one", []), ("two", file_teacher)):
+        train(config.load(TrainConfig, None, [*words, *more, f"train.output={tmp_path / name}"]), False)
+    declared = {
+        (section.type, field.name)
+        for section in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(section.type)
+    }
+    assert keys_read == declared

@@ -1,0 +1,445 @@
+"""Records, tokenised examples, the plan of batches, and JSONL files that survive a kill."""
+
+import gzip
+import itertools
+import json
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from llm2vec_gen_jax import data, files
+from llm2vec_gen_jax.config import DataConfig
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.tokenizer import Tokenizer
+
+from .conftest import tiny_tokenizer, write_jsonl
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+OBJECTS = st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=6)
+TMP_PATH = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+
+
+# Records
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        (b'{"question": "a", "answer": "b"', r"line 3: not valid JSON"),
+        (b'{"question": "a", "answer": "\xff"}', r"line 3: not UTF-8 \(byte \d+ is 0xff\)"),
+        (b'\xff\xfe{"question"', r"line 3: not UTF-8"),
+        (b'{"question": "a", "anwser": "b"}', r"line 3: no column 'answer', did you mean 'anwser'\?"),
+        (b'{"prompt": "a", "answer": "b"}', r"line 3: no column 'question'"),
+        (b"{}", r"line 3: no column 'question'"),
+        (b'{"question": null, "answer": "b"}', r"line 3: 'question' must be a string, found NoneType"),
+        (b'{"question": "a", "answer": ["b"]}', r"line 3: 'answer' must be a string, found list"),
+        (b'{"question": "a", "answer": "\\ud800"}', r"line 3: 'answer' holds half of a surrogate pair"),
+        (b'{"question": "a", "answer": "b", "id": "\\udc00"}', r"line 3: 'id' holds half of a surrogate"),
+        (b'{"question": "a", "answer": "b", "id": {"a": 1}}', r"line 3: 'id' must be"),
+        (b'[{"question": "a", "answer": "b"}]', r"line 3: expected a JSON object, found list"),
+        (b'"text"', r"line 3: expected a JSON object, found str"),
+        (b"plain text", r"line 3: not valid JSON"),
+        (b'{"question": ' + b"[" * 100_000, r"line 3: not readable JSON"),
+        (b'{"question": ' + b"1" * 10_000 + b"}", r"line 3: not readable JSON"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_is_named(tmp_path, line, expected, packed):
+    lines = b'{"question": "a", "answer": "b"}\n\n' + line + b"\n"
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(lines) if packed else lines)
+    with pytest.raises(InputError, match=f"{path}, {expected}"):
+        data.read_records(path, ("question", "answer"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n", b"\xef\xbb\xbf"])
+def test_a_file_without_rows_is_named(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path}: no rows"):
+        data.read_records(path, ("question",))
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz", "none.json", "."])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(InputError, match=f"{tmp_path / name}: no such file"):
+        data.read_records(tmp_path / name, ("question",))
+
+
+def test_a_byte_order_mark_crlf_and_empty_lines_are_accepted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = '\ufeff{"question": "é", "id": "x", "more": 1}\r\n\r\n  \n{"question": "b\\r\\n\u2028c"}'
+    path.write_bytes(rows.encode())
+    expected = [{"question": "é", "id": "x"}, {"question": "b\r\n\u2028c"}]
+    assert data.read_records(path, ("question",)) == expected
+    assert data.read_records(path, ("question",), limit=1) == expected[:1]
+
+
+@hypothesis.given(OBJECTS, st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans(), st.booleans(), st.booleans())
+@TMP_PATH
+def test_jsonl_reads_what_was_written(tmp_path, rows, newline, packed, marked, ended):
+    text = newline.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    content = ("\ufeff" * marked + text + newline * ended).encode("utf-8", "surrogatepass")
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert [row for _, row in files.read_jsonl(path)] == rows
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    rows = [{"question": f"{number} é"} for number in range(30)]
+    whole = gzip.compress(write_jsonl(tmp_path / "rows.jsonl", rows).read_bytes(), mtime=0)
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match=str(path)):
+            data.read_records(path, ("question",))
+    refused = 0
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert data.read_records(path, ("question",)) == rows  # a flip in the header's comment fields
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 0.7 * len(whole) * 8
+
+
+def test_texts_of_a_txt_file_are_its_lines(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\r\n\n  three é\u2028 \n".encode())
+    assert data.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
+    assert data.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match="empty.txt: no lines"):
+        data.read_texts(tmp_path / "empty.txt", "text")
+
+
+# Examples
+
+
+def test_tokenize_strips_cuts_and_drops_empty_answers():
+    tokenizer = Tokenizer(tiny_tokenizer())
+    records = [
+        {"question": "  q0 ", "answer": " a0\n"},
+        {"question": "q1", "answer": " \t\n"},
+        {"question": "q2" * 20, "answer": "a2" * 20},
+        {"question": " ", "answer": "a3"},
+        {"question": "q4", "answer": ""},
+        {"question": "q5", "answer": "a5"},
+    ]
+    settings = DataConfig(max_query_length=14, max_answer_length=9)
+    examples = data.tokenize(records, tokenizer, settings, num_appended=4)
+    assert examples.row.tolist() == [0, 2, 3, 5]
+    text = [tokenizer.decode(ids) for ids in examples.query]
+    assert text == ["q0", "q2q2q2q2q2", "", "q5"]  # 10 = 14 - 4 tokens, one per byte
+    assert [tokenizer.decode(ids) for ids in examples.answer] == ["a0", "a2a2a2a2a", "a3", "a5"]
+    assert [len(ids) for ids in examples.answer] == [3, 9, 3, 3]  # the end token, cut off the long one
+    assert {ids.dtype for ids in (*examples.query, *examples.answer)} == {np.dtype(np.int32)}
+
+
+def test_tokenize_refuses_lengths_without_room_and_empty_data():
+    tokenizer = Tokenizer(tiny_tokenizer())
+    with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 tokens"):
+        data.tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
+    with pytest.raises(InputError, match="rows.jsonl: every answer is empty"):
+        data.tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)
+
+
+def test_the_digest_tells_apart_what_trains_differently():
+    def examples(query=((1, 2), (3,)), answer=((4,), (5, 6)), target=((0.0,), (1.0,))):
+        arrays = [[np.array(ids, np.int32) for ids in part] for part in (query, answer)]
+        return data.Examples(*arrays, np.arange(2), np.array(target, np.float32))
+
+    variants = [
+        examples(),
+        examples(query=((1,), (2, 3))),  # the same ids, cut elsewhere
+        examples(answer=((4,), (5, 7))),
+        examples(target=((0.0,), (1.5,))),
+    ]
+    assert len({variant.digest for variant in variants}) == len(variants)
+    assert examples().digest == examples().digest
+
+
+# The plan
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 90)), min_size=8, max_size=80)
+PLANS = st.tuples(LENGTHS, st.integers(1, 8), st.integers(1, 5), st.booleans(), st.integers(0, 2**40))
+
+
+def make_plan(drawn):
+    lengths, batch_size, buckets, shuffle, seed = drawn
+    query, answer = zip(*lengths)
+    return data.Plan(list(query), list(answer), batch_size, buckets, shuffle, seed), np.array(lengths)
+
+
+def make_examples(lengths, width=3):
+    random = np.random.default_rng(0)
+    query, answer = ([random.integers(1, 99, n).astype(np.int32) for n in column] for column in lengths.T)
+    target = random.normal(size=(len(lengths), width)).astype(np.float32)
+    return data.Examples(query, answer, np.arange(len(lengths)), target)
+
+
+def realistic_epoch(count, batch_size, max_buckets):
+    """(plan, real tokens, computed tokens) of an epoch of lognormal lengths like those of chat data."""
+    random = np.random.default_rng(0)
+    query = np.clip(random.lognormal(4.2, 1.1, count), 1, 502).astype(int)
+    answer = np.clip(random.lognormal(5.3, 0.8, count), 2, 512).astype(int)
+    plan = data.Plan(query, answer, batch_size, max_buckets, True, 0)
+    batches = [plan[step] for step in range(plan.batches_per_epoch)]
+    real = sum(int(query[batch.rows].sum() + answer[batch.rows].sum()) for batch in batches)
+    return plan, real, sum(batch_size * (batch.T + batch.S) for batch in batches)
+
+
+@hypothesis.given(PLANS)
+def test_an_epoch_holds_every_example_at_most_once_and_leaves_out_the_remainder(drawn):
+    plan, lengths = make_plan(drawn)
+    size = drawn[1]
+    for epoch in range(3):
+        batches = [plan[epoch * plan.batches_per_epoch + index] for index in range(plan.batches_per_epoch)]
+        rows = np.concatenate([batch.rows for batch in batches])
+        assert all(len(batch.rows) == size for batch in batches)
+        assert len(set(rows.tolist())) == len(rows) == len(lengths) - len(lengths) % size
+
+
+@hypothesis.given(PLANS)
+def test_a_batch_is_padded_to_the_least_shapes_that_hold_it(drawn):
+    plan, lengths = make_plan(drawn)
+    for step in range(2 * plan.batches_per_epoch):
+        batch = plan[step]
+        query, answer = lengths[batch.rows].max(axis=0)
+        assert batch.T == min(edge for edge in plan.query_edges if edge >= query)
+        assert batch.S == min(edge for edge in plan.answer_edges if edge >= answer)
+    assert max(len(plan.query_edges), len(plan.answer_edges)) <= drawn[2]
+
+
+@hypothesis.given(PLANS, st.randoms(use_true_random=False))
+def test_a_batch_is_a_function_of_its_step(drawn, random):
+    plan, _ = make_plan(drawn)
+    steps = [*range(3 * plan.batches_per_epoch), 1_000_003]
+    first = {step: (plan[step].rows.tolist(), plan[step].T, plan[step].S) for step in steps}
+    random.shuffle(steps)
+    fresh, _ = make_plan(drawn)
+    assert {step: (fresh[step].rows.tolist(), fresh[step].T, fresh[step].S) for step in steps} == first
+
+
+@hypothesis.given(PLANS)
+def test_epochs_differ_when_shuffled_and_repeat_when_not(drawn):
+    plan, lengths = make_plan(drawn)
+    n = plan.batches_per_epoch
+
+    def epoch(number):
+        return [plan[number * n + index].rows.tolist() for index in range(n)]
+
+    if plan.shuffle:
+        # Six epochs of a few examples may agree pairwise by chance, not all of them.
+        assert any(epoch(number) != epoch(0) for number in range(1, 6)) or len(lengths) // drawn[1] == 1
+    else:
+        assert epoch(0) == epoch(1) == epoch(7)
+        assert sum(epoch(0), []) == list(range(n * drawn[1]))
+
+
+def test_seeds_give_other_orders_and_few_examples_are_an_error():
+    lengths = [4] * 64
+    orders = {tuple(data.Plan(lengths, lengths, 8, 2, True, seed)[0].rows.tolist()) for seed in range(5)}
+    assert len(orders) == 5
+    with pytest.raises(InputError, match="3 examples do not fill a batch of 4.*train.batch_size"):
+        data.Plan([1] * 3, [1] * 3, 4, 2, True, 0)
+
+
+def test_who_sits_out_changes_from_epoch_to_epoch():
+    plan = data.Plan([4] * 11, [4] * 11, 4, 2, True, 0)
+    out = set()
+    for epoch in range(12):
+        rows = np.concatenate([plan[epoch * 2 + index].rows for index in range(2)])
+        out.add(tuple(sorted(set(range(11)) - set(rows.tolist()))))
+    assert len(out) > 6
+
+
+@hypothesis.given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4))
+def test_edges_are_optimal_and_as_few_as_keep_padding_low(lengths, count):
+    waste = 0.05
+    edges = data.choose_edges(lengths, count, waste)
+    padded = np.array([data.round_up(length) for length in lengths])
+
+    def total(chosen):
+        return sum(min(edge for edge in chosen if edge >= length) for length in padded)
+
+    inner = sorted(set(padded.tolist()) - {padded.max()})
+    for size in range(1, count + 1):
+        # Brute force: the longest length is always an edge, any others are free.
+        choices = itertools.combinations(inner, min(size - 1, len(inner)))
+        best = min(total([*choice, padded.max()]) for choice in choices)
+        if best <= max(sum(lengths), 1) / (1 - waste) or size - 1 >= len(inner):
+            break
+    assert edges == sorted(set(edges)) and edges[-1] == padded.max()
+    assert len(edges) <= size <= count
+    assert total(edges) == best
+
+
+@pytest.mark.parametrize("count, batch_size, extra", [(4096, 8, 0.02), (4096, 32, 0.05), (512, 8, 0.03)])
+def test_padding_is_hardly_more_than_the_edges_cost(count, batch_size, extra):
+    plan, real, computed = realistic_epoch(count, batch_size, DataConfig().max_buckets)
+    query, answer = (np.array(edges) for edges in (plan.query_edges, plan.answer_edges))
+    edges = query[plan.query_cell].sum() + answer[plan.answer_cell].sum()
+    assert real / edges - real / computed < extra
+    assert max(len(query), len(answer)) <= DataConfig().max_buckets
+
+
+def test_padding_is_below_a_tenth_on_a_realistic_mixture():
+    _, real, computed = realistic_epoch(4096, 8, 16)
+    assert 1 - real / computed < 0.10
+    _, real, computed = realistic_epoch(4096, 8, DataConfig().max_buckets)
+    assert 1 - real / computed < 0.13
+
+
+# Padded batches
+
+
+@hypothesis.given(PLANS, st.integers(0, 30))
+def test_the_rows_of_all_processes_are_the_rows_of_one(drawn, step):
+    plan, lengths = make_plan(drawn)
+    examples = make_examples(lengths)
+    whole = data.Batches(examples, plan, 0, 1)[step]
+    for processes in (number for number in (1, 2, 4, 8) if drawn[1] % number == 0):
+        parts = [data.Batches(examples, plan, process, processes)[step] for process in range(processes)]
+        for key, value in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value)
+    rows = plan[step].rows
+    for number, row in enumerate(rows):
+        n, m = lengths[row]
+        assert (whole["query_lengths"][number], whole["answer_lengths"][number]) == (n, m)
+        np.testing.assert_array_equal(whole["query"][number, :n], examples.query[row])
+        np.testing.assert_array_equal(whole["answer"][number, :m], examples.answer[row])
+        assert not whole["query"][number, n:].any() and not whole["answer"][number, m:].any()
+        np.testing.assert_array_equal(whole["target"][number], examples.target[row])
+    padding, real = data.padding_fraction(whole)
+    assert real == lengths[rows].sum()
+    assert np.isclose(padding, 1 - real / (len(rows) * (plan[step].T + plan[step].S)))
+
+
+def test_a_batch_that_does_not_divide_over_processes_is_an_error():
+    plan, lengths = make_plan(([(3, 3)] * 12, 6, 1, True, 0))
+    with pytest.raises(InputError, match="train.batch_size=6 does not divide over 4 processes"):
+        data.Batches(make_examples(lengths), plan, 0, 4)
+
+
+def test_iterating_from_a_step_is_the_tail_of_iterating_from_the_first():
+    random = np.random.default_rng(1)
+    lengths = random.integers(1, 60, (50, 2))
+    plan = data.Plan(lengths[:, 0], lengths[:, 1], 4, 3, True, 0)
+    batches = data.Batches(make_examples(lengths), plan, 0, 1)
+    whole = list(data.iterate(batches, 0, 40))
+    assert len(whole) == 40
+    for first in (1, 11, 12, 13, 39, 40):
+        tail = list(data.iterate(batches, first, 40))
+        assert len(tail) == 40 - first
+        for left, right in zip(tail, whole[first:]):
+            for key, value in right.items():
+                np.testing.assert_array_equal(left[key], value)
+
+
+# A JSONL file that is appended to
+
+
+RUN = {"model": "a", "sampling": {"seed": 0}}
+BATCHES = [[{"id": 0, "text": "é \u2028\n"}], [{"id": 1}, {"id": 2, "text": "🙂"}], [], [{"id": 3}]]
+ROWS = [row for batch in BATCHES for row in batch]
+
+
+def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN) as output:
+        for batch in BATCHES:
+            output.append(batch)
+    whole = path.read_bytes()
+    assert [row for _, row in files.read_jsonl(path)] == ROWS
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with files.JsonlAppender(path, RUN) as output:
+            assert output.rows == ROWS[: whole[:cut].count(b"\n")]
+            output.append(ROWS[len(output.rows) :])
+            assert output.rows == ROWS
+        assert path.read_bytes() == whole
+
+
+@hypothesis.given(st.lists(st.integers(0, 400), max_size=12))
+@TMP_PATH
+def test_nothing_is_lost_over_repeated_kills(tmp_path, cuts):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": number, "text": "é🙂"[: number % 3]} for number in range(10)]
+    with files.JsonlAppender(path, RUN, overwrite=True) as output:
+        output.append(rows[:1])
+    for cut in cuts:
+        with files.JsonlAppender(path, RUN) as output:
+            output.append(rows[len(output.rows) : len(output.rows) + 2])
+        path.write_bytes(path.read_bytes()[: max(cut, path.stat().st_size - 30)])
+    with files.JsonlAppender(path, RUN) as output:
+        output.append(rows[len(output.rows) :])
+    assert [row for _, row in files.read_jsonl(path)] == rows
+
+
+def test_other_settings_and_foreign_files_are_refused_and_left_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN) as output:
+        output.append(ROWS)
+    whole = path.read_bytes()
+    with pytest.raises(InputError, match=r"rows.jsonl: holds another run \(sampling.seed: 0 -> 1\).*overwrite"):
+        files.JsonlAppender(path, {"model": "a", "sampling": {"seed": 1}})
+    assert path.read_bytes() == whole
+    foreign = tmp_path / "notes.jsonl"
+    foreign.write_text("no newline at the end")
+    with pytest.raises(InputError, match="notes.jsonl: exists, and was not written by this command"):
+        files.JsonlAppender(foreign, RUN)
+    assert foreign.read_text() == "no newline at the end"
+    with files.JsonlAppender(path, {"model": "b"}, overwrite=True) as output:
+        assert output.rows == []
+    assert path.read_bytes() == b""
+
+
+def test_a_damaged_line_inside_is_an_error_not_a_loss(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN) as output:
+        output.append(ROWS)
+    damaged = path.read_bytes().replace(b'{"id": 1}', b'{"id": 1')
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="rows.jsonl, line 2: not valid JSON"):
+        files.JsonlAppender(path, RUN)
+    assert path.read_bytes() == damaged
+
+
+SETTINGS = st.recursive(
+    st.integers() | st.text() | st.lists(st.integers()),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@hypothesis.given(SETTINGS, SETTINGS)
+def test_changes_names_what_differs_and_only_that(one, two):
+    old, new = {"same": one, "part": {"x": one}}, {"same": one, "part": {"x": two}}
+    found = files.changes(old, new)
+    assert (found == "") == (one == two)
+    assert found == "" or found.startswith("part.x")
+
+
+# Atomic files
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    files.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyError), files.atomic_directory(tmp_path / "b") as temporary:
+        (temporary / "c").mkdir()
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
