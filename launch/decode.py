@@ -2,13 +2,11 @@
 
 import json
 
-import numpy as np
-
 from launch import start
 from llm2vec_gen_jax.config import DecodeConfig
 from llm2vec_gen_jax.data import read_texts
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import write_text
+from llm2vec_gen_jax.files import read_array, write_text
 
 
 def main(path, config):
@@ -18,11 +16,8 @@ def main(path, config):
     if len(given) != 1:
         raise InputError(f"give one of text=, input= and soft_prompts=, found {' and '.join(given) or 'none'}")
     texts = None
-    if config.soft_prompts:
-        try:
-            soft_prompts = np.load(config.soft_prompts, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"soft_prompts={config.soft_prompts}: not a .npy array ({error})") from None
+    if config.soft_prompts is not None:
+        soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
         texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
     model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)

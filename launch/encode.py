@@ -19,6 +19,7 @@ def main(path, config):
     output = pathlib.Path(config.output)
     if output.exists():
         raise InputError(f"output={output}: exists already. Choose another, or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
     texts = read_texts(config.input, config.field)
     model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
     embeddings, soft_prompts = model.encode(

@@ -35,6 +35,11 @@ def run(schema, command, positional="CONFIG"):
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a full disk, no permission
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -52,6 +57,7 @@ def _prepare():
 def _help(schema, positional):
     lines = schema.__doc__.strip().splitlines()
     name = lines[0].split("`")[1].removeprefix("python -m launch.").split()[0]
+    about_command = lines[0].split("`: ", 1)[1]
     first = "MODEL" if positional == "MODEL" else "[CONFIG]"
     about = {
         "MODEL": "MODEL is a model directory or a hub id.",
@@ -61,7 +67,7 @@ def _help(schema, positional):
         [
             f"usage: python -m launch.{name} {first} [key=value ...]",
             "",
-            lines[0].split("`: ", 1)[1].capitalize(),
+            about_command[0].upper() + about_command[1:],
             about,
             "",
             "keys and their defaults:",

@@ -71,7 +71,7 @@ class LLM2VecGen:
         if precision not in _PRECISIONS:
             raise InputError(f"precision {precision!r} is unknown{nearest(precision, _PRECISIONS)}")
         prefix = self._prompt(prompt, prompt_name)
-        limit = (max_length or self.max_seq_length) - self.model.num_appended
+        limit = (self.max_seq_length if max_length is None else max_length) - self.model.num_appended
         if limit < 1:
             raise InputError(f"max_length must exceed the {self.model.num_appended} appended tokens")
         ids = self.backbone.tokenizer.encode([f"{prefix} {text}" if prefix else text for text in texts], limit)
@@ -102,10 +102,13 @@ class LLM2VecGen:
 
     def decode(self, soft_prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, batch_size=16):
         """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string."""
-        soft_prompts = np.asarray(soft_prompts, np.float32)
+        soft_prompts = np.asarray(soft_prompts)
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
-        if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3):
-            raise InputError(f"soft prompts must be (n, {K}, {D}) or ({K}, {D}), found {soft_prompts.shape}")
+        numbers = np.issubdtype(soft_prompts.dtype, np.number)
+        if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3) or not numbers:
+            found = f"{soft_prompts.dtype} {soft_prompts.shape}"
+            raise InputError(f"soft prompts must be numbers (n, {K}, {D}) or ({K}, {D}), found {found}")
+        soft_prompts = soft_prompts.astype(np.float32)
         rows = soft_prompts.reshape(-1, K, D)
         sampling = Sampling(max_new_tokens, temperature, top_p)
         texts = []

@@ -218,9 +218,9 @@ class QuickstartConfig:
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume")
-    queries: int = setting(256, "queries that the LLM writes", least=1)
+    queries: int = setting(240, "queries that the LLM writes", least=1)
     max_new_tokens: int = setting(64, "tokens of a response", least=1)
-    steps: int = setting(200, "training steps", least=1)
+    steps: int = setting(160, "training steps", least=1)
     batch_size: int = setting(8, "training batch", least=1)
     learning_rate: float = setting(1e-3, "peak; high, because the run is short")
     seed: int = setting(0, "of everything")

@@ -11,6 +11,8 @@ import shutil
 import tempfile
 import zlib
 
+import numpy as np
+
 from llm2vec_gen_jax.errors import InputError
 
 
@@ -90,6 +92,17 @@ def read_json(path):
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_array(path, key):
+    """Returns the array of a .npy file, mapped, not read. Raises InputError that names `key`, the setting it is of."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{key}={path}: not a .npy array ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{key}={path}: holds many arrays (.npz), expected one (.npy)")
+    return array
 
 
 def sha256_file(path):

@@ -10,7 +10,7 @@ from llm2vec_gen_jax import progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import exclusive, fingerprint, read_json, write_json
+from llm2vec_gen_jax.files import exclusive, fingerprint, read_array, read_json, write_json
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.loading import load_backbone, resolve_adapter
 from llm2vec_gen_jax.model import Model
@@ -31,20 +31,14 @@ def read_targets(path, records, rows):
 
     Raises InputError when it is no such array.
     """
-    try:
-        targets = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"teacher.path={path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"teacher.path={path}: not a .npy array ({error})") from None
-    if not isinstance(targets, np.ndarray):
-        raise InputError(f"teacher.path={path}: holds many arrays (.npz), expected one (.npy)")
+    targets = read_array(path, "teacher.path")
     if targets.ndim != 2 or len(targets) != records or not np.issubdtype(targets.dtype, np.floating):
         raise InputError(
             f"teacher.path={path}: expected a float array ({records} rows of data.responses, E), "
             f"found {targets.dtype} {targets.shape}"
         )
-    targets = np.asarray(targets[rows], np.float32)
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
+        targets = np.asarray(targets[rows], np.float32)
     if not (sound := np.isfinite(targets).all(axis=1)).all():
         raise InputError(f"teacher.path={path}: row {rows[np.argmin(sound)]} (from 0) holds NaN or infinity")
     return targets
@@ -79,9 +73,7 @@ def targets_of(backbone, config, answers, responses):
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, backbone.architecture)
         pool = functools.partial(_mean_pool, backbone, frozen, causal)
-        targets = _compute(
-            file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size
-        )
+        targets = _compute(file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size)
     if adapters:
         del frozen, pool
         backbone.frozen = None

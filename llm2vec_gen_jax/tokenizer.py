@@ -52,7 +52,11 @@ class Tokenizer:
     def encode(self, texts, max_length):
         """Returns a list of id lists, each at most max_length long, with the tokenizer's own BOS if it has one."""
         cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
-        ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
+        try:
+            ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
+        except TypeError:  # what tokenizers says of text that is not valid Unicode
+            bad = next(row for row, text in enumerate(cut) if not text.isascii() and _is_broken(text))
+            raise InputError(f"input {bad} holds half of a surrogate pair, which is no valid text") from None
         for row, text in enumerate(texts):
             if len(cut[row]) < len(text) and len(ids[row]) <= max_length:
                 ids[row] = self.plain.encode(text).ids  # a text of very long tokens (runs of spaces)
@@ -118,6 +122,10 @@ class Tokenizer:
             tokenize=False,
             enable_thinking=False,  # Qwen3; other templates have no such switch
         )
+
+
+def _is_broken(text):
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _bare_copy(hf):

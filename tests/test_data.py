@@ -404,6 +404,17 @@ def test_other_settings_and_foreign_files_are_refused_and_left_alone(tmp_path):
     assert path.read_bytes() == b""
 
 
+def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN) as output:
+        output.append(ROWS[:2])
+        with pytest.raises(InputError, match="rows.jsonl: another process is writing to it"):
+            files.JsonlAppender(path, RUN)
+        output.append(ROWS[2:])
+    with files.JsonlAppender(path, RUN) as output:
+        assert output.rows == ROWS
+
+
 def test_a_damaged_line_inside_is_an_error_not_a_loss(tmp_path):
     path = tmp_path / "rows.jsonl"
     with files.JsonlAppender(path, RUN) as output:

@@ -24,7 +24,7 @@ QUESTIONS = (
     "Why is the sky blue? Explain it to a child in one sentence.",
     "def fibonacci(n):",
     "Translate to French: good morning, how are you today?",
-    "I have 12 apples, eat 5 and buy 30 more. How many do I have? Think step by step, and give the number at the end.",
+    "I have 12 apples, eat 5 and buy 30 more. How many do I have? Think step by step.",
     "2+2",
 )
 PROMPTS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (9, 1, 4)]
@@ -117,7 +117,8 @@ def test_mesh_of_eight_devices_generates_the_same(endless, tiny_folder):
     """Three rows over four data shards: the batch is filled up and the filling dropped."""
     mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2))
     sharded = stopping_at(load_backbone(str(tiny_folder("qwen3")), "float32", mesh), [])
-    assert generate.generate(sharded, PROMPTS, SAMPLED, seed=1) == generate.generate(endless, PROMPTS, SAMPLED, seed=1)
+    expected = generate.generate(endless, PROMPTS, SAMPLED, seed=1)
+    assert generate.generate(sharded, PROMPTS, SAMPLED, seed=1) == expected
 
 
 # Sampling
@@ -181,9 +182,7 @@ def nucleus(logits_BV, top_p):
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
-@hypothesis.given(
-    st.integers(0, 10_000), st.floats(0.01, 30.0), st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
-)
+@hypothesis.given(st.integers(0, 9999), st.floats(0.01, 30.0), st.sampled_from([0.01, 0.3, 0.5, 0.95, 0.999]))
 def test_nucleus_equals_the_sorted_one(seed, spread, top_p):
     logits_BV = (spread * np.random.default_rng(seed).normal(size=(2, 50))).astype(np.float32)
     found_BV = np.asarray(nucleus(logits_BV, top_p))

@@ -48,26 +48,27 @@ def random_tokens(B, S, size, scale=1.0):
 @functools.partial(jax.jit, static_argnums=4)
 def fused(hidden_BSD, head_VD, labels_BS, weights_BS, chunks):
     """Returns (value, (gradient with respect to hidden, to the head))."""
-    return jax.value_and_grad(losses.fused_cross_entropy, (0, 1))(hidden_BSD, head_VD, labels_BS, weights_BS, chunks)
+    gradient = jax.value_and_grad(losses.fused_cross_entropy, (0, 1))
+    return gradient(hidden_BSD, head_VD, labels_BS, weights_BS, chunks)
 
 
 # The fused cross-entropy
 
 
 @hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
-@hypothesis.given(
-    st.integers(1, 3), st.integers(1, 6), st.sampled_from([2, 37]), st.integers(1, 8), st.data()
-)
-def test_fused_cross_entropy_equals_the_plain_one(B, S, size, chunks, data):
+@hypothesis.given(data=st.data(), size=st.sampled_from([2, 37]))
+def test_fused_cross_entropy_equals_the_plain_one(data, size):
     """Value and gradient, also when the chunks do not divide the tokens or outnumber them."""
-    number = st.sampled_from([0.0, 0.25, 1.0])
-    weights = data.draw(st.lists(st.lists(number, min_size=S, max_size=S), min_size=B, max_size=B), label="weights")
-    weights_BS = np.array(weights, np.float32)
+    B, S, chunks = (data.draw(st.integers(1, most)) for most in (3, 6, 8))
+    weights = data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=B * S, max_size=B * S))
+    weights_BS = np.array(weights, np.float32).reshape(B, S)
     hidden_BSD, head_VD, labels_BS = random_tokens(B, S, size, data.draw(st.sampled_from([0.1, 1.0, 60.0])))
     value, (gradient_BSD, head_gradient_VD) = fused(hidden_BSD, head_VD, labels_BS, weights_BS, chunks)
     expected, expected_BSD = torch_cross_entropy(hidden_BSD, head_VD, labels_BS, weights_BS)
-    assert_close(value, expected, 1e-5)
-    assert_close(gradient_BSD, expected_BSD, 1e-5)
+    # Float32 rounds the logits, and a loss near 0 is a small difference of them.
+    rounding = 1e-6 * max(1, np.abs(hidden_BSD @ head_VD.T).max())
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=rounding * B * S)
+    np.testing.assert_allclose(gradient_BSD, expected_BSD, rtol=1e-6, atol=rounding * np.abs(head_VD).max())
     assert not head_gradient_VD.any()  # the head is frozen
 
 
@@ -75,8 +76,11 @@ def test_fused_cross_entropy_is_linear_in_its_cotangent():
     hidden_BSD, head_VD, labels_BS = random_tokens(2, 5, 37)
     weights_BS = np.ones((2, 5), np.float32)
     _, (gradient_BSD, _) = fused(hidden_BSD, head_VD, labels_BS, weights_BS, 2)
-    scaled = jax.grad(lambda x: -3 * losses.fused_cross_entropy(x, head_VD, labels_BS, weights_BS, 2))(hidden_BSD)
-    assert_close(scaled, -3 * gradient_BSD, 1e-6)
+
+    def scaled(hidden_BSD):
+        return -3 * losses.fused_cross_entropy(hidden_BSD, head_VD, labels_BS, weights_BS, 2)
+
+    assert_close(jax.grad(scaled)(hidden_BSD), -3 * gradient_BSD, 1e-6)
 
 
 def test_fused_cross_entropy_in_bfloat16_is_close():
@@ -96,7 +100,7 @@ def shapes_in(jaxpr):
     """Yields the shape of every array that a jaxpr computes, the inner jaxprs' too."""
     for equation in jaxpr.eqns:
         yield from (getattr(variable.aval, "shape", ()) for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from shapes_in(inner)
@@ -215,8 +219,7 @@ def test_alignment_equals_torch():
 
 @pytest.fixture(scope="module")
 def training(tiny):
-    """Returns f(reconstruction, alignment): the function ((loss, parts), gradients) of the weighted loss on a fixed
-    batch, and its arguments."""
+    """Returns f(reconstruction, alignment): the jitted loss with its gradients, and a batch to call it on."""
     backbone = tiny("qwen3")
     model = Model(backbone.architecture, K, 0, 20)
     trainable = heads.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
@@ -235,7 +238,8 @@ def training(tiny):
 
         @jax.jit
         def gradient(trainable, frozen, cache, batch):
-            return jax.value_and_grad(losses.total, has_aux=True)(trainable, model, frozen, cache, batch, weights)
+            total = jax.value_and_grad(losses.total, has_aux=True)
+            return total(trainable, model, frozen, cache, batch, weights)
 
         return gradient, (trainable, backbone.frozen, cache, batch)
 
@@ -256,8 +260,8 @@ def test_total_is_the_weighted_sum(training):
     _, by_alignment, alignment_gradients = run(training, 0.0, 2.0)
     assert_close(by_reconstruction["reconstruction_loss"], parts["reconstruction_loss"], 1e-6)
     assert_close(by_alignment["alignment_loss"], parts["alignment_loss"], 1e-6)
-    for both, first, second in zip(*map(jax.tree.leaves, (gradients, reconstruction_gradients, alignment_gradients))):
-        assert_close(both, first + second, 1e-5)
+    added = jax.tree.map(jnp.add, reconstruction_gradients, alignment_gradients)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), gradients, added)
 
 
 def test_loss_of_weight_zero_gives_no_loss_and_no_gradient(training):
@@ -272,7 +276,7 @@ def test_loss_of_weight_zero_gives_no_loss_and_no_gradient(training):
 
 
 def test_loss_of_weight_zero_is_not_computed(training):
-    """Without the reconstruction nothing has the vocabulary's size; without the alignment there is less to do."""
+    """Without the reconstruction nothing has the vocabulary's size; without the alignment there is less."""
 
     def shapes(*weights):
         gradient, arguments = training(*weights)

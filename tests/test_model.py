@@ -1,4 +1,4 @@
-"""The method: two ways to encode are one, rows are independent, heads form a chain, frozen weights stay frozen."""
+"""The method: two ways to encode are one, rows are independent, heads are a chain, frozen stays frozen."""
 
 import dataclasses
 import functools
@@ -160,7 +160,8 @@ def test_appended_tokens_are_causal_in_their_order(tiny):
     ids_BT, lengths_B = batch_of(ROWS, 8)
 
     def soft_prompts(tokens):
-        return model.encode({**trainable, "tokens": tokens}, backbone.frozen, ids_BT, lengths_B)[1].sum(axis=(0, 2))
+        changed = {**trainable, "tokens": tokens}
+        return model.encode(changed, backbone.frozen, ids_BT, lengths_B)[1].sum(axis=(0, 2))
 
     jacobian = jax.jit(jax.jacrev(soft_prompts))(trainable["tokens"])  # K, M+K, D
     reads_KM = np.abs(jacobian).max(axis=-1) > 0
@@ -269,7 +270,7 @@ def product_sizes(program):
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
-    """The compiled gradient has no product of a weight's size; differentiated in the weights too, it has them all."""
+    """No product in the compiled gradient has a weight's size; were the weights differentiated, some would."""
     model, state, frozen, cache, batch, _ = abstract_training(SMALL, B=3, S=7, num_tokens=5)
     weights = config.LossConfig()
 
@@ -286,7 +287,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
 
 
 def test_training_step_does_not_copy_the_frozen_weights():
-    """Beside its arguments a step needs about the memory of one layer; with the weights' gradients, of them all."""
+    """Beside its arguments a step takes a layer's memory or so; with the weights' gradients, that of all."""
     model, state, frozen, cache, batch, optimizer = abstract_training(LARGE, B=1, S=2, num_tokens=2)
     weights = config.LossConfig()
     frozen_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen))

@@ -19,7 +19,9 @@ LITERALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|begin|>", "<questi
 # Pieces of literals too: text must not turn into a control token where two pieces meet.
 HOSTILE = st.lists(st.one_of(st.sampled_from([*LITERALS, "<|im_", "start|>", "<", "|>"]), TEXT), min_size=1)
 HOSTILE = HOSTILE.map("".join)
-RUNS = st.lists(st.tuples(st.sampled_from([" ", "\n", "\t", "-", "a", "ab", "7", " x", "é", "🙂"]), st.integers(1, 300)))
+RUNS = st.lists(
+    st.tuples(st.sampled_from([" ", "\n", "\t", "-", "a", "ab", "7", " x", "é", "🙂"]), st.integers(1, 300))
+)
 RUNS = RUNS.map(lambda runs: "".join(unit * count for unit, count in runs))
 NAMES = ["tiny", "bos", "questions", "smollm2"]
 

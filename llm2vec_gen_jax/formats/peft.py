@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_json, sha256_file
-from llm2vec_gen_jax.formats.weights import TABLE
+from llm2vec_gen_jax.formats.weights import TABLE, their_shape
 
 # Settings that change what an adapter computes, and the values that mean "as plain LoRA does".
 _PLAIN = {
@@ -53,10 +53,16 @@ def merge(frozen, folder, architecture):
     for key, plain in _PLAIN.items():
         if config.get(key, plain[0]) not in plain:
             raise InputError(f"{folder / 'adapter_config.json'}: {key}={config[key]!r} is not supported")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)):
+            raise InputError(f"{folder / 'adapter_config.json'}: {key} is missing or not a number")
     flat = flax.traverse_util.flatten_dict(frozen, sep="/")
+    stacks = {}
     for module, factors in _read_factors(folder, architecture).items():
         path, pattern = _MODULES[module]
-        a_LRI, b_LOR = _stack(factors, config, module, architecture, folder)
+        layers, *shape = flat[path].shape
+        stacks[path] = _stack(factors, config, module, layers, their_shape(pattern, shape), folder), pattern
+    for path, ((a_LRI, b_LOR), pattern) in stacks.items():
         flat[path] = _add(flat[path], a_LRI, b_LOR, pattern)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -81,21 +87,24 @@ def _read_factors(folder, architecture):
     return modules
 
 
-def _stack(factors, config, module, architecture, folder):
-    """Stacks a module's factors over layers, the scale in B; layers without one get zeros."""
-    rank = max(pair["A"].shape[0] for pair in factors.values() if "A" in pair)
-    first = next(iter(factors.values()))
-    a = np.zeros((architecture.num_layers, rank, first["A"].shape[1]), np.float32)
-    b = np.zeros((architecture.num_layers, first["B"].shape[0], rank), np.float32)
+def _stack(factors, config, module, layers, shape, folder):
+    """Returns a module's (A, B), stacked over layers, the scale in B; layers without a pair get zeros."""
+    out, size = shape
     for layer, pair in factors.items():
+        name, shapes = f"layers.{layer}.{module}", {letter: value.shape for letter, value in pair.items()}
         if set(pair) != {"A", "B"}:
-            raise InputError(f"{folder}: layer {layer} {module} has lora_{'/'.join(pair)} only")
-        r = pair["A"].shape[0]
-        name = f"layers.{layer}.{module}"
-        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+            raise InputError(f"{folder}: {name} has lora_{'/'.join(pair)} only")
+        r = len(pair["A"])
+        if shapes != {"A": (r, size), "B": (out, r)}:
+            raise InputError(f"{folder}: {name} has shapes {shapes}, the backbone's weight is {shape}")
         expected = _pattern(config.get("rank_pattern"), name, config["r"])
         if r != expected:
             raise InputError(f"{folder}: {name} has rank {r}, adapter_config.json says {expected}")
+    rank = max(len(pair["A"]) for pair in factors.values())
+    a, b = np.zeros((layers, rank, size), np.float32), np.zeros((layers, out, rank), np.float32)
+    for layer, pair in factors.items():
+        r = len(pair["A"])
+        alpha = _pattern(config.get("alpha_pattern"), f"layers.{layer}.{module}", config["lora_alpha"])
         a[layer, :r] = pair["A"]
         b[layer, :, :r] = pair["B"] * (alpha / (r**0.5 if config.get("use_rslora") else r))
     return a, b

@@ -93,9 +93,9 @@ def _check_names(source, architecture, shapes):
     for path, shape in shapes.items():
         name, pattern = TABLE[path]
         stacked = path.startswith("layers/")
-        their_shape = _their_shape(pattern, shape[1:] if stacked else shape)
+        wanted = their_shape(pattern, shape[1:] if stacked else shape)
         for layer in range(architecture.num_layers if stacked else 1):
-            expected[name.format(layer)] = their_shape
+            expected[name.format(layer)] = wanted
     found = set(source.names())
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings:
@@ -116,7 +116,8 @@ def _axes(pattern):
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", theirs)], ours.split()
 
 
-def _their_shape(pattern, shape):
+def their_shape(pattern, shape):
+    """Returns the shape in a Hugging Face file of one layer's weight of our shape."""
     theirs, ours = _axes(pattern)
     size = dict(zip(ours, shape, strict=True))
     return tuple(int(np.prod([size[axis] for axis in group])) for group in theirs)
