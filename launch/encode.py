@@ -22,15 +22,16 @@ def main(path, config):
     output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
     texts = read_texts(config.input, config.field)
     model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
-    embeddings, soft_prompts = model.encode(
+    encoded = model.encode(
         texts,
         prompt=config.instruction,
         batch_size=config.batch_size,
         max_length=config.max_length,
         normalize_embeddings=config.normalize,
         show_progress_bar=True,
-        return_soft_prompts=True,
+        return_soft_prompts=config.save_soft_prompts,
     )
+    embeddings, soft_prompts = encoded if config.save_soft_prompts else (encoded, None)
     with atomic_directory(output) as folder:
         np.save(folder / "embeddings.npy", embeddings)
         if config.save_soft_prompts:

@@ -41,7 +41,7 @@ def run(schema, command, positional="CONFIG"):
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a full disk, no permission
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; nothing is half written, repeat the command to go on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -42,19 +42,19 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache):
     Scores and softmax are float32. Returns (B, T, N, H) in q's dtype. Queries of padding are defined and unread.
     """
     B, T, N, H = q_BTNH.shape
-    q_BTGRH = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H) * H**-0.5
+    q_BTGRH, scale = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H), H**-0.5
     if visibility.causal:
         seen = jnp.tril(jnp.ones((T, T), bool))
     else:
         seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
-    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH), -jnp.inf)
+    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH) * scale, -jnp.inf)
     if cache is None:
         weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BTGH)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
         seen = visibility.cache_BS[:, None, None, None, :]
-        cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH), -jnp.inf)
+        cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH) * scale, -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BTGH)

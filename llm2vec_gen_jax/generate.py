@@ -56,7 +56,7 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     prompt, lengths_B, row_ids = sharding.put_batch((prompt, lengths_B, row_ids), backbone.mesh)
     stop = tuple(backbone.tokenizer.stop_ids)
     out_BN, count_B = _generate(
-        backbone.architecture, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, np.int32(seed)
+        backbone.architecture, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, np.uint32(seed % 2**32)
     )
     out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
     return [out_BN[row, : count_B[row]].tolist() for row in range(count)]

@@ -1,5 +1,6 @@
 """Training: one pure step, and the loop that feeds, logs, checkpoints and resumes it."""
 
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -200,8 +201,8 @@ class Run:
         config = self.config.train
         if config.init_from:
             model, trainable = directory.to_model(directory.read(config.init_from), self.backbone, config.init_from)
-            if model != self.model:
-                raise InputError(f"train.init_from={config.init_from}: is {model}, this run is {self.model}")
+            if differing := changes(dataclasses.asdict(model), dataclasses.asdict(self.model)):
+                raise InputError(f"train.init_from={config.init_from}: is another model than this run's ({differing})")
         else:
             init = functools.partial(heads.init_trainable, self.model.compressor)
             init = jax.jit(init, out_shardings=sharding.replicated(self.mesh))

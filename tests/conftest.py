@@ -176,3 +176,33 @@ import hypothesis  # noqa: E402
 # Hypothesis would call a test slow because the machine is busy.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+
+@pytest.fixture
+def launch():
+    """launch(folder, name, *words) starts `python -m launch.NAME WORDS` there, on one device; returns its Popen.
+
+    Whatever still runs at the end of the test is ended.
+    """
+    import pathlib
+    import subprocess
+    import sys
+
+    started = []
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(folder, name, *words):
+        command = [sys.executable, "-m", f"launch.{name}", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

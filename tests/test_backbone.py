@@ -266,10 +266,11 @@ def rope_factors(rope, head_dim):
     return np.array(factors, np.float32)
 
 
-def write_gguf(path, model, kinds=()):
+def write_gguf(path, model, kinds=(), metadata=None):
     """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer.
 
     kinds: {part of a name: quantisation type}; the torch model is rounded to what the file holds.
+    metadata: a function that adds fields to the open writer.
     """
     import torch
 
@@ -288,6 +289,8 @@ def write_gguf(path, model, kinds=()):
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_factors(rope, head_dim))
+    if metadata:
+        metadata(writer)
     vocabulary = tiny_tokenizer().get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -361,6 +364,18 @@ def test_quantised_gguf_on_a_mesh_equals_its_rounded_weights(kind, tmp_path):
 def test_unknown_rope_factors_are_refused(tmp_path):
     with pytest.raises(InputError, match="rope_freqs"):
         load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama3", **llama3_scaling(16.0))))
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope_type 'yarn'"),
+        (lambda writer: writer.add_rope_dimension_count(4), "partial_rotary_factor=0.5"),
+    ],
+)
+def test_rotation_that_is_not_implemented_is_refused(metadata, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), metadata=metadata))
 
 
 # Every field of the architecture is wired

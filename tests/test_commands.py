@@ -6,7 +6,6 @@ import pathlib
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -59,24 +58,6 @@ def command(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     return run
-
-
-def process(folder, name, *words):
-    """Starts `python -m launch.NAME WORDS` as a real process on one device."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"launch.{name}", *words],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -291,11 +272,11 @@ def test_a_loss_that_is_not_finite_is_a_failure_with_one_line(command, talker_fo
     assert errors.strip().splitlines()[-1].startswith("error: step 1: the loss is inf")
 
 
-def test_a_real_process_says_the_same(talker_folder, tmp_path):
+def test_a_real_process_says_the_same(talker_folder, tmp_path, launch):
     expected = broken(talker_folder, tmp_path / "backbone", "truncated")
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"question": "a"}])
     words = [f"backbone.path={tmp_path / 'backbone'}", f"input={queries}", "output=answers.jsonl"]
-    bad, good = process(tmp_path, "respond", *words), process(tmp_path, "respond", "--help")
+    bad, good = launch(tmp_path, "respond", *words), launch(tmp_path, "respond", "--help")
     out, errors = bad.communicate(timeout=60)
     check_error((bad.returncode, out, errors), *expected)
     assert errors.count("\n") == 1
@@ -310,12 +291,12 @@ def rows_of(path):
     return [row for _, row in files.read_jsonl(path)]
 
 
-def test_a_killed_respond_started_again_loses_and_repeats_nothing(talker_folder, tmp_path):
+def test_a_killed_respond_started_again_loses_and_repeats_nothing(talker_folder, tmp_path, launch):
     queries = [{"question": f"What is {number * 7919 % 997}? " * (number % 4 + 1)} for number in range(240)]
     write_jsonl(tmp_path / "queries.jsonl", queries)
     words = [f"backbone.path={talker_folder}", "input=queries.jsonl", "batch_size=2", "max_new_tokens=12"]
-    undisturbed = process(tmp_path, "respond", *words, "output=undisturbed.jsonl")
-    killed = process(tmp_path, "respond", *words, "output=killed.jsonl")
+    undisturbed = launch(tmp_path, "respond", *words, "output=undisturbed.jsonl")
+    killed = launch(tmp_path, "respond", *words, "output=killed.jsonl")
     path = tmp_path / "killed.jsonl"
     while not path.exists() or path.stat().st_size < 1000:
         assert killed.poll() is None, killed.communicate()
@@ -325,7 +306,7 @@ def test_a_killed_respond_started_again_loses_and_repeats_nothing(talker_folder,
     before = path.read_bytes()
     assert 0 < before.count(b"\n") < len(queries)
     path.write_bytes(before[:-3])  # as if the last write had been torn
-    again = process(tmp_path, "respond", *words, "output=killed.jsonl")
+    again = launch(tmp_path, "respond", *words, "output=killed.jsonl")
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert undisturbed.communicate(timeout=120) and undisturbed.returncode == 0

@@ -274,10 +274,11 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
         f"data.responses={tmp_path / 'responses.jsonl'}",
         "train.steps=1",
         "train.batch_size=8",
+        f"train.output={tmp_path / 'run'}",
     ]
-    file_teacher = ["teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}"]
-    for name, more in (("one", []), ("two", file_teacher)):
-        train(config.load(TrainConfig, None, [*words, *more, f"train.output={tmp_path / name}"]), False)
+    file_teacher = ["train.overwrite=true", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}"]
+    for more in ([], file_teacher):
+        train(config.load(TrainConfig, None, [*words, *more]), False)
     declared = {
         (section.type, field.name)
         for section in dataclasses.fields(TrainConfig)

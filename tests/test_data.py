@@ -263,7 +263,11 @@ def test_who_sits_out_changes_from_epoch_to_epoch():
     assert len(out) > 6
 
 
-@hypothesis.given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4))
+# Some lists of lengths that fewer edges than allowed serve well: in most, one edge more always helps.
+LENGTH = [st.integers(0, 60), st.sampled_from([64, 63, 56]), st.sampled_from([16, 24, 55, 56])]
+
+
+@hypothesis.given(st.one_of([st.lists(length, min_size=1, max_size=30) for length in LENGTH]), st.integers(1, 4))
 def test_edges_are_optimal_and_as_few_as_keep_padding_low(lengths, count):
     waste = 0.05
     edges = data.choose_edges(lengths, count, waste)
@@ -331,14 +335,13 @@ def test_a_batch_that_does_not_divide_over_processes_is_an_error():
         data.Batches(make_examples(lengths), plan, 0, 4)
 
 
-def test_iterating_from_a_step_is_the_tail_of_iterating_from_the_first():
+def test_iterating_from_a_step_is_the_tail_of_all_batches():
     random = np.random.default_rng(1)
     lengths = random.integers(1, 60, (50, 2))
     plan = data.Plan(lengths[:, 0], lengths[:, 1], 4, 3, True, 0)
     batches = data.Batches(make_examples(lengths), plan, 0, 1)
-    whole = list(data.iterate(batches, 0, 40))
-    assert len(whole) == 40
-    for first in (1, 11, 12, 13, 39, 40):
+    whole = [batches[step] for step in range(40)]
+    for first in (0, 1, 11, 12, 13, 39, 40):
         tail = list(data.iterate(batches, first, 40))
         assert len(tail) == 40 - first
         for left, right in zip(tail, whole[first:]):
@@ -371,7 +374,7 @@ def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
 
 
 @hypothesis.given(st.lists(st.integers(0, 400), max_size=12))
-@TMP_PATH
+@hypothesis.settings(TMP_PATH, max_examples=30)
 def test_nothing_is_lost_over_repeated_kills(tmp_path, cuts):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": number, "text": "é🙂"[: number % 3]} for number in range(10)]

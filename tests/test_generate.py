@@ -141,6 +141,12 @@ def test_seed_and_row_id_each_change_the_sample(endless):
     assert all(a != b for a, b in zip(first, generate.generate(endless, prompts, SAMPLED, seed=1)))
 
 
+def test_every_step_draws_anew(endless):
+    """Where all tokens are as good as equally likely, rows repeat one token if noise is reused."""
+    for row in generate.generate(endless, PROMPTS, Sampling(10, temperature=1e4)):
+        assert len(set(row)) > 5
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (2.0, 0.7)])
 def test_samples_follow_the_distribution(temperature, top_p, tiny):
     """Frequencies of 4,000 first tokens against softmax(logits / temperature), cut to its nucleus."""

@@ -16,7 +16,7 @@ from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.train import TrainState, train_step
-from tests.conftest import FAMILIES, tiny_torch_model, torch_outputs
+from tests.conftest import tiny_torch_model, torch_outputs
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (7, 0, 1, 4)]
 K, E = 4, 20
@@ -53,7 +53,7 @@ def assert_close(found, expected, tolerance):
 # One pass and two passes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_encode_equals_prefix_and_compress(family, tiny):
     """Values, and gradients of both outputs, with an empty row, thought tokens and more slots than tokens."""
     backbone = tiny(family)
@@ -270,7 +270,7 @@ def product_sizes(program):
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
-    """No product in the compiled gradient has a weight's size; were the weights differentiated, some would."""
+    """No product in the gradient is of a weight's size; with the weights differentiated too, some are."""
     model, state, frozen, cache, batch, _ = abstract_training(SMALL, B=3, S=7, num_tokens=5)
     weights = config.LossConfig()
 

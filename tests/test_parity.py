@@ -42,7 +42,7 @@ REQUEST = {
     "max_length": 512,
     "pairs": PAIRS,
     "targets": "targets.npy",
-    "learning_rate": 2e-4,  # AdamW's first steps are signs: a large rate turns rounding into different losses
+    "learning_rate": 1e-3,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "schedule_steps": 100,
@@ -82,13 +82,15 @@ def both(request, peer_python, tmp_path_factory):
     directory.save(folder / "model", model, trainable, backbone, {}, [])
     targets = np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32)
     np.save(folder / "targets.npy", targets)
-    (folder / "request.json").write_text(json.dumps(REQUEST))
+    # AdamW's first steps are signs of gradients: on the real model a large rate turns rounding into other losses.
+    asked = REQUEST | ({"learning_rate": 2e-4} if request.param == "smollm2" else {})
+    (folder / "request.json").write_text(json.dumps(asked))
     script = pathlib.Path(__file__).with_name("peer_reference.py")
     arguments = [folder / "model", folder / "request.json", folder / "out.npz"]
     result = subprocess.run([peer_python, script, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     ours = LLM2VecGen.from_pretrained(folder / "model", dtype="float32", mesh=config.MeshConfig(data=8))
-    return ours, dict(np.load(folder / "out.npz")), targets
+    return ours, dict(np.load(folder / "out.npz")) | {"asked": asked}, targets
 
 
 def close(ours, theirs, relative):
@@ -144,7 +146,7 @@ def test_losses_and_every_gradient(both):
 def test_five_steps_of_adamw(both):
     ours, theirs, targets = both
     keys = ("learning_rate", "schedule_steps", "warmup_steps", "weight_decay", "max_grad_norm")
-    settings = config.OptimizerConfig(**{key: REQUEST[key] for key in keys})
+    settings = config.OptimizerConfig(**{key: theirs["asked"][key] for key in keys})
     optimizer, schedule = optim.make_optimizer(settings), optim.make_schedule(settings)
     _, batch, cache = training_batch(ours, targets)
     step = jax.jit(

@@ -109,12 +109,13 @@ def test_cutting_the_text_first_changes_no_id(make, name, texts, length):
     assert tokenizer.encode(texts, length) == [tokenizer.plain.encode(text).ids[:length] for text in texts]
 
 
-def test_very_long_runs_of_spaces_give_the_uncut_ids(make):
+@pytest.mark.parametrize("unit, longest", [(" ", 64), ("\n" + " " * 80, 81)])
+def test_very_long_runs_give_the_uncut_ids(make, unit, longest):
     tokenizer = make("smollm2")
-    text = " " * 70_000 + "x"
+    text = unit * (20_000 // len(unit)) + "x"
     whole = tokenizer.plain.encode(text).ids
-    assert len(whole) < 70_000 / 64 + 64, "tokens of more than 64 spaces: else this test shows nothing"
-    for length in (10, 500, len(whole) - 1, len(whole), len(whole) + 1):
+    assert len(whole) < len(text) / longest + 9, "the longest tokens: a text cut to 64 characters each is too short"
+    for length in (10, 100, len(whole) - 1, len(whole), len(whole) + 1):
         assert tokenizer.encode([text], length) == [whole[:length]]
 
 
@@ -169,7 +170,8 @@ def test_a_chat_prompt_is_the_chat_template(make, name, question):
     expected = tokenizer.hf.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     assert tokenizer.chat_prompt(question, 10_000) == expected["input_ids"]
     turn = tokenizer.user_turn()
-    assert expected["input_ids"][: len(turn)] == turn
+    if not question[:1].isspace():  # which may merge with the line break before it
+        assert expected["input_ids"][: len(turn)] == turn
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,12 +1,9 @@
 """Training: resumed, killed and sharded runs equal undisturbed ones; run directories; the model that comes out."""
 
 import functools
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -14,16 +11,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, optim, sharding
+from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, sharding
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax.train import TrainState, train, train_step
 
 from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
-ROOT = pathlib.Path(__file__).parent.parent
 K = 4
 RECORDS = [
     {"question": f"What is {number}?", "answer": f"It is {'abcdefgh'[number % 8] * (1 + number % 6)}."}
@@ -115,31 +111,18 @@ def test_four_steps_equal_two_and_two_resumed_bit_for_bit(workplace, run):
     assert contents(straight / "model") == contents(resumed / "model")
 
 
-def launch(folder, backbone, *words):
-    """Starts `python -m launch.train` in a folder; returns the process."""
-    command = [sys.executable, "-m", "launch.train", f"backbone.path={backbone}", *COMMON, *words]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_a_killed_process_started_again_gives_the_same_model(workplace, tiny_folder):
-    words = ("train.steps=120", "train.checkpoint_every=10")
-    undisturbed = launch(workplace("undisturbed"), tiny_folder("qwen3"), *words)
-    killed = launch(workplace("killed"), tiny_folder("qwen3"), *words)
+def test_a_killed_process_started_again_gives_the_same_model(workplace, tiny_folder, launch):
+    backbone = f"backbone.path={tiny_folder('qwen3')}"
+    words = ("train", backbone, *COMMON, "train.steps=120", "train.checkpoint_every=10")
+    undisturbed = launch(workplace("undisturbed"), *words)
+    killed = launch(workplace("killed"), *words)
     while not (workplace("killed") / "run/checkpoints/20").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (workplace("killed") / "run/model").exists()
-    again = launch(workplace("killed"), tiny_folder("qwen3"), *words)
+    again = launch(workplace("killed"), *words)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert int(output.split("resuming run at step ")[1].split()[0]) in range(20, 120, 10)
@@ -313,11 +296,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(workpla
         assert manager.latest_step() == 1
 
 
+def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
+    backbone = tiny("qwen3")
+    model, optimizer = Model(backbone.architecture, K, 0, 6), optim.make_optimizer(config.OptimizerConfig())
+    trained = heads.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
+    state = TrainState(np.int32(3), trained, optimizer.init(trained))
+    batch = {
+        "query_lengths": np.array([5, 2], np.int32),
+        "answer": np.full((2, 8), 9, np.int32),
+        "answer_lengths": np.array([8, 1], np.int32),
+        "target": np.zeros((2, 6), np.float32),
+    }
+    cache = model.prefix(backbone.frozen, np.full((2, 8), 7, np.int32), slots=8)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, weights=config.LossConfig())
+    step = jax.jit(step)
+    after, metrics = step(state, backbone.frozen, cache, batch)
+    assert np.isfinite(metrics["loss"]) and after.step == 4
+    batch["target"][1, 2] = np.inf
+    after, metrics = step(state, backbone.frozen, cache, batch)
+    assert np.isinf(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
 def test_training_starts_from_another_model(workplace, run):
     first = run("train.steps=3", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
     still = ("train.steps=1", "train.init_from=run/model", "optimizer.learning_rate=0", "train.output=still")
     jax.tree.map(np.testing.assert_array_equal, trainable(run(*still), 1), trainable(first, 3))
-    with pytest.raises(InputError, match="train.init_from=run/model.*num_tokens=4.*num_tokens=5"):
+    with pytest.raises(InputError, match="train.init_from=run/model: .*num_tokens: 4 -> 5"):
         run("train.steps=1", "train.init_from=run/model", "compression.num_tokens=5", "train.output=other")
 
 

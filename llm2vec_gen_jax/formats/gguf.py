@@ -104,6 +104,7 @@ def read_architecture(source):
         return value
 
     hidden, heads = need("{}.embedding_length"), need("{}.attention.head_count")
+    head_dim, scaling = f("{}.attention.key_length", hidden // heads), f("{}.rope.scaling.type")
     config = {
         "model_type": source.family,
         "vocab_size": source.shape("model.embed_tokens.weight")[0],
@@ -112,10 +113,12 @@ def read_architecture(source):
         "num_hidden_layers": need("{}.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": f("{}.attention.head_count_kv", heads),
-        "head_dim": f("{}.attention.key_length", hidden // heads),
+        "head_dim": head_dim,
         # GGUF stores float32: 1e-5 reads as 9.999999747378752e-06. The shortest decimal is what was meant.
         "rms_norm_eps": float(str(np.float32(need("{}.attention.layer_norm_rms_epsilon")))),
         "rope_theta": float(f("{}.rope.freq_base", 10000.0)),
+        "rope_scaling": None if scaling in (None, "none") else {"rope_type": scaling},
+        "partial_rotary_factor": f("{}.rope.dimension_count", head_dim) / head_dim,
         "tie_word_embeddings": "lm_head.weight" not in source.tensors,
     }
     architecture = architecture_lib.from_hf_config(config, source)
