@@ -1,5 +1,7 @@
 """`LLM2VecGen`: a trained embedder, with the encode conventions of sentence-transformers."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
@@ -29,11 +31,12 @@ class LLM2VecGen:
         """Loads a model directory (ours or the published package's) or a hub repository of that layout.
 
         dtype: of the backbone (auto | float32 | bfloat16 | float16). backbone: where it is, if not where the
-        directory says. mesh: a MeshConfig, default all devices on the data axis.
+        directory says. mesh: a MeshConfig or a Mesh, default all devices on the data axis.
         Raises InputError that names what is missing or does not fit.
         """
         record = directory.read(str(path))
-        mesh = sharding.make_mesh(mesh or config_lib.MeshConfig())
+        if not isinstance(mesh, jax.sharding.Mesh):
+            mesh = sharding.make_mesh(mesh or config_lib.MeshConfig())
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh)
         model, trainable = directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts)
@@ -84,8 +87,6 @@ class LLM2VecGen:
             soft_prompts = np.zeros((0, self.model.num_tokens, self.model.architecture.hidden_size), np.float32)
         embeddings = _finish(embeddings, truncate_dim, normalize_embeddings, precision)
         if not convert_to_numpy:
-            import jax.numpy as jnp
-
             embeddings = jnp.asarray(embeddings)
         if single:
             embeddings = embeddings[0]

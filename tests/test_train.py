@@ -37,8 +37,8 @@ COMMON = (
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A directory with responses.jsonl; `workplace(name)` goes to a subdirectory, from which runs have equal paths."""
+def place(tmp_path, monkeypatch):
+    """A directory with responses.jsonl; `place(name)` goes to a subdirectory, from which runs have equal paths."""
     write_jsonl(tmp_path / "responses.jsonl", RECORDS)
 
     def go(name="here"):
@@ -97,10 +97,10 @@ def assert_equal_arrays(left, right):
 # Resuming
 
 
-def test_four_steps_equal_two_and_two_resumed_bit_for_bit(workplace, run):
-    workplace("straight")
+def test_four_steps_equal_two_and_two_resumed_bit_for_bit(place, run):
+    place("straight")
     straight = run("train.steps=4", "train.checkpoint_every=2")
-    workplace("resumed")
+    place("resumed")
     resumed = run("train.steps=2")
     assert [row["step"] for row in read_metrics(resumed)] == [1, 2]
     assert run("train.steps=4", "train.checkpoint_every=2") == resumed
@@ -111,28 +111,28 @@ def test_four_steps_equal_two_and_two_resumed_bit_for_bit(workplace, run):
     assert contents(straight / "model") == contents(resumed / "model")
 
 
-def test_a_killed_process_started_again_gives_the_same_model(workplace, tiny_folder, launch):
+def test_a_killed_process_started_again_gives_the_same_model(place, tiny_folder, launch):
     backbone = f"backbone.path={tiny_folder('qwen3')}"
     words = ("train", backbone, *COMMON, "train.steps=120", "train.checkpoint_every=10")
-    undisturbed = launch(workplace("undisturbed"), *words)
-    killed = launch(workplace("killed"), *words)
-    while not (workplace("killed") / "run/checkpoints/20").exists():
+    undisturbed = launch(place("undisturbed"), *words)
+    killed = launch(place("killed"), *words)
+    while not (place("killed") / "run/checkpoints/20").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert not (workplace("killed") / "run/model").exists()
-    again = launch(workplace("killed"), *words)
+    assert not (place("killed") / "run/model").exists()
+    again = launch(place("killed"), *words)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert int(output.split("resuming run at step ")[1].split()[0]) in range(20, 120, 10)
     assert undisturbed.communicate(timeout=120) and undisturbed.returncode == 0
-    runs = [workplace(name) / "run" for name in ("undisturbed", "killed")]
+    runs = [place(name) / "run" for name in ("undisturbed", "killed")]
     assert records_of(runs[0]) == records_of(runs[1])
     assert contents(runs[0] / "model") == contents(runs[1] / "model")
 
 
-def test_a_run_killed_after_its_last_step_only_writes_the_model(workplace, run):
+def test_a_run_killed_after_its_last_step_only_writes_the_model(place, run):
     folder = run("train.steps=2")
     model, metrics = contents(folder / "model"), records_of(folder)
     shutil.rmtree(folder / "model")
@@ -141,7 +141,7 @@ def test_a_run_killed_after_its_last_step_only_writes_the_model(workplace, run):
     assert records_of(folder) == metrics
 
 
-def test_a_finished_run_says_so_and_does_nothing(workplace, run, capsys):
+def test_a_finished_run_says_so_and_does_nothing(place, run, capsys):
     folder = run("train.steps=2")
     before = {path: path.stat().st_mtime_ns for path in [folder / "metrics.jsonl", *(folder / "model").rglob("*")]}
     capsys.readouterr()
@@ -150,7 +150,7 @@ def test_a_finished_run_says_so_and_does_nothing(workplace, run, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_changed_data_or_backbone_under_a_run_is_refused(workplace, run, tmp_path):
+def test_changed_data_or_backbone_under_a_run_is_refused(place, run, tmp_path):
     folder = run("train.steps=2")
     before = contents(folder)
     write_jsonl(tmp_path / "responses.jsonl", [*RECORDS[1:], RECORDS[0]])
@@ -170,7 +170,7 @@ def test_changed_data_or_backbone_under_a_run_is_refused(workplace, run, tmp_pat
 # Run directories
 
 
-def test_another_config_is_refused_and_named_unless_it_overwrites(workplace, run):
+def test_another_config_is_refused_and_named_unless_it_overwrites(place, run):
     folder = run("train.steps=2")
     before = contents(folder)
     expected = "train.output=run: holds another run .optimizer.learning_rate: 0.0005 -> 0.1, train.seed: 42 -> 7"
@@ -183,8 +183,8 @@ def test_another_config_is_refused_and_named_unless_it_overwrites(workplace, run
 
 
 @pytest.mark.parametrize("name, content", [("notes.txt", "mine"), ("config.yaml", "a: 1"), ("config.yaml", "{}")])
-def test_a_folder_that_is_no_run_is_never_touched(workplace, run, name, content):
-    folder = workplace() / "run"
+def test_a_folder_that_is_no_run_is_never_touched(place, run, name, content):
+    folder = place() / "run"
     folder.mkdir()
     (folder / name).write_text(content)
     (folder / "data.bin").write_text("mine")
@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_run_is_never_touched(workplace, run, name, content)
         run("train.steps=1", "train.overwrite=true", "train.output=../responses.jsonl")
 
 
-def test_a_mistake_put_right_goes_on_in_the_same_directory(workplace, run):
+def test_a_mistake_put_right_goes_on_in_the_same_directory(place, run):
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         run("train.steps=1", "data.responses=none.jsonl")
     with pytest.raises(InputError, match="train.batch_size"):
@@ -209,7 +209,7 @@ def test_a_mistake_put_right_goes_on_in_the_same_directory(workplace, run):
     assert (run("train.steps=1") / "model").is_dir()
 
 
-def test_metrics_and_config_are_what_the_contract_says(workplace, run):
+def test_metrics_and_config_are_what_the_contract_says(place, run):
     folder = run("train.steps=5", "train.log_every=2", "optimizer.schedule_steps=10", "data.shuffle=false")
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 4, 5]
@@ -228,7 +228,7 @@ def test_metrics_and_config_are_what_the_contract_says(workplace, run):
 # What trains and what does not
 
 
-def test_the_loss_of_a_memorisable_set_falls(workplace, run, tmp_path):
+def test_the_loss_of_a_memorisable_set_falls(place, run, tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", RECORDS[:8])
     schedule = ("optimizer.schedule=constant", "optimizer.learning_rate=0.02", "optimizer.warmup_steps=0")
     rows = read_metrics(run("train.steps=80", "train.checkpoint_every=80", *schedule))
@@ -236,7 +236,7 @@ def test_the_loss_of_a_memorisable_set_falls(workplace, run, tmp_path):
     assert rows[-1]["alignment_loss"] < 0.2 * rows[0]["alignment_loss"]
 
 
-def test_only_what_trains_is_saved_and_the_backbone_stays_as_it_was(workplace, run, tmp_path):
+def test_only_what_trains_is_saved_and_the_backbone_stays_as_it_was(place, run, tmp_path):
     tiny_torch_model("qwen3", intermediate_size=4096).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     backbone = load_backbone(str(tmp_path / "wide"), "float32", one_device_mesh())
@@ -253,7 +253,7 @@ def test_only_what_trains_is_saved_and_the_backbone_stays_as_it_was(workplace, r
     assert sum(value.size for value in arrays.values()) == 3 * trained + counters
 
 
-def test_every_mesh_gives_the_losses_of_one_device(workplace, run, tiny_folder, tmp_path):
+def test_every_mesh_gives_the_losses_of_one_device(place, run, tiny_folder, tmp_path):
     expected = records_of(run("train.steps=3"))
     for shape in [(8, 1, 1), (1, 2, 1), (2, 2, 2)]:
         mesh = sharding.make_mesh(config.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
@@ -267,14 +267,14 @@ def test_every_mesh_gives_the_losses_of_one_device(workplace, run, tiny_folder, 
                 np.testing.assert_allclose(left[name], value, rtol=1e-5, err_msg=f"{name} on {shape}")
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_is_named(workplace, run, tiny_folder):
+def test_a_batch_that_does_not_divide_over_the_mesh_is_named(place, run, tiny_folder):
     mesh = sharding.make_mesh(config.MeshConfig(data=8))
     backbone = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
     with pytest.raises(InputError, match="train.batch_size=12 does not divide over 8 data shards"):
         run("train.steps=1", "train.batch_size=12", backbone=backbone)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(workplace, run, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(place, run, tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [{"question": "q", "answer": " "}, *RECORDS])
     targets = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
     np.save(tmp_path / "clean.npy", targets)
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(workpla
     message = str(error.value)
     assert "step 2: the loss is inf" in message and "rows [9, 10, 11, 12, 13, 14, 15, 16]" in message
     assert "responses.jsonl" in message
-    stopped = workplace() / "run"
+    stopped = place() / "run"
     assert not (stopped / "model").exists()
     assert [row["step"] for row in read_metrics(stopped)] == [1]
     clean = run("train.steps=1", *words, "teacher.path=../clean.npy", "train.output=clean")
@@ -318,7 +318,7 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-def test_training_starts_from_another_model(workplace, run):
+def test_training_starts_from_another_model(place, run):
     first = run("train.steps=3", "optimizer.learning_rate=0.01", "optimizer.warmup_steps=0")
     still = ("train.steps=1", "train.init_from=run/model", "optimizer.learning_rate=0", "train.output=still")
     jax.tree.map(np.testing.assert_array_equal, trainable(run(*still), 1), trainable(first, 3))
@@ -329,7 +329,7 @@ def test_training_starts_from_another_model(workplace, run):
 # The model directory
 
 
-def test_the_model_directory_encodes_as_the_trained_tree(workplace, run, tiny, tiny_folder):
+def test_the_model_directory_encodes_as_the_trained_tree(place, run, tiny, tiny_folder):
     folder = run("train.steps=3", "optimizer.learning_rate=0.01", "compression.num_thought_tokens=2")
     backbone = tiny("qwen3")
     texts = ["", "a", "What is 3?", "long " * 20]
@@ -348,12 +348,12 @@ def test_the_model_directory_encodes_as_the_trained_tree(workplace, run, tiny, t
     assert "Trained for 3 steps at batch 8 on 24 responses" in card and "num_thought_tokens: 2" in card
 
 
-def test_a_model_on_another_backbone_is_refused(workplace, run, tiny_folder):
+def test_a_model_on_another_backbone_is_refused(place, run, tiny_folder):
     folder = run("train.steps=1")
     with pytest.raises(InputError, match="was trained on another backbone"):
         LLM2VecGen.from_pretrained(folder / "model", backbone=tiny_folder("llama"))
     with pytest.raises(InputError, match="was trained on another backbone"):
-        run("train.steps=1", "train.init_from=run/model", "train.output=b", backbone=other_weights(workplace()))
+        run("train.steps=1", "train.init_from=run/model", "train.output=b", backbone=other_weights(place()))
 
 
 def other_weights(folder):
