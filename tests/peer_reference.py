@@ -45,6 +45,7 @@ if importlib.util.find_spec("datasets") is None:
     # goes away again, because other libraries ask whether `datasets` is there.
     sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
     from llm2vec_gen.dataset import CustomCollator, DataSample
+
     del sys.modules["datasets"]
 else:
     from llm2vec_gen.dataset import CustomCollator, DataSample
@@ -144,7 +145,7 @@ def gradients(model, batch, targets, request, rows, row_order):
 def trajectory(model, batch, targets, request):
     """Losses of consecutive updates on one batch, in the Trainer's order: clip, update, move the schedule."""
     trainable = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
-    decayed = set(Trainer.get_decay_parameter_names(None, model.model))     # the biases are not in it
+    decayed = set(Trainer.get_decay_parameter_names(None, model.model))  # the biases are not in it
     groups = [
         {
             "params": [p for name, p in trainable.items() if name in decayed],

@@ -330,9 +330,7 @@ def arrays():
 
 @hypothesis.given(
     tensors=st.dictionaries(st.text(max_size=8), arrays(), max_size=4),
-    config=st.dictionaries(
-        st.text(max_size=8), st.integers(-(2**40), 2**40) | st.text(max_size=8), max_size=3
-    ),
+    config=st.dictionaries(st.text(max_size=8), st.integers(-(2**40), 2**40) | st.text(max_size=8), max_size=3),
 )
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_torch_file_round_trip(tmp_path_factory, tensors, config):

@@ -103,9 +103,7 @@ def write(directory, model, tokenizer, backbone_config, card):
     _require(not os.path.lexists(directory), directory, "already exists. Remove it, or choose another name")
     _check(directory, model)
     size, width = backbone_config.get("hidden_size"), model.tokens_MD.shape[1]
-    _require(
-        size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}"
-    )
+    _require(size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}")
     tokenizer_json, tokenizer_config, ids, vocab_size = tokenizer_files(tokenizer, model.special_tokens)
     run = {
         "model_name_or_path": model.backbone,
