@@ -215,10 +215,13 @@ def broken(source, folder, how):
     raise ValueError(how)
 
 
-HOWS = "family field,no config,half config,table,shape,layers,activation,index,outside,no weights,truncated,pointer"
+HOWS = (
+    "family,field,no config,half config,table,shape,layers,activation,index,outside,no weights,truncated,pointer,"
+    "tokenizer"
+)
 
 
-@pytest.mark.parametrize("how", [*HOWS.replace("family ", "family,").split(","), "tokenizer"])
+@pytest.mark.parametrize("how", HOWS.split(","))
 def test_a_broken_backbone_is_named(command, talker_folder, tmp_path, how):
     expected = broken(talker_folder, tmp_path / "backbone", how)
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"question": "a"}])
