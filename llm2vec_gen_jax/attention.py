@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llm2vec_gen_jax.layers import product
+from llm2vec_gen_jax.layers import drop, product
 
 
 @struct.dataclass
@@ -36,10 +36,10 @@ class Visibility:
 CAUSAL = Visibility(causal=True)
 
 
-def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache):
+def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
     """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
 
-    Scores and softmax are float32. Returns (B, T, N, H) in q's dtype. Queries of padding are defined and unread.
+    Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype. Queries of padding are defined and unread.
     """
     B, T, N, H = q_BTNH.shape
     q_BTGRH, scale = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H), H**-0.5
@@ -49,13 +49,14 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache):
         seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
     scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH) * scale, -jnp.inf)
     if cache is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+        weights = drop(jax.nn.softmax(scores, axis=-1), key, dropout).astype(q_BTNH.dtype)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BTGH)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
         seen = visibility.cache_BS[:, None, None, None, :]
         cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH) * scale, -jnp.inf)
-        weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1).astype(q_BTNH.dtype)
+        weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
+        weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BTGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)

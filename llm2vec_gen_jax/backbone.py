@@ -9,6 +9,8 @@ from llm2vec_gen_jax import layers
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, attend
 
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # what a LoRA may update
+
 # What the backward pass keeps of a layer: the results of its matrix products, no more. Norms, rotations, the
 # attention weights (the largest of all) and activations are computed again, which costs next to nothing.
 _KEPT = "kept"
@@ -26,34 +28,42 @@ class Block(nn.Module):
     architecture: Architecture
 
     @nn.compact
-    def __call__(self, x_BTD, cache, rope, visibility):
+    def __call__(self, x_BTD, cache, lora, dropout, rope, visibility):
         a = self.architecture
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
+        rate = dropout.attention if dropout else 0.0
+        *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
 
-        def heads(name, count, axis):
-            bias = (1, 2) if a.qkv_bias else ()
-            return layers.Linear("btd,dnh->btnh", (D, count, H), ("embed", axis, "head_dim"), bias, name=name)
+        def project(name, x, equation, shape, axes, bias_dims=()):
+            y = layers.Linear(equation, shape, axes, bias_dims, name=name)(x)
+            if lora is None or name not in lora:
+                return y
+            x = layers.drop(x, lora_keys[PROJECTIONS.index(name)], dropout.lora) if dropout else x
+            return y + layers.low_rank(equation, x, lora[name]["a"], lora[name]["b"])
+
+        def heads(name, x, count, axis):
+            axes, bias_dims = ("embed", axis, "head_dim"), (1, 2) if a.qkv_bias else ()
+            return kept(project(name, x, "btd,dnh->btnh", (D, count, H), axes, bias_dims))
 
         def norm(name, axis):
             return layers.RMSNorm(a.norm_eps, axis, name=name)
 
         y_BTD = norm("attention_norm", "norm")(x_BTD)
-        q_BTNH = kept(heads("query", N, "heads")(y_BTD))
-        k_BTGH = kept(heads("key", G, "kv_heads")(y_BTD))
-        v_BTGH = kept(heads("value", G, "kv_heads")(y_BTD))
+        q_BTNH = heads("query", y_BTD, N, "heads")
+        k_BTGH = heads("key", y_BTD, G, "kv_heads")
+        v_BTGH = heads("value", y_BTD, G, "kv_heads")
         if a.qk_norm:
             q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
             k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
         q_BTNH, k_BTGH = layers.rotate(q_BTNH, rope), layers.rotate(k_BTGH, rope)
-        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache)
-        output = layers.Linear("btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"), name="output")
-        x_BTD = kept(x_BTD + output(mixed_BTNH))
+        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, attention_key, rate)
+        output_BTD = project("output", mixed_BTNH, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"))
+        x_BTD = kept(x_BTD + output_BTD)
 
         y_BTD = norm("mlp_norm", "norm")(x_BTD)
-        gate_BTF = kept(layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="gate")(y_BTD))
-        up_BTF = kept(layers.Linear("btd,df->btf", (D, F), ("embed", "mlp"), name="up")(y_BTD))
-        down = layers.Linear("btf,fd->btd", (F, D), ("mlp", "embed"), name="down")
-        x_BTD = x_BTD + down(nn.silu(gate_BTF) * up_BTF)
+        gate_BTF = kept(project("gate", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
+        up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
+        x_BTD = x_BTD + project("down", nn.silu(gate_BTF) * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
         return x_BTD, KVCache(k_BTGH, v_BTGH)
 
 
@@ -75,7 +85,7 @@ class Backbone(nn.Module):
             nn.remat(Block, policy=_keep_products, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(a)
@@ -85,15 +95,16 @@ class Backbone(nn.Module):
         """Returns the input embeddings (..., D) of token ids (...)."""
         return jnp.take(self.embedding, ids, axis=0)
 
-    def __call__(self, x_BTD, positions_BT, visibility, cache=None):
+    def __call__(self, x_BTD, positions_BT, visibility, cache=None, lora=None, dropout=None):
         """Runs every layer over embeddings x_BTD.
 
-        cache: a KVCache that the pass continues, or None; it is read, never written.
+        cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
+        pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
         Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B T G H).
         """
         a = self.architecture
         rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
-        x_BTD, own = self.layers(x_BTD, cache, rope, visibility)
+        x_BTD, own = self.layers(x_BTD, cache, lora, dropout, rope, visibility)
         return self.final_norm(x_BTD), own
 
     def head_VD(self):

@@ -54,6 +54,13 @@ class CompressionConfig:
 
 
 @dataclasses.dataclass
+class LoraConfig:
+    rank: int = setting(0, "of the low-rank updates on the encoder's pass (all seven projections); 0: none")
+    alpha: float = setting(16.0, "the updates are scaled by alpha / rank")
+    dropout: float = setting(0.05, "of the updates' inputs while they train")
+
+
+@dataclasses.dataclass
 class TeacherConfig:
     kind: str = setting(
         "llm2vec", "llm2vec: the backbone itself, mean-pooled, with adapters merged; file: a .npy", ("llm2vec", "file")
@@ -131,6 +138,7 @@ class TrainConfig:
 
     backbone: BackboneConfig = section(BackboneConfig)
     compression: CompressionConfig = section(CompressionConfig)
+    lora: LoraConfig = section(LoraConfig)
     teacher: TeacherConfig = section(TeacherConfig)
     data: DataConfig = section(DataConfig)
     loss: LossConfig = section(LossConfig)

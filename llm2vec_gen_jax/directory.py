@@ -10,7 +10,7 @@ import yaml
 from llm2vec_gen_jax import __version__, sharding
 from llm2vec_gen_jax.architecture import to_hf_config
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.loading import fetch_from_hub
 from llm2vec_gen_jax.model import Model
 
@@ -32,6 +32,7 @@ def save(directory, model, trainable, backbone, config, summary):
         num_tokens=model.num_tokens,
         tokens_MD=trainable["tokens"],
         **{head: dict(trainable[head]) for head in HEADS},
+        lora=_lora_record(model, trainable),
         extra={"version": __version__, "backbone_identity": backbone.identity, "config": config},
     )
     # The published generate() reads the end tokens from this config.
@@ -54,8 +55,6 @@ def to_model(record, backbone, source):
 
     Raises InputError when it was trained on another backbone than the one given.
     """
-    if record.lora is not None:
-        raise InputError(f"{source}: has a LoRA on the encoder, which this version does not read")
     identity = record.extra.get("backbone_identity", backbone.identity)
     D = backbone.architecture.hidden_size
     if identity != backbone.identity or record.tokens_MD.shape[1] != D:
@@ -63,12 +62,39 @@ def to_model(record, backbone, source):
             f"{source}: was trained on another backbone than {backbone.name} (weights {identity}, hidden size "
             f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). It names {record.backbone}"
         )
-    tokens_MD = record.tokens_MD
-    thought = len(tokens_MD) - record.num_tokens
-    model = Model(backbone.architecture, record.num_tokens, thought, record.alignment["kernel"].shape[1])
-    trainable = {"tokens": tokens_MD, **{head: dict(getattr(record, head)) for head in HEADS}}
+    thought = len(record.tokens_MD) - record.num_tokens
+    trainable = {"tokens": record.tokens_MD, **{head: dict(getattr(record, head)) for head in HEADS}}
+    rank, scale = 0, 0.0
+    if record.lora:
+        config_file = f"{source}/{published.ADAPTER_CONFIG}"
+        config = peft.check(record.lora["config"], config_file, but=("trainable_token_indices",))
+        for key in ("rank_pattern", "alpha_pattern"):
+            if config.get(key):
+                raise InputError(f"{config_file}: {key} is not supported on the encoder")
+        tensors = record.lora["tensors"]
+        trainable["lora"] = peft.read(tensors, config, backbone.architecture, source, folded=False)
+        rank, scale = config["r"], peft.scale_of(config, config["r"], config["lora_alpha"])
+    E = record.alignment["kernel"].shape[1]
+    model = Model(backbone.architecture, record.num_tokens, thought, E, rank, scale)
     trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
     return model, sharding.put_replicated(trainable, backbone.mesh)
+
+
+def _lora_record(model, trainable):
+    """Returns the `lora` of a PublishedModel, as the published package's apply_peft would make it."""
+    if not model.lora_rank:
+        return None
+    tree, r = trainable["lora"], model.lora_rank
+    alpha = model.lora_scale * r
+    config = {
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": peft.modules_of(tree),
+        "bias": "none",
+        "task_type": None,
+    }
+    return {"config": config, "tensors": peft.tensors_of(tree)}
 
 
 def check_finite(trainable, what):

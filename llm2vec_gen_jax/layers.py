@@ -10,6 +10,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,6 +75,34 @@ class Linear(nn.Module):
             shape = tuple(self.shape[dim] for dim in self.bias_dims)
             y = y + self.param("bias", _partitioned(nn.initializers.normal(0.02), *axes), shape)
         return y
+
+
+@struct.dataclass
+class Dropout:
+    """Random zeros in a training pass. keys_L: a random key for each layer; inside a layer, its own."""
+
+    keys_L: jax.Array
+    lora: float = struct.field(pytree_node=False)  # of the inputs of low-rank updates
+    attention: float = struct.field(pytree_node=False)  # of attention weights
+
+
+def drop(x, key, rate):
+    """Zeroes each number with probability `rate` and scales up the others."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if rate else x
+
+
+def low_rank(equation, x, a, b):
+    """What a LoRA (Hu et al. 2021) adds to the projection `equation` of x: x A B, in x's dtype.
+
+    a: the kernel's contracted dimensions, then the rank. b: the rank, then the kernel's other dimensions.
+    """
+    inputs, out = equation.split("->")
+    x_dims, kernel_dims = inputs.split(",")
+    inner = "".join(dim for dim in kernel_dims if dim not in out)
+    outer = kernel_dims.removeprefix(inner)
+    batch = x_dims.removesuffix(inner)
+    down = product(f"{x_dims},{inner}r->{batch}r", x, a.astype(x.dtype)).astype(x.dtype)
+    return product(f"{batch}r,r{outer}->{out}", down, b.astype(x.dtype)).astype(x.dtype)
 
 
 def rope_angles(positions_BT, head_dim, theta, scaling):

@@ -75,14 +75,20 @@ def alignment(embedding_BE, target_BE):
     return jnp.mean(jnp.square(embedding_BE - target_BE.astype(jnp.float32)))
 
 
-def total(trainable, model, frozen, cache, batch, weights):
+def total(trainable, model, frozen, cache, batch, weights, dropout=None):
     """The training loss: weights.reconstruction * reconstruction + weights.alignment * alignment.
 
-    cache: keys and values of the queries (Model.prefix). batch: query_lengths (B,), answer (B, S), answer_lengths
-    (B,), target (B, E). weights: a LossConfig; a loss of weight 0 is not computed.
+    cache: keys and values of the queries (Model.prefix); None with a LoRA, on which they depend. batch: query (B, T),
+    read only with a LoRA, query_lengths (B,), answer (B, S), answer_lengths (B,), target (B, E). weights: a
+    LossConfig; a loss of weight 0 is not computed.
     Returns (loss, {"reconstruction_loss", "alignment_loss"}), float32.
     """
-    embedding_BE, soft_prompts_BKD = model.compress(trainable, frozen, cache, batch["query_lengths"])
+    if model.lora_rank:
+        embedding_BE, soft_prompts_BKD = model.encode(
+            trainable, frozen, batch["query"], batch["query_lengths"], dropout
+        )
+    else:
+        embedding_BE, soft_prompts_BKD = model.compress(trainable, frozen, cache, batch["query_lengths"])
     parts = {"reconstruction_loss": jnp.float32(0), "alignment_loss": jnp.float32(0)}
     if weights.reconstruction:
         parts["reconstruction_loss"] = reconstruction(

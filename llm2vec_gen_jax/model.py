@@ -5,15 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llm2vec_gen_jax import lora
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
-from llm2vec_gen_jax.heads import Compressor
+from llm2vec_gen_jax.heads import Compressor, init_trainable
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """LLM2Vec-Gen as pure functions of two trees: `trainable` (tokens and heads, float32) and `frozen` (the LLM).
+
+    A LoRA on the encoder's pass (`lora_rank` > 0) is in `trainable` too; the decoder stays the frozen LLM.
 
     Ids and lengths are right-padded: ids_BT int32, lengths_B real tokens of each row (0 is an empty text).
     """
@@ -22,6 +25,8 @@ class Model:
     num_tokens: int
     num_thought_tokens: int
     embedding_size: int
+    lora_rank: int = 0
+    lora_scale: float = 0.0  # alpha / rank
 
     @property
     def compressor(self):
@@ -34,10 +39,18 @@ class Model:
         """Tokens that follow every query: thought tokens, then compression tokens."""
         return self.num_thought_tokens + self.num_tokens
 
-    def encode(self, trainable, frozen, ids_BT, lengths_B):
+    def init(self, key, frozen):
+        """Returns a fresh trainable tree, float32."""
+        trainable = init_trainable(self.compressor, key, frozen["embedding"])
+        if self.lora_rank:
+            trainable["lora"] = lora.init(self.architecture, self.lora_rank, jax.random.fold_in(key, 1))
+        return trainable
+
+    def encode(self, trainable, frozen, ids_BT, lengths_B, dropout=None):
         """The embedding of each query, in one causal pass (section 3, "encode").
 
         The compression tokens follow the last real token of each row, so padding stays behind them and unseen.
+        dropout: a layers.Dropout while a LoRA trains.
         Returns (embedding_BE, soft_prompts_BKD), float32.
         """
         B, T = ids_BT.shape
@@ -46,14 +59,15 @@ class Model:
         offset_BT = jnp.arange(width) - lengths_B[:, None]
         appended_BTD = trainable["tokens"].astype(token_BT.dtype)[jnp.clip(offset_BT, 0, self.num_appended - 1)]
         x_BTD = jnp.where((offset_BT >= 0)[..., None], appended_BTD, token_BT)
-        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL)
+        updates = lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
+        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL, None, updates, dropout)
         where_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
         return self.heads(trainable, jnp.take_along_axis(hidden_BTD, where_BK[..., None], axis=1))
 
     def prefix(self, frozen, ids_BT, slots):
         """Keys and values of the queries, padded to a fixed number of slots so that later passes have one shape.
 
-        Nothing in them depends on what trains, so training computes them without gradient.
+        Nothing in them depends on what trains (without LoRA), so training computes them without gradient.
         """
         B, T = ids_BT.shape
         _, cache = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), CAUSAL)
@@ -107,8 +121,9 @@ class Model:
     def _embed(self, frozen, ids):
         return Backbone(self.architecture).apply({"params": frozen}, ids, method="embed")
 
-    def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None):
-        return Backbone(self.architecture).apply({"params": frozen}, x_BTD, positions_BT, visibility, cache)
+    def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
+        backbone = Backbone(self.architecture)
+        return backbone.apply({"params": frozen}, x_BTD, positions_BT, visibility, cache, updates, dropout)
 
 
 def _positions(B, T):

@@ -14,10 +14,11 @@ import optax
 from flax import struct
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, directory, heads, losses, optim, progress, sharding, teacher
+from llm2vec_gen_jax import data, directory, losses, optim, progress, sharding, teacher
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
+from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import MetricsWriter, read_metrics
 from llm2vec_gen_jax.model import Model
@@ -39,13 +40,17 @@ class TrainState:
     opt_state: Any
 
 
-def train_step(state, frozen, cache, batch, *, model, optimizer, weights):
+def train_step(state, frozen, cache, batch, *, model, optimizer, weights, lora_dropout=0.0, seed=0):
     """One update. `frozen` is an argument: never differentiated, never donated, never a constant of the program.
 
     Returns (new state, metrics of this step). A non-finite loss or gradient leaves the trainable tree as it was.
     """
+    dropout = None
+    if lora_dropout:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        dropout = Dropout(jax.random.split(key, model.architecture.num_layers), lora_dropout, 0.0)
     (loss, parts), gradients = jax.value_and_grad(losses.total, has_aux=True)(
-        state.trainable, model, frozen, cache, batch, weights
+        state.trainable, model, frozen, cache, batch, weights, dropout
     )
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
@@ -154,6 +159,8 @@ class Run:
             compression.num_tokens,
             compression.num_thought_tokens,
             examples.target.shape[1],
+            config.lora.rank,
+            config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
         )
         shards = sharding.batch_shards(self.mesh)
         if settings.batch_size % shards:
@@ -173,7 +180,14 @@ class Run:
         slots = self.plan.query_edges[-1]
         self.prefix = jax.jit(functools.partial(self.model.prefix, slots=slots))
         self.step = jax.jit(
-            functools.partial(train_step, model=self.model, optimizer=self.optimizer, weights=config.loss),
+            functools.partial(
+                train_step,
+                model=self.model,
+                optimizer=self.optimizer,
+                weights=config.loss,
+                lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+                seed=settings.seed,
+            ),
             donate_argnums=0,
         )
         self.checkpoints = None
@@ -187,6 +201,7 @@ class Run:
             "shapes": {
                 "tokens": [self.model.num_appended, self.model.architecture.hidden_size],
                 "embedding": self.model.embedding_size,
+                "lora": self.model.lora_rank,
             },
         }
         self.state, self.first_step = self._fresh_state(), 0
@@ -204,9 +219,8 @@ class Run:
             if differing := changes(dataclasses.asdict(model), dataclasses.asdict(self.model)):
                 raise InputError(f"train.init_from={config.init_from}: is another model than this run's ({differing})")
         else:
-            init = functools.partial(heads.init_trainable, self.model.compressor)
-            init = jax.jit(init, out_shardings=sharding.replicated(self.mesh))
-            trainable = init(jax.random.key(config.seed), self.backbone.frozen["embedding"])
+            init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.mesh))
+            trainable = init(jax.random.key(config.seed), self.backbone.frozen)
         start = jax.jit(
             lambda trainable: TrainState(jnp.int32(0), trainable, self.optimizer.init(trainable)),
             out_shardings=sharding.replicated(self.mesh),
@@ -227,7 +241,8 @@ class Run:
             pending = None
             for number, batch in zip(steps, data.iterate(batches, self.first_step, config.steps)):
                 arrays = sharding.put_batch(batch, self.mesh)
-                cache = self.prefix(self.backbone.frozen, arrays.pop("query"))
+                # A LoRA changes what the query's states are: then the step reads the query itself.
+                cache = None if self.model.lora_rank else self.prefix(self.backbone.frozen, arrays.pop("query"))
                 state, metrics = self.step(state, self.backbone.frozen, cache, arrays)
                 self._finish(pending, window, writer, bar)
                 pending = (number, metrics, batch)

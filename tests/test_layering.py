@@ -24,7 +24,7 @@ FLOORS = (
     "architecture config files layers progress sharding",
     "attention checkpoint data download metrics tokenizer",
     "backbone heads optim",
-    "formats.torchzip formats.weights",
+    "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
     "directory encode losses",

@@ -1,36 +1,34 @@
-"""PEFT LoRA adapters: read, and merged into a backbone's weights in float32 on its devices."""
+"""PEFT's LoRA adapters: their tensors to our trees and back, and merged into a backbone's weights."""
 
-import functools
 import pathlib
 import re
 
 import einops
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from llm2vec_gen_jax import lora
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_json, sha256_file
-from llm2vec_gen_jax.formats.weights import TABLE, their_shape
+from llm2vec_gen_jax.formats.weights import TABLE, axes
 
-# Settings that change what an adapter computes, and the values that mean "as plain LoRA does".
+# What must hold for B A to be added and nothing else: fields that plain LoRA has, and the values it has in them.
 _PLAIN = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
     "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "lora_bias": (False, None),
-    "alora_invocation_tokens": (None,),
+    # Others (PiSSA, OLoRA, CorDA, LoftQ) also change the weights that the adapter is added to.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
+# Fields that do not change what a saved adapter computes, and those that are read. Any other must be unset.
+_NEUTRAL = set(
+    "alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode"
+    " layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config megatron_core"
+    " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
+)
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 _MODULES = {
-    name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path, pattern)
+    name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)
     for path, (name, pattern) in TABLE.items()
     if path.startswith("layers/") and path.endswith("/kernel")
 }
@@ -45,50 +43,97 @@ def identity(folder):
 def merge(frozen, folder, architecture):
     """Returns `frozen` with the adapter added: W + scale * B A for each adapted weight, computed in float32.
 
-    The input arrays are donated: do not use them afterwards. Raises InputError naming the field or the key for
-    anything but plain LoRA on the seven projections.
+    The adapted weights are donated: do not use `frozen` afterwards. Raises InputError naming the field or the key
+    for anything but plain LoRA on the seven projections.
     """
     folder = pathlib.Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
-            raise InputError(f"{folder / 'adapter_config.json'}: {key}={config[key]!r} is not supported")
+    config = check(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
+    return lora.merge(frozen, read(_load(folder / "adapter_model.safetensors"), config, architecture, folder))
+
+
+def check(config, file, but=()):
+    """Returns an adapter_config.json's values. Raises InputError naming a field that plain LoRA does not have.
+
+    but: fields that may have any value.
+    """
+    for key, value in config.items():
+        if key not in (*_NEUTRAL, *but) and not (value in _PLAIN[key] if key in _PLAIN else not value):
+            raise InputError(f"{file}: {key}={value!r} is not supported")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
-            raise InputError(f"{folder / 'adapter_config.json'}: {key} is missing or not a number")
-    flat = flax.traverse_util.flatten_dict(frozen, sep="/")
-    stacks = {}
-    for module, factors in _read_factors(folder, architecture).items():
-        path, pattern = _MODULES[module]
-        layers, *shape = flat[path].shape
-        stacks[path] = _stack(factors, config, module, layers, their_shape(pattern, shape), folder), pattern
-    for path, ((a_LRI, b_LOR), pattern) in stacks.items():
-        flat[path] = _add(flat[path], a_LRI, b_LOR, pattern)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+            raise InputError(f"{file}: {key} is missing or not a number")
+    return config
 
 
-def _read_factors(folder, architecture):
-    """Returns {module: {layer: {"A": (r, in), "B": (out, r)}}}."""
-    file = folder / "adapter_model.safetensors"
+def scale_of(config, rank, alpha):
+    """Returns what PEFT multiplies B A with."""
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def read(tensors, config, architecture, source, folded=True):
+    """Returns the LoRA tree (see lora.py) of an adapter's tensors, as numpy.
+
+    folded: the scale is multiplied into b, module by module; otherwise it is left out.
+    Raises InputError naming the key for a tensor that is not of the backbone's projections or has another shape.
+    """
+    tree = {}
+    sizes = lora.kernel_dims(architecture)
+    for module, factors in _by_module(tensors, architecture, source).items():
+        name, pattern = _MODULES[module]
+        inner, outer = sizes[name]
+        shape = (int(np.prod(outer)), int(np.prod(inner)))
+        a_LRI, b_LOR = _stack(factors, config, module, architecture.num_layers, shape, source, folded)
+        (out_dims, in_dims), ours = axes(pattern)
+        dims = dict(zip(ours, (*inner, *outer), strict=True))
+        in_dims, out_dims = " ".join(in_dims), " ".join(out_dims)
+        a = einops.rearrange(a_LRI, f"l r ({in_dims}) -> l {in_dims} r", **{d: dims[d] for d in in_dims.split()})
+        b = einops.rearrange(b_LOR, f"l ({out_dims}) r -> l r {out_dims}", **{d: dims[d] for d in out_dims.split()})
+        tree[name] = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
+    return tree
+
+
+def modules_of(tree):
+    """Returns what a LoRA tree updates, in PEFT's names."""
+    return [module.rpartition(".")[2] for module, (name, _) in _MODULES.items() if name in tree]
+
+
+def tensors_of(tree, prefix="base_model.model."):
+    """Returns {key in PEFT's file: array} of a LoRA tree."""
+    found = {}
+    for module, (name, _) in _MODULES.items():
+        if name in tree:
+            a, b = (np.asarray(tree[name][letter], np.float32) for letter in "ab")
+            for layer in range(len(a)):
+                key = f"{prefix}layers.{layer}.{module}.lora_"
+                found[f"{key}A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, a.shape[-1]).T)
+                found[f"{key}B.weight"] = np.ascontiguousarray(b[layer].reshape(b.shape[1], -1).T)
+    return found
+
+
+def _load(file):
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except SafetensorError as error:
         raise InputError(f"{file}: damaged or truncated ({error})") from None
+
+
+def _by_module(tensors, architecture, source):
+    """Returns {module: {layer: {"A": (r, in), "B": (out, r)}}}."""
     modules = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or match[2] not in _MODULES or int(match[1]) >= architecture.num_layers:
-            raise InputError(f"{file}: {key} is not a LoRA weight of this backbone's projections")
+            raise InputError(f"{source}: {key} is not a LoRA weight of this backbone's projections")
         modules.setdefault(match[2], {}).setdefault(int(match[1]), {})[match[3]] = value.astype(np.float32)
     if not modules:
-        raise InputError(f"{file}: no LoRA weights")
+        raise InputError(f"{source}: no LoRA weights")
     return modules
 
 
-def _stack(factors, config, module, layers, shape, folder):
-    """Returns a module's (A, B), stacked over layers, the scale in B; layers without a pair get zeros."""
+def _stack(factors, config, module, layers, shape, folder, folded):
+    """Returns a module's (A, B), stacked over layers; layers without a pair get zeros. folded: the scale is in B."""
     out, size = shape
     for layer, pair in factors.items():
         name, shapes = f"layers.{layer}.{module}", {letter: value.shape for letter, value in pair.items()}
@@ -106,7 +151,7 @@ def _stack(factors, config, module, layers, shape, folder):
         r = len(pair["A"])
         alpha = _pattern(config.get("alpha_pattern"), f"layers.{layer}.{module}", config["lora_alpha"])
         a[layer, :r] = pair["A"]
-        b[layer, :, :r] = pair["B"] * (alpha / (r**0.5 if config.get("use_rslora") else r))
+        b[layer, :, :r] = pair["B"] * np.float32(scale_of(config, r, alpha) if folded else 1)
     return a, b
 
 
@@ -116,12 +161,3 @@ def _pattern(patterns, name, default):
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
-
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _add(kernel, a_LRI, b_LOR, pattern):
-    theirs, ours = pattern.split(" -> ")
-    delta = jnp.einsum("lor,lri->loi", b_LOR, a_LRI, precision=jax.lax.Precision.HIGHEST)
-    sizes = dict(zip(["l", *ours.split()], kernel.shape, strict=True))
-    delta = einops.rearrange(delta, f"l {theirs} -> l {ours}", **sizes)
-    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)

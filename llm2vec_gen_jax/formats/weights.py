@@ -110,7 +110,7 @@ def _check_names(source, architecture, shapes):
             raise InputError(f"{source}: {name} has shape {tuple(source.shape(name))}, the config says {shape}")
 
 
-def _axes(pattern):
+def axes(pattern):
     """Splits a pattern: "(n h) d -> d n h" gives ([["n", "h"], ["d"]], ["d", "n", "h"])."""
     theirs, ours = pattern.split(" -> ")
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w+", theirs)], ours.split()
@@ -118,7 +118,7 @@ def _axes(pattern):
 
 def their_shape(pattern, shape):
     """Returns the shape in a Hugging Face file of one layer's weight of our shape."""
-    theirs, ours = _axes(pattern)
+    theirs, ours = axes(pattern)
     size = dict(zip(ours, shape, strict=True))
     return tuple(int(np.prod([size[axis] for axis in group])) for group in theirs)
 
@@ -126,7 +126,7 @@ def their_shape(pattern, shape):
 def _read(source, path, shape, index, dtype):
     """Reads our slice `index` of one (stacked) weight."""
     name, pattern = TABLE[path]
-    theirs, ours = _axes(pattern)
+    theirs, ours = axes(pattern)
     stacked = path.startswith("layers/")
     bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     inner, inner_shape = (bounds[1:], shape[1:]) if stacked else (bounds, shape)

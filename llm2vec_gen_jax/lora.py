@@ -1,0 +1,56 @@
+"""LoRA trees (Hu et al. 2021): {projection: {"a": (L, in, r), "b": (L, r, out)}}, float32, stacked over the layers.
+
+`in` and `out` are the contracted and the other dimensions of our kernels: a query has in D and out N H, the output
+projection in N H and out D.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llm2vec_gen_jax.backbone import PROJECTIONS, abstract_params
+
+
+def kernel_dims(architecture):
+    """Returns {projection: (in, out)} of one layer, each a tuple of sizes."""
+    kernels = abstract_params(architecture)["layers"]
+    shapes = {name: kernels[name]["kernel"].value.shape[1:] for name in PROJECTIONS}
+    inner = {name: 2 if name == "output" else 1 for name in PROJECTIONS}
+    return {name: (shape[: inner[name]], shape[inner[name] :]) for name, shape in shapes.items()}
+
+
+def init(architecture, rank, key):
+    """Returns a fresh tree that changes nothing yet: b is 0, a is U(-1/sqrt(in), 1/sqrt(in)), as PEFT starts."""
+    L, tree = architecture.num_layers, {}
+    for name, (inner, outer) in kernel_dims(architecture).items():
+        key, part = jax.random.split(key)
+        bound = math.prod(inner) ** -0.5
+        a = jax.random.uniform(part, (L, *inner, rank), minval=-bound, maxval=bound)
+        tree[name] = {"a": a, "b": jnp.zeros((L, rank, *outer))}
+    return tree
+
+
+def scaled(tree, scale):
+    """Returns the tree with `scale` (alpha / r) folded into b."""
+    return {name: {"a": pair["a"], "b": scale * pair["b"]} for name, pair in tree.items()}
+
+
+def merge(frozen, tree):
+    """Returns `frozen` with a scaled tree added: W + A B for each updated kernel, computed in float32.
+
+    The updated kernels are donated: do not use `frozen` afterwards.
+    """
+    layers = dict(frozen["layers"])
+    for name, pair in tree.items():
+        layers[name] = layers[name] | {"kernel": _add(layers[name]["kernel"], pair["a"], pair["b"])}
+    return {**frozen, "layers": layers}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(kernel, a, b):
+    L, r = b.shape[:2]
+    a_LIR, b_LRO = a.reshape(L, -1, r), b.reshape(L, r, -1)
+    delta = jnp.einsum("lir,lro->lio", a_LIR, b_LRO, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
