@@ -39,7 +39,8 @@ CAUSAL = Visibility(causal=True)
 def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
     """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
 
-    Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype. Queries of padding are defined and unread.
+    Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
+    Queries of padding are defined and unread.
     """
     B, T, N, H = q_BTNH.shape
     q_BTGRH, scale = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H), H**-0.5
