@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-from llm2vec_gen_jax import config, sharding
-from llm2vec_gen_jax.formats import hf
+from llm2vec_gen_jax import config, export, sharding
 from llm2vec_gen_jax.loading import load_backbone
 from tests import peer
 
@@ -48,8 +47,7 @@ def main():
         folder = pathlib.Path(folder)
         backbone = load_backbone("smollm2-135m", "float32", sharding.make_mesh(config.MeshConfig()))
         write_pairs(folder / "pairs.jsonl", backbone.tokenizer, arguments.pairs)
-        hf.save(folder / "backbone", backbone.frozen, backbone.architecture, None, backbone.tokenizer.stop_ids)
-        write_tokenizer(folder / "backbone", backbone)
+        export.save_backbone(backbone, folder / "backbone")
         del backbone
         files = [str(folder / "backbone"), str(folder / "pairs.jsonl")]
         print(f"batch 8, medians of {arguments.rounds} rounds of {arguments.steps} steps, in turn")
@@ -137,15 +135,6 @@ def write_pairs(path, tokenizer, count):
     with open(path, "w") as file:
         for _ in range(count):
             file.write(json.dumps({"question": text(32, 256), "answer": text(64, 256)}) + "\n")
-
-
-def write_tokenizer(folder, backbone):
-    """Adds the tokenizer in the form that the peer's transformers reads: the one of a model directory."""
-    from llm2vec_gen_jax.formats import published
-
-    tokenizer, tokenizer_config, _, _ = published.tokenizer_files(backbone.tokenizer.hf, [])
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
 if __name__ == "__main__":

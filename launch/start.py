@@ -6,15 +6,28 @@ import sys
 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.download import cache_folder
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, nearest
 
 
-def run(schema, command, positional="CONFIG"):
-    """Parses sys.argv into `schema` and calls command(config), or command(model, config) when positional is MODEL.
+def run_one_of(actions):
+    """`python -m launch.NAME ACTION MODEL [key=value ...]`. actions: {name: (schema, command(model, config))}."""
+    action, *words = sys.argv[1:] or ["--help"]
+    if action in actions:
+        run(*actions[action], positional="MODEL", words=words)
+    elif action in ("-h", "--help"):
+        print("\n\n".join(_help(schema, "MODEL") for schema, _ in actions.values()))
+    else:
+        print(f"error: unknown action {action!r}{nearest(action, actions)}", file=sys.stderr)
+        sys.exit(2)
 
+
+def run(schema, command, positional="CONFIG", words=None):
+    """Parses the command line into `schema` and calls command(config), or command(model, config) for a MODEL.
+
+    words: what follows the command's name, default sys.argv.
     Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 130 interrupted.
     """
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help") for word in words):
         print(_help(schema, positional))
         return
@@ -56,7 +69,7 @@ def _prepare():
 
 def _help(schema, positional):
     lines = schema.__doc__.strip().splitlines()
-    name = lines[0].split("`")[1].removeprefix("python -m launch.").split()[0]
+    name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
     about_command = lines[0].split("`: ", 1)[1]
     first = "MODEL" if positional == "MODEL" else "[CONFIG]"
     about = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import directory, sharding
+from llm2vec_gen_jax import directory, export, sharding
 from llm2vec_gen_jax.encode import encode_ids
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
@@ -19,10 +19,11 @@ class LLM2VecGen:
 
     model: the method's shapes. trainable: tokens and heads. backbone: the frozen LLM with its tokenizer.
     prompts: name -> text put before inputs. max_seq_length: tokens of a text, the compression tokens included.
+    record: the PublishedModel that it was read from, if it was.
     """
 
-    def __init__(self, model, trainable, backbone, prompts=None, max_seq_length=512):
-        self.model, self.trainable, self.backbone = model, trainable, backbone
+    def __init__(self, model, trainable, backbone, prompts=None, max_seq_length=512, record=None):
+        self.model, self.trainable, self.backbone, self.record = model, trainable, backbone, record
         self.prompts = dict(prompts or {})
         self.max_seq_length = max_seq_length
 
@@ -39,7 +40,7 @@ class LLM2VecGen:
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig())
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh)
         model, trainable = directory.to_model(record, loaded, path)
-        return cls(model, trainable, loaded, prompts)
+        return cls(model, trainable, loaded, prompts, record=record)
 
     def encode(
         self,
@@ -124,6 +125,25 @@ class LLM2VecGen:
         """Returns the cosine matrix (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
         return _normalize(first) @ _normalize(second).T
+
+    def save_pretrained(self, path, dtype=None, backbone=None):
+        """Writes a model directory of both frameworks (export.save_pretrained). `path` must not exist."""
+        export.save_pretrained(self, path, dtype, backbone)
+
+    def save_merged(self, path):
+        """Writes the encoder as a plain transformers folder (export.save_merged). `path` must not exist."""
+        export.save_merged(self, path)
+
+    def push_to_hub(self, repo_id, private=False, token=None):
+        """Uploads the model directory to the Hugging Face hub (export.push_to_hub). Returns its URL."""
+        return export.push_to_hub(self, repo_id, private, token)
+
+    @property
+    def special_tokens(self):
+        """Texts of the trained tokens, in the order in which they follow a text."""
+        if self.record:
+            return self.record.special_tokens
+        return directory.special_token_names(self.model.num_appended)
 
     def get_embedding_dimension(self):
         """Returns E."""

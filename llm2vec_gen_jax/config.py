@@ -221,6 +221,46 @@ class DecodeConfig:
 
 
 @dataclasses.dataclass
+class FromPytorchConfig:
+    """`python -m launch.convert from_pytorch MODEL`: a published PyTorch directory or hub id to a model directory."""
+
+    output: str | None = setting(None, "new model directory; PyTorch reads it as well")
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    dtype: str = setting("auto", "in which the backbone is loaded", ("auto", "float32", "bfloat16", "float16"))
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class ToPytorchConfig:
+    """`python -m launch.convert to_pytorch MODEL`: a model or run directory to what PyTorch needs to run it alone."""
+
+    output: str | None = setting(None, "new model directory in the published layout")
+    backbone_output: str | None = setting(
+        None, "new folder for the backbone; default OUTPUT-backbone where the backbone is a GGUF file, else none"
+    )
+    merged: str | None = setting(
+        None, "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table"
+    )
+    torch_dtype: str | None = setting(
+        None, "in which PyTorch is to run: float32, bfloat16 or float16; default as it was"
+    )
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    dtype: str = setting("auto", "of the written backbone weights", ("auto", "float32", "bfloat16", "float16"))
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class VerifyConfig:
+    """`python -m launch.convert verify MODEL`: encode and decode in both frameworks, compare; exit code 1 on FAIL."""
+
+    python: str | None = setting(
+        None, "Python of an environment with PyTorch (best with llm2vec-gen in it); default the one that runs this"
+    )
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    max_new_tokens: int = setting(16, "tokens decoded from each of two embeddings", least=1)
+
+
+@dataclasses.dataclass
 class QuickstartConfig:
     """`python -m launch.quickstart`: the whole recipe, small, from nothing but the default backbone."""
 

@@ -5,49 +5,61 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from llm2vec_gen_jax import __version__, sharding
 from llm2vec_gen_jax.architecture import to_hf_config
+from llm2vec_gen_jax.card import model_card
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft, published
-from llm2vec_gen_jax.loading import fetch_from_hub
+from llm2vec_gen_jax.loading import fetch_from_hub, is_hub_id
 from llm2vec_gen_jax.model import Model
 
 HEADS = ("reconstruction", "alignment")
+PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 
-def save(directory, model, trainable, backbone, config, summary):
+def save(directory, model, trainable, backbone, extra, dtype=None, special_tokens=None, name=None):
     """Writes a model directory, complete or not at all. The directory must not exist.
 
-    config: the resolved config dict of the run. summary: lines of Markdown for the card.
+    Every process of a multi-host run calls it: arrays are gathered one at a time, process 0 alone keeps and writes
+    them. extra: our own record ("config", "data", "metrics"), which the card shows. dtype: in which PyTorch is to
+    run, default the backbone's. special_tokens: texts of the trained tokens, default <question1>, ...
+    name: how the backbone is called in the directory, default by what it was loaded from.
     """
-    trainable = jax.tree.map(np.asarray, trainable)
-    dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
-    path = pathlib.Path(backbone.name).expanduser()
+    dtype = dtype or str(jax.tree.leaves(backbone.frozen)[0].dtype)
+    trainable = jax.tree.map(sharding.gather, trainable)
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(name or backbone.name).expanduser()
     record = published.PublishedModel(
-        backbone=str(path.resolve()) if path.exists() else backbone.name,
+        backbone=str(path.resolve()) if path.exists() else str(name or backbone.name),
         dtype=dtype,
-        special_tokens=[f"<question{number}>" for number in range(1, model.num_appended + 1)],
+        special_tokens=special_tokens or special_token_names(model.num_appended),
         num_tokens=model.num_tokens,
         tokens_MD=trainable["tokens"],
         **{head: dict(trainable[head]) for head in HEADS},
         lora=_lora_record(model, trainable),
-        extra={"version": __version__, "backbone_identity": backbone.identity, "config": config},
+        extra={**extra, "version": __version__, "backbone_identity": backbone.identity},
     )
     # The published generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
-    published.write(directory, record, backbone.tokenizer.hf, backbone_config, _card(record, model, config, summary))
+    card = model_card(record, str(directory), backbone.license)
+    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card)
+
+
+def special_token_names(count):
+    """Returns the published names of `count` trained tokens."""
+    return [f"<question{number}>" for number in range(1, count + 1)]
+
+
+def local_folder(path):
+    """Returns the folder of a model directory, fetched when `path` is a hub id."""
+    return fetch_from_hub(path, PATTERNS) if is_hub_id(path) else pathlib.Path(path).expanduser()
 
 
 def read(path):
     """Returns the PublishedModel of a local directory or a hub repository of that layout."""
-    folder = pathlib.Path(path).expanduser()
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        folder = fetch_from_hub(
-            path, ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
-        )
-    return published.read(folder)
+    return published.read(local_folder(path))
 
 
 def to_model(record, backbone, source):
@@ -101,33 +113,3 @@ def check_finite(trainable, what):
     """Raises InputError when a trainable tree holds NaN or infinity."""
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trainable)):
         raise InputError(f"{what}: the trained tokens or heads hold NaN or infinity")
-
-
-def _card(record, model, config, summary):
-    base = record.backbone if "/" in record.backbone and not record.backbone.startswith("/") else None
-    lines = ["---", "library_name: llm2vec_gen_jax", "pipeline_tag: feature-extraction"]
-    lines += [f"base_model: {base}"] if base else []
-    lines += ["tags: [llm2vec-gen, text-embeddings, jax, flax]", "---", "", "# LLM2Vec-Gen embedder", ""]
-    lines += [
-        f"Embeddings of size {model.embedding_size} that encode the answer that `{record.backbone}` would give, from "
-        f"{model.num_tokens} compression tokens (arXiv 2603.10913).",
-        "",
-        *summary,
-        "",
-        "```python",
-        "from llm2vec_gen_jax import LLM2VecGen",
-        'model = LLM2VecGen.from_pretrained("THIS_DIRECTORY")',
-        'vectors = model.encode(["What is the capital of France?"])',
-        "```",
-        "",
-        'In PyTorch: `LLM2VecGenModel.from_pretrained("THIS_DIRECTORY")` of the package `llm2vec-gen`; there',
-        "`run_config.yml` must name the backbone as a Hugging Face folder or hub id.",
-        "",
-        "## Configuration",
-        "",
-        "```yaml",
-        *yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

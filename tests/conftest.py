@@ -139,7 +139,7 @@ def smollm2_torch(smollm2, tmp_path_factory):
 
     torch.set_num_threads(1)  # several spin at barriers: many times slower on a busy machine
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
-    hf.save(folder, smollm2.frozen, smollm2.architecture, smollm2.tokenizer, smollm2.tokenizer.stop_ids)
+    hf.save(folder, smollm2.frozen, smollm2.architecture, smollm2.tokenizer.save, smollm2.tokenizer.stop_ids)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 

@@ -213,7 +213,7 @@ def test_saved_folder_is_the_same_model_in_torch_and_here(family, tiny, tmp_path
     import transformers
 
     backbone, tokenizer = tiny(family), tiny(family).tokenizer
-    hf.save(tmp_path / "saved", backbone.frozen, backbone.architecture, tokenizer, tokenizer.stop_ids)
+    hf.save(tmp_path / "saved", backbone.frozen, backbone.architecture, tokenizer.save, tokenizer.stop_ids)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     expected = torch_outputs(tiny_torch_model(family), ROWS)
     assert_same_outputs(torch_outputs(reloaded, ROWS), expected, 1e-6)

@@ -95,7 +95,7 @@ def model(talker):
 def model_folder(model, tmp_path_factory):
     """Its model directory."""
     folder = tmp_path_factory.mktemp("embedder") / "model"
-    directory.save(folder, model.model, model.trainable, model.backbone, {}, [])
+    directory.save(folder, model.model, model.trainable, model.backbone, {})
     return folder
 
 

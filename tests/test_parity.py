@@ -74,12 +74,12 @@ def both(request, peer_python, tmp_path_factory):
     else:
         source = request.getfixturevalue("tiny")(request.param)
     # transformers 4.56 cannot read what 5 saves, nor a GGUF: both sides read the folder that we write.
-    hf.save(folder / "backbone", source.frozen, source.architecture, source.tokenizer, source.tokenizer.stop_ids)
+    hf.save(folder / "backbone", source.frozen, source.architecture, source.tokenizer.save, source.tokenizer.stop_ids)
     backbone = load_backbone(str(folder / "backbone"), "float32", one_device_mesh())
     E = 24
     model = Model(backbone.architecture, num_tokens=10, num_thought_tokens=2, embedding_size=E)
     trainable = heads.init_trainable(model.compressor, jax.random.key(1), backbone.frozen["embedding"])
-    directory.save(folder / "model", model, trainable, backbone, {}, [])
+    directory.save(folder / "model", model, trainable, backbone, {})
     targets = np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32)
     np.save(folder / "targets.npy", targets)
     # AdamW's first steps are signs of gradients: on the real model a large rate turns rounding into other losses

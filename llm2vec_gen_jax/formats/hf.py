@@ -1,11 +1,14 @@
 """Hugging Face folders: config.json, safetensors (one file or many), the generation config."""
 
-import os
+import json
+import math
 import pathlib
+import re
 
+import jax
 import numpy as np
+import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax.errors import InputError
@@ -13,7 +16,9 @@ from llm2vec_gen_jax.files import atomic_directory, read_json, write_json
 from llm2vec_gen_jax.formats import weights
 
 # What a backbone needs from the hub; never code, never pickles.
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+MAX_FILE_BYTES = 5_000_000_000  # of weights in one file
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class SafetensorsSource:
@@ -83,15 +88,80 @@ def stop_ids(folder, config):
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
-def save(folder, params, architecture, tokenizer=None, stop=()):
-    """Writes a backbone as a Hugging Face folder that transformers 4.5x and 5 read. The folder must not exist."""
+def read_license(folder):
+    """Returns the license that the model card of a folder states, or None."""
+    card = pathlib.Path(folder) / "README.md"
+    match = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
+    try:
+        license = yaml.safe_load(match[1]).get("license") if match else None
+    except (yaml.YAMLError, AttributeError):
+        return None
+    return license if isinstance(license, str) else None
+
+
+def save(folder, params, architecture, also=None, stop=(), added=None):
+    """Writes a backbone as a Hugging Face folder that transformers 4.5x and 5 read. The folder must not exist.
+
+    Weights are gathered and written one at a time; every process of a multi-host run calls it, process 0 writes.
+    also: a function that writes further files into the folder it is given (the tokenizer's). stop: ids that end a
+    turn. added: (ids, rows (n, D)), input embeddings of tokens put into the table, which grows to hold them; an
+    untied head grows by zeros.
+    """
+    layout = weights.layout(architecture)
+    ids, rows = added or ([], None)
+    vocab_size = max([architecture.vocab_size, *(id_ + 1 for id_ in ids)])
+    tables = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in layout]
+    layout |= {name: (vocab_size, layout[name][1]) for name in tables}
+    dtype = jax.tree.leaves(params)[0].dtype
+
+    def fitted():
+        for name, array in weights.tensors(params, architecture):
+            if array is not None and name in tables and added is not None:
+                array = np.concatenate([array, np.zeros((vocab_size - len(array), array.shape[1]), array.dtype)])
+                if name == "model.embed_tokens.weight":
+                    array[ids] = rows
+            yield name, array
+
+    if jax.process_index() != 0:
+        for _ in fitted():
+            pass
+        return
     with atomic_directory(folder) as temporary:
-        arrays = {name: np.ascontiguousarray(array) for name, array in weights.tensors(params, architecture)}
-        save_file(arrays, temporary / "model.safetensors", metadata={"format": "pt"})
-        os.chmod(temporary / "model.safetensors", 0o644)  # safetensors makes it its owner's alone
-        config = architecture_lib.to_hf_config(architecture)
-        config["torch_dtype"] = str(arrays["model.norm.weight"].dtype)
+        _write_weights(temporary, layout, dtype, fitted())
+        config = architecture_lib.to_hf_config(architecture) | {"vocab_size": vocab_size, "torch_dtype": str(dtype)}
         config["eos_token_id"] = list(stop) or None
         write_json(temporary / "config.json", config)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+        if also is not None:
+            also(temporary)
+
+
+def _write_weights(folder, layout, dtype, arrays):
+    """Writes (name, array) pairs as they come, in the order of `layout` {name: shape}, in files of limited size."""
+    size = {name: math.prod(shape) * dtype.itemsize for name, shape in layout.items()}
+    parts, room = [[]], MAX_FILE_BYTES
+    for name in layout:
+        if size[name] > room and parts[-1]:
+            parts, room = [*parts, []], MAX_FILE_BYTES
+        parts[-1].append(name)
+        room -= size[name]
+    files = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    files = ["model.safetensors"] if len(parts) == 1 else files
+    arrays = iter(arrays)
+    for file, names in zip(files, parts):
+        # The format: the length of a JSON header, the header, the raw tensors.
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            header[name] = {"dtype": _SAFETENSORS_DTYPES[str(dtype)], "shape": list(layout[name])}
+            header[name]["data_offsets"] = [end, end := end + size[name]]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                found, array = next(arrays)
+                assert (found, array.shape) == (name, tuple(layout[name])), f"{found} {array.shape} is out of order"
+                out.write(np.ascontiguousarray(array).tobytes())
+    if len(parts) > 1:
+        places = {name: file for file, names in zip(files, parts) for name in names}
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)

@@ -104,7 +104,7 @@ def write(directory, model, tokenizer, backbone_config, card):
     _check(directory, model)
     size, width = backbone_config.get("hidden_size"), model.tokens_MD.shape[1]
     _require(size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}")
-    tokenizer_json, tokenizer_config, ids, vocab_size = tokenizer_files(tokenizer, model.special_tokens)
+    ids, vocab_size = special_token_ids(tokenizer, model.special_tokens)
     run = {
         "model_name_or_path": model.backbone,
         "torch_dtype": model.dtype,
@@ -120,8 +120,7 @@ def write(directory, model, tokenizer, backbone_config, card):
         mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
         files.write_json(folder / "encoder_decoder_config.json", mode)
         files.write_text(folder / "run_config.yml", yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
-        files.write_json(folder / "tokenizer.json", tokenizer_json)
-        files.write_json(folder / "tokenizer_config.json", tokenizer_config)
+        write_tokenizer(folder, tokenizer, model.special_tokens)
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
         files.write_text(folder / "README.md", card)
 
@@ -174,7 +173,8 @@ def _read_safetensors(path):
         raise InputError(f"{path}: not a readable safetensors file: {error}. Fetch it again") from None
 
 
-def _write_safetensors(path, tensors):
+def write_safetensors(path, tensors):
+    """Writes {key: array} as PyTorch's libraries do."""
     # Not save_file, which makes files that only their owner can read.
     path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
@@ -273,7 +273,7 @@ def _write_encoder(folder, model, backbone_config, ids, vocab_size):
         tensors = {key: np.ascontiguousarray(value, np.float32) for key, value in matrices}
         tensors["base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = rows_MD
     files.write_json(folder / ADAPTER_CONFIG, adapter)
-    _write_safetensors(folder / ADAPTER_WEIGHTS, tensors)
+    write_safetensors(folder / ADAPTER_WEIGHTS, tensors)
 
 
 def _read_head(directory, name):
@@ -306,7 +306,7 @@ def _write_head(path, head, dtype):
         _require(np.isfinite(value).all(), path.name, f"{key} has numbers too large for {dtype}. Use float32")
     config = {"input_dim": weight.shape[1], "output_dim": weight.shape[0], "dtype": f"torch.{dtype}"}
     torchzip.write(path, rounded, config | {"size": 1, "pooling_mode": "linear"})
-    _write_safetensors(path.with_suffix(".safetensors"), exact)
+    write_safetensors(path.with_suffix(".safetensors"), exact)
 
 
 def _check(directory, model):
@@ -330,17 +330,28 @@ def _check(directory, model):
         _require(np.isfinite(value).all(), directory / file, f"{key} holds NaN or infinite numbers")
 
 
-def tokenizer_files(tokenizer, special_tokens):
-    """Returns tokenizer.json, tokenizer_config.json, the ids of the special tokens, the vocabulary size.
+def special_token_ids(tokenizer, special_tokens):
+    """Returns (ids of the special tokens once they are added, size of the vocabulary then)."""
+    backend = _with_tokens(tokenizer, special_tokens)
+    return [backend.token_to_id(token) for token in special_tokens], backend.get_vocab_size()
 
-    Not `save_pretrained`: transformers 4.56 knows neither the class name nor the list of extra tokens that 5
-    saves, and neither saves the padding side, on which every vector of the published package depends.
-    """
+
+def _with_tokens(tokenizer, special_tokens):
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
     added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in special_tokens]
     backend.add_special_tokens(added)
+    return backend
+
+
+def write_tokenizer(folder, tokenizer, special_tokens=()):
+    """Writes tokenizer.json and tokenizer_config.json, with the special tokens added, for transformers 4 and 5.
+
+    Not `save_pretrained`: transformers 4.56 knows neither the class name nor the list of extra tokens that 5
+    saves, and neither saves the padding side, on which every vector of the published package depends.
+    """
+    backend = _with_tokens(tokenizer, special_tokens)
     fields = json.loads(backend.to_str())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -360,5 +371,5 @@ def tokenizer_files(tokenizer, special_tokens):
     if isinstance(template := tokenizer.chat_template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     config |= {"chat_template": template} if template else {}
-    ids = [backend.token_to_id(token) for token in special_tokens]
-    return fields, config, ids, backend.get_vocab_size()
+    files.write_json(folder / "tokenizer.json", fields)
+    files.write_json(folder / "tokenizer_config.json", config)

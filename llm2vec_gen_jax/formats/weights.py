@@ -47,7 +47,7 @@ def load(source, architecture, mesh, dtype):
     boxed = abstract_params(architecture)
     shardings = flax.traverse_util.flatten_dict(sharding.param_shardings(boxed, mesh), sep="/")
     shapes = {path: x.shape for path, x in flax.traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()}
-    _check_names(source, architecture, shapes)
+    _check_names(source, architecture)
     params = {}
     for path, shape in shapes.items():
         array = jax.make_array_from_callback(
@@ -59,16 +59,32 @@ def load(source, architecture, mesh, dtype):
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
+def layout(architecture):
+    """Returns {Hugging Face name: shape} of every weight, in the order of `tensors`."""
+    boxed = nn.unbox(abstract_params(architecture))
+    found = {}
+    for path, x in flax.traverse_util.flatten_dict(boxed, sep="/").items():
+        name, pattern = TABLE[path]
+        stacked = path.startswith("layers/")
+        shape = their_shape(pattern, x.shape[1:] if stacked else x.shape)
+        for layer in range(architecture.num_layers if stacked else 1):
+            found[name.format(layer)] = shape
+    return found
+
+
 def tensors(params, architecture):
-    """Yields (Hugging Face name, numpy array in their layout) for every weight of a frozen tree."""
-    for path, stacked in flax.traverse_util.flatten_dict(params, sep="/").items():
+    """Yields (Hugging Face name, numpy array in their layout) for every weight of a frozen tree, one at a time.
+
+    On other processes than 0 of a multi-host run, which must iterate too, the array is None.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    for path in flax.traverse_util.flatten_dict(nn.unbox(abstract_params(architecture)), sep="/"):
         name, pattern = TABLE[path]
         theirs, ours = pattern.split(" -> ")
-        if path.startswith("layers/"):
-            for layer in range(architecture.num_layers):
-                yield name.format(layer), einops.rearrange(np.asarray(stacked[layer]), f"{ours} -> {theirs}")
-        else:
-            yield name, np.asarray(stacked)
+        stacked = path.startswith("layers/")
+        for layer in range(architecture.num_layers if stacked else 1):
+            array = sharding.gather(flat[path][layer] if stacked else flat[path])
+            yield name.format(layer), None if array is None else einops.rearrange(array, f"{ours} -> {theirs}")
 
 
 def fingerprint_values(source, architecture):
@@ -88,14 +104,8 @@ def fingerprint_values(source, architecture):
     return np.concatenate(values)
 
 
-def _check_names(source, architecture, shapes):
-    expected = {}
-    for path, shape in shapes.items():
-        name, pattern = TABLE[path]
-        stacked = path.startswith("layers/")
-        wanted = their_shape(pattern, shape[1:] if stacked else shape)
-        for layer in range(architecture.num_layers if stacked else 1):
-            expected[name.format(layer)] = wanted
+def _check_names(source, architecture):
+    expected = layout(architecture)
     found = set(source.names())
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings:

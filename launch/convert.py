@@ -1,0 +1,69 @@
+"""python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]"""
+
+import pathlib
+import sys
+
+from launch import start
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig
+from llm2vec_gen_jax.errors import InputError
+
+
+def from_pytorch(path, config):
+    from llm2vec_gen_jax import LLM2VecGen
+
+    config_lib.require(config, "output")
+    _check_new("output", config.output)
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    embedder.save_pretrained(config.output, backbone=config.backbone)
+    print(f"written: {config.output}")
+
+
+def to_pytorch(path, config):
+    from llm2vec_gen_jax import LLM2VecGen, export
+    from llm2vec_gen_jax.loading import resolve_path
+
+    if (run := pathlib.Path(path) / "model").is_dir():
+        path = str(run)  # a run directory
+    targets = {key: value for key in ("output", "merged") if (value := getattr(config, key))}
+    if not targets:
+        raise InputError("output is needed: pass output=DIR (a model directory), merged=DIR (a plain encoder) or both")
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    folder = config.backbone_output
+    if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
+        folder = f"{config.output}-backbone"  # PyTorch cannot run on a GGUF file
+    for key, target in targets.items() | ({"backbone_output": folder}.items() if folder else set()):
+        _check_new(key, target)
+    if folder:
+        export.save_backbone(embedder.backbone, folder)
+        print(f"written: {folder} (the backbone, {embedder.backbone.architecture.num_parameters:,} weights)")
+    if config.output:
+        embedder.save_pretrained(config.output, config.torch_dtype, folder)
+        print(f"written: {config.output}")
+    if config.merged:
+        embedder.save_merged(config.merged)
+        print(f"written: {config.merged}")
+
+
+def verify(path, config):
+    from llm2vec_gen_jax.verify import verify
+
+    report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)
+    print(report)
+    if not report.passed:
+        sys.exit(1)
+
+
+def _check_new(key, path):
+    if pathlib.Path(path).exists():
+        raise InputError(f"{key}={path}: exists already. Choose another, or remove it")
+
+
+if __name__ == "__main__":
+    start.run_one_of(
+        {
+            "from_pytorch": (FromPytorchConfig, from_pytorch),
+            "to_pytorch": (ToPytorchConfig, to_pytorch),
+            "verify": (VerifyConfig, verify),
+        }
+    )

@@ -1,0 +1,165 @@
+"""Checks that a model directory means the same in JAX and in PyTorch: encodes and decodes with both, and compares."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import numpy as np
+import yaml
+
+from llm2vec_gen_jax import api, config, directory, export, sharding
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import write_json
+from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.loading import resolve_path
+
+SCRIPT = pathlib.Path(__file__).parent / "pytorch" / "encode.py"
+TEXTS = (
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "x",
+    "",
+    "  two leading spaces, and two trailing  ",
+    "emoji 🙂👍🏽, accents éü, digits 1234567",
+    "法国的首都是哪里？",
+    "a text of more than 512 tokens, which is cut: " + "the river rises in the hills and reaches the sea; " * 60,
+)
+DECODED = 2  # of them
+MAX_LENGTH = 512
+# (least cosine, largest difference, whether it is relative to the largest value) by the dtype of the backbone.
+LIMITS = {"float32": (0.99999, 1e-4, False), "bfloat16": (0.999, 0.05, True), "float16": (0.9995, 0.01, True)}
+
+
+@dataclasses.dataclass
+class Report:
+    """What was compared, a row per text; reader: the PyTorch packages, None when there is no PyTorch."""
+
+    rows: list[dict]
+    dtype: str
+    reader: list[str] | None
+    decoded_equal: bool
+
+    @property
+    def passed(self):
+        """Whether every text is within the limits of the dtype; without PyTorch, whether all numbers are finite."""
+        exact = self.dtype == "float32"
+        return all(row["ok"] for row in self.rows) and (self.decoded_equal or not exact)
+
+    def __str__(self):
+        cosine, difference, relative = LIMITS[self.dtype]
+        lines = [f"{'text':<42} {'cosine':>10} {'embedding':>10} {'soft prompts':>13} {'decoded':>9}"]
+        for row in self.rows:
+            numbers = " ".join(f"{row[key]:>{width}}" for key, width in _COLUMNS.items())
+            lines.append(f"{row['text']:<42} {numbers}  {'' if row['ok'] else '<-- differs'}".rstrip())
+        unit = "of the largest value" if relative else "absolute"
+        lines.append(f"limits in {self.dtype}: cosine {cosine}, largest difference {difference} {unit}")
+        if self.reader is None:
+            lines.append("PyTorch is not installed here: only this side was checked (python=PATH names another Python)")
+        else:
+            lines.append(f"read by {', '.join(self.reader)}")
+        return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
+
+
+_COLUMNS = {"cosine": 10, "embedding": 10, "soft_prompts": 13, "decoded": 9}
+
+
+def verify(path, python, backbone=None, max_new_tokens=16):
+    """Returns the Report on a model directory.
+
+    python: interpreter of an environment with torch, transformers and peft, and the published package if that is to
+    read the directory. backbone: where it is, if not where the directory says.
+    Raises InputError when the directory cannot be read here, or PyTorch fails on it.
+    """
+    record = directory.read(str(path))
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    embedder = api.LLM2VecGen.from_pretrained(path, record.dtype, backbone, mesh)
+    embeddings, soft_prompts = embedder.encode(list(TEXTS), max_length=MAX_LENGTH, return_soft_prompts=True)
+    ids = generate_from_soft_prompts(embedder.backbone, soft_prompts[:DECODED], Sampling(max_new_tokens))
+    if not has_pytorch(python):
+        ok = np.isfinite(embeddings).all(axis=1) & np.isfinite(soft_prompts).all(axis=(1, 2))
+        blank = dict.fromkeys(_COLUMNS, "")
+        return Report([{"text": _short(text), "ok": bool(fine), **blank} for text, fine in zip(TEXTS, ok)],
+                      record.dtype, None, True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        theirs, reader = _read_with_pytorch(pathlib.Path(temporary), path, embedder, python, max_new_tokens)
+    stop = set(embedder.backbone.tokenizer.stop_ids)
+    rows, equal = [], True
+    for row, text in enumerate(TEXTS):
+        values = _compare(embeddings[row], theirs["embeddings"][row], soft_prompts[row], theirs["soft_prompts"][row])
+        ok = _within(values, LIMITS[record.dtype])
+        decoded = ""
+        if row < DECODED:
+            their_ids = theirs[f"ids_{row}"].tolist()
+            end = next((n for n, id_ in enumerate(their_ids) if id_ in stop), len(their_ids))
+            decoded = "equal" if their_ids[:end] == ids[row] else "differs"
+            equal &= decoded == "equal"
+        shown = {"cosine": f"{values['cosine']:.7f}"}
+        shown |= {name: f"{values[name]:.1e}" for name in ("embedding", "soft_prompts")}
+        rows.append({"text": _short(text), "ok": ok, "decoded": decoded, **shown})
+    return Report(rows, record.dtype, reader, equal)
+
+
+def has_pytorch(python):
+    """Whether a Python can import what the reading script needs."""
+    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'peft'))))"
+    try:
+        return subprocess.run([python, "-c", code]).returncode == 0
+    except OSError as error:
+        raise InputError(f"python={python}: {error.strerror}") from None
+
+
+def _read_with_pytorch(temporary, path, embedder, python, max_new_tokens):
+    """Returns (arrays of the script, versions). The directory is read as it is, in a copy of a few MB whose
+    run_config.yml names a backbone that PyTorch can load."""
+    copy = temporary / "model"
+    source = directory.local_folder(str(path))
+    shutil.copytree(source, copy)
+    run_config = copy / "run_config.yml"
+    if not run_config.exists():
+        shutil.copy(source.resolve().parent / "run_config.yml", run_config)
+    where = resolve_path(embedder.backbone.name)
+    if where.suffix == ".gguf":
+        where = temporary / "backbone"
+        export.save_backbone(embedder.backbone, where)
+    with open(run_config, "a", encoding="utf-8") as file:  # the last of a repeated key holds
+        file.write("\n" + yaml.safe_dump({"model_name_or_path": str(where.resolve())}))
+    request = {"texts": TEXTS, "decode": DECODED, "max_length": MAX_LENGTH, "max_new_tokens": max_new_tokens}
+    write_json(temporary / "request.json", request)
+    command = [python, SCRIPT, copy, temporary / "request.json", temporary / "out.npz"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"{path}: PyTorch ({python}) cannot read it: {reason}")
+    with np.load(temporary / "out.npz") as arrays:
+        return dict(arrays), json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _compare(ours, theirs, our_prompts, their_prompts):
+    if ours.shape != theirs.shape or our_prompts.shape != their_prompts.shape:
+        return {"cosine": -1.0, "embedding": np.inf, "soft_prompts": np.inf, "largest": (1.0, 1.0)}
+    cosine = float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
+    return {
+        "cosine": cosine,
+        "embedding": float(np.abs(ours - theirs).max()),
+        "soft_prompts": float(np.abs(our_prompts - their_prompts).max()),
+        "largest": (float(np.abs(theirs).max()), float(np.abs(their_prompts).max())),
+    }
+
+
+def _within(values, limits):
+    cosine, difference, relative = limits
+    scales = values["largest"] if relative else (1.0, 1.0)
+    return bool(
+        values["cosine"] >= cosine
+        and values["embedding"] <= difference * scales[0]
+        and values["soft_prompts"] <= difference * scales[1]
+    )
+
+
+def _short(text, length=40):
+    line = repr(text)
+    return line if len(line) <= length else line[: length - 1] + "…"
