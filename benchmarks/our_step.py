@@ -46,6 +46,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, backbone, examples, pathlib.Path(folder))
         run.start(False)
+        run.checkpoints.wait()
         run.checkpoints.close()
     compile_all(run, backbone.frozen, arguments.batch_size)
     shapes = {"query": run.plan.query_edges, "answer": run.plan.answer_edges}
