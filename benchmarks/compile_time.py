@@ -17,7 +17,8 @@ from llm2vec_gen_jax import config, optim
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import TrainState, train_step
+from llm2vec_gen_jax.train import train_step
+from llm2vec_gen_jax.trainer import new_state
 
 ROUNDS = 5
 
@@ -46,7 +47,7 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
 
     def fresh():
         trainable = model.compressor.init(jax.random.key(0), jnp.zeros((1, 10, hidden_size)))["params"]
-        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+        return new_state(trainable, optimizer)
 
     batch = {
         "query_lengths": jax.ShapeDtypeStruct((B,), jnp.int32),

@@ -4,18 +4,21 @@ python -m benchmarks.our_step HF_BACKBONE_DIR PAIRS.jsonl --dtype float32|bfloat
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
 import time
 
+import jax
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, sharding, teacher
+from llm2vec_gen_jax import data, optim, sharding, teacher
 from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.train import Run
+from llm2vec_gen_jax.train import Method
+from llm2vec_gen_jax.trainer import new_state
 
 
 def main():
@@ -43,16 +46,13 @@ def main():
             seconds = (time.perf_counter() - started) / len(few)
     # The step's cost does not depend on the targets' values: 64 of them serve all examples.
     examples.target = np.resize(targets, (len(examples), targets.shape[1]))
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(config, backbone, examples, pathlib.Path(folder))
-        run.start(False)
-        run.checkpoints.wait()
-        run.checkpoints.close()
-    compile_all(run, backbone.frozen, arguments.batch_size)
-    shapes = {"query": run.plan.query_edges, "answer": run.plan.answer_edges}
+    method = Method(config, backbone, examples)
+    optimizer = optim.make_optimizer(config.optimizer)
+    state = jax.jit(lambda trainable: new_state(trainable, optimizer))(method.init())
+    state = compile_all(method, state, arguments.batch_size)
+    shapes = {"query": method.plan.query_edges, "answer": method.plan.answer_edges}
     say(ready=True, peak_rss_mb=peak_rss_mb(), target_seconds_per_sample=round(seconds, 4), **shapes)
-    state, position = run.state, 0
-    batches = data.Batches(examples, run.plan, 0, 1)
+    position, batches = 0, data.Batches(examples, method.plan, 0, 1)
     for command in sys.stdin:
         if command.split()[0] == "quit":
             break
@@ -61,9 +61,7 @@ def main():
         started = time.perf_counter()
         for number in range(position, position + steps):
             batch = batches[number]
-            arrays = sharding.put_batch(batch, run.mesh)
-            cache = run.prefix(backbone.frozen, arrays.pop("query"))
-            state, metrics = run.step(state, backbone.frozen, cache, arrays)
+            state, metrics = method.step(state, sharding.put_batch(batch, backbone.mesh))
             appended = 2 * 10 * arguments.batch_size  # compression tokens and soft prompts
             real += int(batch["query_lengths"].sum() + batch["answer_lengths"].sum()) + appended
             computed += batch["query"].size + batch["answer"].size + appended
@@ -80,15 +78,16 @@ def main():
         )
 
 
-def compile_all(run, frozen, batch_size):
+def compile_all(method, state, batch_size):
     """Runs every padded length once: in a real run compilation is a matter of the first minutes."""
     ones = np.ones(batch_size, np.int32)
-    for T in run.plan.query_edges:
-        cache = run.prefix(frozen, sharding.put_batch(np.zeros((batch_size, T), np.int32), run.mesh))
-    for S in run.plan.answer_edges:
-        batch = {"query_lengths": ones, "answer": np.zeros((batch_size, S), np.int32), "answer_lengths": ones}
-        batch["target"] = run.examples.target[:batch_size]
-        run.state, _ = run.step(run.state, frozen, cache, sharding.put_batch(batch, run.mesh))
+    edges = itertools.zip_longest(method.plan.query_edges, method.plan.answer_edges, fillvalue=8)
+    for T, S in [*edges][::-1]:
+        batch = {"query": np.zeros((batch_size, T), np.int32), "query_lengths": ones}
+        batch |= {"answer": np.zeros((batch_size, S), np.int32), "answer_lengths": ones}
+        batch["target"] = method.examples.target[:batch_size]
+        state, _ = method.step(state, sharding.put_batch(batch, method.backbone.mesh))
+    return state
 
 
 def peak_rss_mb():

@@ -240,7 +240,9 @@ def iterate(batches, first, last):
 
 
 def padding_fraction(batch):
-    """Returns (share of computed query and answer positions that are padding, real tokens) of a padded batch."""
-    computed = batch["query"].size + batch["answer"].size
-    real = int(batch["query_lengths"].sum() + batch["answer_lengths"].sum())
+    """Returns (share of computed positions that are padding, real tokens) of a padded batch, in which the lengths of
+    NAME are NAME_lengths."""
+    names = [name for name in batch if f"{name}_lengths" in batch]
+    computed = sum(batch[name].size for name in names)
+    real = sum(int(batch[f"{name}_lengths"].sum()) for name in names)
     return 1 - real / computed, real

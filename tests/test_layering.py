@@ -27,7 +27,7 @@ FLOORS = (
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
-    "directory encode losses",
+    "directory encode losses trainer",
     "generate teacher",
     "export respond train",
     "api synthesize",

@@ -15,7 +15,8 @@ from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import TrainState, train_step
+from llm2vec_gen_jax.train import train_step
+from llm2vec_gen_jax.trainer import new_state
 from tests.conftest import tiny_torch_model, torch_outputs
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (7, 0, 1, 4)]
@@ -244,7 +245,7 @@ def abstract_training(architecture, B, S, num_tokens):
     def start():
         table = jnp.zeros((architecture.vocab_size, architecture.hidden_size))
         trainable = heads.init_trainable(model.compressor, jax.random.key(0), table)
-        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+        return new_state(trainable, optimizer)
 
     ids = jax.ShapeDtypeStruct((B, 11), jnp.int32)
     cache = jax.eval_shape(functools.partial(model.prefix, slots=13), frozen, ids)

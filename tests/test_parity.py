@@ -15,7 +15,8 @@ from llm2vec_gen_jax.formats import hf
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import TrainState, train_step
+from llm2vec_gen_jax.train import train_step
+from llm2vec_gen_jax.trainer import new_state
 
 from . import peer
 from .conftest import one_device_mesh
@@ -156,7 +157,7 @@ def test_five_steps_of_adamw(both):
             state, frozen, cache, batch, model=ours.model, optimizer=optimizer, weights=config.LossConfig()
         )
     )
-    state = TrainState(jnp.int32(0), ours.trainable, optimizer.init(ours.trainable))
+    state = new_state(ours.trainable, optimizer)
     trajectory, norms = [], []
     for _ in range(REQUEST["trajectory_steps"]):
         state, metrics = step(state, ours.backbone.frozen, cache, batch)

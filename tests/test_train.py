@@ -16,7 +16,8 @@ from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import TrainState, train, train_step
+from llm2vec_gen_jax.train import train, train_step
+from llm2vec_gen_jax.trainer import TrainState
 
 from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 

@@ -1,0 +1,214 @@
+"""What all training shares: the update, run directories, and the loop that feeds, logs, checkpoints and resumes."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import data, optim, progress, sharding
+from llm2vec_gen_jax.checkpoint import Checkpoints
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import changes, write_text
+from llm2vec_gen_jax.metrics import MetricsWriter
+
+# What may change when a run is resumed: how long and where it runs, not what it computes.
+FREE_KEYS = {
+    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite"),
+    "teacher": ("batch_size",),
+    "mesh": ("data", "fsdp", "tensor"),
+}
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes: step (int32), trainable tree and optimizer state (float32)."""
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+
+
+def new_state(trainable, optimizer):
+    """Returns the TrainState before the first step."""
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+
+
+def update(state, loss, optimizer):
+    """One step down the gradient of `loss(trainable) -> (float32 scalar, {name: scalar})`.
+
+    Returns (new state, metrics of this step). A non-finite loss or gradient leaves the state as it was.
+    """
+    (value, parts), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    sound = jnp.isfinite(value) & jnp.isfinite(norm)
+    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
+    return kept, {"loss": value, **parts, "grad_norm": norm}
+
+
+def claim(output, config, free=FREE_KEYS):
+    """Makes the run directory this run's. Returns whether it holds an earlier part of the same run.
+
+    free: {section: keys} that may differ from what the earlier part was run with.
+    """
+    resuming = False
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        old = _config_of(output, type(config))
+        if config.train.overwrite:
+            shutil.rmtree(output)
+        elif differing := changes(_fixed(config_lib.to_dict(old), free), _fixed(config_lib.to_dict(config), free)):
+            # A run that failed before its first step, often on what is now put right, left its config only.
+            if any(path.name != "config.yaml" for path in output.iterdir()):
+                raise InputError(
+                    f"train.output={output}: holds another run ({differing}). Repeat its settings to resume it, "
+                    "choose another output, or pass train.overwrite=true"
+                )
+        else:
+            resuming = True
+    write_text(output / "config.yaml", config_lib.to_yaml(config))
+    return resuming
+
+
+def _config_of(output, schema):
+    """Returns the config of a run directory. Raises InputError when the directory is anything else."""
+    try:
+        found = config_lib.load(schema, output / "config.yaml")
+        config_lib.require(found, "train.output")  # what every run's config has
+    except InputError as error:
+        raise InputError(
+            f"train.output={output}: exists and is not a run directory; it is left as it is. Choose another ({error})"
+        ) from None
+    return found
+
+
+def _fixed(values, free):
+    return {
+        section: {key: value for key, value in inner.items() if key not in free.get(section, ())}
+        if isinstance(inner, dict)
+        else inner
+        for section, inner in values.items()
+    }
+
+
+@dataclasses.dataclass
+class Task:
+    """What a Run trains.
+
+    init() gives the trainable tree on the mesh. step(state, batch) gives (state, metrics) of a batch put on the mesh.
+    batches: padded numpy batches by step from 0, this process's rows of each; `NAME` beside `NAME_lengths` are
+    counted as tokens. record: JSON of what a checkpoint only fits. where(step): which rows of which file a step
+    (from 0) reads, for the error about a loss that is not finite.
+    """
+
+    init: Callable
+    step: Callable
+    batches: Sequence
+    record: dict
+    where: Callable
+
+
+class Run:
+    """A training run: a Task, its checkpoints, and where it stands."""
+
+    def __init__(self, task, settings, optimizer, mesh, output):
+        """settings: TrainSettings. optimizer: OptimizerConfig."""
+        shards = sharding.batch_shards(mesh)
+        if settings.batch_size % shards:
+            raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
+        self.task, self.settings, self.mesh, self.output = task, settings, mesh, output
+        self.schedule = optim.make_schedule(optimizer)
+        self.optimizer = optim.make_optimizer(optimizer)
+        self.last_record = None
+
+    def start(self, resuming):
+        """Sets state and first step: from the newest checkpoint, or fresh."""
+        replicated = sharding.replicated(self.mesh)
+        start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
+        self.state, self.first_step = start(self.task.init()), 0
+        self.checkpoints = Checkpoints(self.output / "checkpoints", self.task.record, self.settings.keep_checkpoints)
+        latest = self.checkpoints.latest() if resuming else None
+        if latest is not None:
+            self.state = self.checkpoints.restore(latest, self.state)
+            self.first_step = latest
+            print(f"resuming {self.output} at step {latest}")
+
+    def loop(self, show_progress, name="train"):
+        """Trains to train.steps, logging and checkpointing on the way.
+
+        Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
+        """
+        settings, state = self.settings, self.state
+        writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
+        window = _Window(self.schedule, self.first_step)
+        steps = range(self.first_step + 1, settings.steps + 1)
+        with progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress) as bar:
+            pending = None
+            for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
+                state, metrics = self.task.step(state, sharding.put_batch(batch, self.mesh))
+                self._finish(pending, window, writer, bar)
+                pending = (number, metrics, batch)
+                due = number % settings.checkpoint_every == 0 or number == settings.steps
+                if due or number == steps[0]:  # the first step compiles: its time is its own
+                    self._finish(pending, window, writer, bar)
+                    pending = None
+                if due:
+                    self.checkpoints.save(number, state)
+        self.checkpoints.wait()
+        self.checkpoints.close()
+        if writer:
+            writer.close()
+        self.state = state
+
+    def _finish(self, pending, window, writer, bar):
+        """Reads the metrics of a dispatched step; logs them when they are due."""
+        if pending is None:
+            return
+        number, metrics, batch = pending
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            last = number - 1 - (number - 1) % self.settings.checkpoint_every
+            kept = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
+                f"The batch is {self.task.where(number - 1)}"
+            )
+        window.add(values, batch)
+        bar.update(1)
+        bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
+        if number % self.settings.log_every == 0 or number in (self.first_step + 1, self.settings.steps):
+            self.last_record = window.flush(number)
+            if writer:
+                writer.write(self.last_record)
+
+
+class _Window:
+    """Means of the steps since the last record."""
+
+    def __init__(self, schedule, first_step):
+        self.schedule, self.rows, self.tokens, self.padding = schedule, [], 0, []
+        self.started = time.perf_counter()
+
+    def add(self, values, batch):
+        padding, real = data.padding_fraction(batch)
+        self.rows.append(values)
+        self.padding.append(padding)
+        self.tokens += real
+
+    def flush(self, number):
+        elapsed = time.perf_counter() - self.started
+        record = {"step": number}
+        record |= {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
+        record["learning_rate"] = float(self.schedule(number - 1))
+        record["tokens_per_second"] = round(self.tokens / elapsed, 1)
+        record["padding_fraction"] = round(float(np.mean(self.padding)), 4)
+        self.__init__(self.schedule, number)
+        return record
