@@ -38,7 +38,7 @@ def to_pytorch(path, config):
         export.save_backbone(embedder.backbone, folder)
         print(f"written: {folder} (the backbone, {embedder.backbone.architecture.num_parameters:,} weights)")
     if config.output:
-        embedder.save_pretrained(config.output, config.torch_dtype, folder)
+        embedder.save_pretrained(config.output, None if config.torch_dtype == "auto" else config.torch_dtype, folder)
         print(f"written: {config.output}")
     if config.merged:
         embedder.save_merged(config.merged)

@@ -28,6 +28,7 @@ TEXTS = (
     "法国的首都是哪里？",
     "a text of more than 512 tokens, which is cut: " + "the river rises in the hills and reaches the sea; " * 60,
 )
+BATCHES = (TEXTS[:-1], TEXTS[-1:])  # padding beside each other, but not to the longest
 DECODED = 2  # of them
 MAX_LENGTH = 512
 # (least cosine, largest difference, whether it is relative to the largest value) by the dtype of the backbone.
@@ -77,7 +78,8 @@ def verify(path, python, backbone=None, max_new_tokens=16):
     record = directory.read(str(path))
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     embedder = api.LLM2VecGen.from_pretrained(path, record.dtype, backbone, mesh)
-    embeddings, soft_prompts = embedder.encode(list(TEXTS), max_length=MAX_LENGTH, return_soft_prompts=True)
+    parts = [embedder.encode(list(texts), max_length=MAX_LENGTH, return_soft_prompts=True) for texts in BATCHES]
+    embeddings, soft_prompts = (np.concatenate(part) for part in zip(*parts))
     ids = generate_from_soft_prompts(embedder.backbone, soft_prompts[:DECODED], Sampling(max_new_tokens))
     if not has_pytorch(python):
         ok = np.isfinite(embeddings).all(axis=1) & np.isfinite(soft_prompts).all(axis=(1, 2))
@@ -127,7 +129,7 @@ def _read_with_pytorch(temporary, path, embedder, python, max_new_tokens):
         export.save_backbone(embedder.backbone, where)
     with open(run_config, "a", encoding="utf-8") as file:  # the last of a repeated key holds
         file.write("\n" + yaml.safe_dump({"model_name_or_path": str(where.resolve())}))
-    request = {"texts": TEXTS, "decode": DECODED, "max_length": MAX_LENGTH, "max_new_tokens": max_new_tokens}
+    request = {"batches": BATCHES, "decode": DECODED, "max_length": MAX_LENGTH, "max_new_tokens": max_new_tokens}
     write_json(temporary / "request.json", request)
     command = [python, SCRIPT, copy, temporary / "request.json", temporary / "out.npz"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -26,7 +26,8 @@ from llm2vec_gen_jax.synthesize import synthesize
 from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "start"))
+FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "start", "convert"}
+COMMANDS = sorted(FILES | {"convert from_pytorch", "convert to_pytorch", "convert verify"})
 K, THOUGHTS, E = 3, 1, 12
 TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>", "x" * 90, "one"]
 
@@ -48,7 +49,8 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
 
     def run(name, *words):
-        monkeypatch.setattr(sys, "argv", [f"launch.{name}", *map(str, words)])
+        name, *action = name.split()
+        monkeypatch.setattr(sys, "argv", [f"launch.{name}", *action, *map(str, words)])
         capsys.readouterr()
         code = 0
         try:

@@ -26,7 +26,7 @@ PAIRS = [
     {"question": "y", "answer": "Ja."},
 ]
 ASKED = {"dtype": "float32", "num_tokens": 10, "num_read": 10, "width": 24, "lora_rank": 0, "source": None}
-ASKED |= {"steps": 0, "pairs": PAIRS, "texts": list(TEXTS)}
+ASKED |= {"steps": 0, "pairs": PAIRS, "texts": list(TEXTS[:-1])}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def made_there(request, peer_python, tmp_path_factory):
 def test_what_the_published_training_saves_gives_the_same_vectors_here(made_there):
     checkpoint, theirs, asked = made_there
     ours = load(checkpoint)
-    embeddings, soft_prompts = ours.encode(list(TEXTS), return_soft_prompts=True)
+    embeddings, soft_prompts = ours.encode(ASKED["texts"], return_soft_prompts=True)
     np.testing.assert_allclose(embeddings, theirs["embeddings"], atol=1e-4, rtol=0)
     np.testing.assert_allclose(soft_prompts, theirs["soft_prompts"], atol=1e-4, rtol=0)
     assert ours.model.num_tokens == asked["num_read"] and ours.model.lora_rank == asked["lora_rank"]
@@ -130,7 +130,7 @@ def test_a_checkpoint_in_half_precision(request, peer_python, tmp_path, dtype):
     ours = load(checkpoint)
     np.testing.assert_array_equal(ours.trainable["tokens"], theirs["tokens"])
     np.testing.assert_array_equal(ours.trainable["alignment"]["kernel"].T, theirs["alignment_weight"])
-    cosines = [ours.similarity(a, b)[0, 0] for a, b in zip(ours.encode(list(TEXTS)), theirs["embeddings"])]
+    cosines = [ours.similarity(a, b)[0, 0] for a, b in zip(ours.encode(ASKED["texts"]), theirs["embeddings"])]
     assert min(cosines) > 0.999
 
 
@@ -141,7 +141,7 @@ def test_trained_on_in_pytorch_and_back(request, peer_python, tmp_path):
     more = {"backbone": backbone, "source": str(tmp_path / "model"), "steps": 2}
     checkpoint, theirs = train_in_pytorch(peer_python, tmp_path / "there", **more)
     after = load(checkpoint)
-    np.testing.assert_allclose(after.encode(list(TEXTS)), theirs["embeddings"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(after.encode(ASKED["texts"]), theirs["embeddings"], atol=1e-4, rtol=0)
     for name, array in (("tokens", "tokens"), ("alignment_bias", "alignment")):
         moved = np.asarray(before.trainable[array] if array == "tokens" else before.trainable[array]["bias"])
         assert np.abs(theirs[name] - moved).max() > 1e-4

@@ -3,8 +3,8 @@
     PYTHON encode.py MODEL_DIR REQUEST.json OUT.npz
 
 It may run in an environment that knows nothing of JAX. With the published package (`llm2vec-gen`) there, that
-encodes; otherwise transformers and peft do, by the package's recipe. REQUEST.json: texts, decode (how many of them
-to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of the decoded
+encodes; otherwise transformers and peft do, by the package's recipe. REQUEST.json: batches of texts, decode (how many
+of them to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of the decoded
 texts. Prints a line of JSON: reader, and the versions that it used.
 """
 
@@ -92,8 +92,8 @@ def main(directory, request_path, out_path):
     request = json.loads(Path(request_path).read_text())
     published = importlib.util.find_spec("llm2vec_gen") is not None
     reader = (PublishedReader if published else PlainReader)(Path(directory))
-    texts = request["texts"]
-    embeddings, soft_prompts = reader.encode(texts, request["max_length"])
+    parts = [reader.encode(texts, request["max_length"]) for texts in request["batches"]]
+    embeddings, soft_prompts = (torch.cat(part) for part in zip(*parts))
     arrays = {"embeddings": embeddings, "soft_prompts": soft_prompts}
     arrays = {name: value.float().numpy() for name, value in arrays.items()}
     for row in range(request["decode"]):
