@@ -241,8 +241,8 @@ class ToPytorchConfig:
     merged: str | None = setting(
         None, "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table"
     )
-    torch_dtype: str | None = setting(
-        None, "in which PyTorch is to run: float32, bfloat16 or float16; default as it was"
+    torch_dtype: str = setting(
+        "auto", "in which PyTorch is to run; auto: as it was", ("auto", "float32", "bfloat16", "float16")
     )
     backbone: str | None = setting(None, "where the backbone is, if not where the model says")
     dtype: str = setting("auto", "of the written backbone weights", ("auto", "float32", "bfloat16", "float16"))

@@ -3,9 +3,9 @@
     PYTHON encode.py MODEL_DIR REQUEST.json OUT.npz
 
 It may run in an environment that knows nothing of JAX. With the published package (`llm2vec-gen`) there, that
-encodes; otherwise transformers and peft do, by the package's recipe. REQUEST.json: batches of texts, decode (how many
-of them to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of the decoded
-texts. Prints a line of JSON: reader, and the versions that it used.
+encodes; otherwise transformers and peft do, by the package's recipe. REQUEST.json: batches of texts, decode (how
+many of them to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of
+the decoded texts. Prints a line of JSON: the versions that it used.
 """
 
 import importlib.metadata
