@@ -315,6 +315,43 @@ def test_write_refuses_what_does_not_fit(directory, tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+# Anything at all as run_config.yml
+
+NAMES = ("model_name_or_path", "torch_dtype", "special_tokens", "encoding_mode", "learning_rate")
+VALUES = st.text("abc_/.1 ", min_size=1, max_size=12) | st.sampled_from(["None", "null", "True", "3e-4", "float32"])
+LINES = st.lists(st.tuples(st.sampled_from(NAMES[:2] + NAMES[3:]), VALUES), min_size=1, max_size=12)
+
+
+@hypothesis.given(lines=LINES, tokens=st.lists(st.sampled_from(["<question1>", "<question2>", "a b"]), min_size=1))
+def test_the_last_of_repeated_keys_holds_and_none_is_null(tmp_path_factory, lines, tokens):
+    """Written as the published training writes it: `key: value`, the value as Python prints it."""
+    path = tmp_path_factory.mktemp("run") / "run_config.yml"
+    lines = [(key, value.strip() or "x") for key, value in lines]
+    path.write_text("".join(f"{key}: {value}\n" for key, value in [*lines, ("special_tokens", tokens)]))
+    last = dict(lines)
+    if any(last.get(key, "None") in ("None", "null") for key in NAMES[:2]):
+        with pytest.raises(InputError, match="missing or null"):
+            published._read_run_config(path)
+    else:
+        assert published._read_run_config(path) == last | {"special_tokens": tokens}
+
+
+@hypothesis.given(
+    st.text(max_size=200)
+    | st.binary(max_size=200)
+    | st.sampled_from([b"!!python/object/apply:os.system [x]", b"&a [*a]"])
+)
+def test_any_bytes_as_run_config_are_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("run") / "run_config.yml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    try:
+        found = published._read_run_config(path)
+    except InputError as error:
+        assert str(path) in str(error)
+    else:
+        assert isinstance(found["special_tokens"], list)
+
+
 # Torch files
 
 
@@ -371,6 +408,43 @@ def test_a_pickle_that_runs_something_is_refused_and_not_run(tmp_path):
     zip_with(path, b"\x80\x02ccollections\nOrderedDict\n}(X\x05\x00\x00\x00itemsK\x01ub.")
     with pytest.raises(InputError, match=str(path)):
         torchzip.read(path)
+
+
+SOUND = torchzip._program({"a": np.arange(4, dtype=np.float32)}, {"size": 1})
+PIECES = [
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"(X\x04\0\0\0true",
+    b"tR",
+    b"R",
+    b"b",
+    b"}",
+    b")",
+    b"\x81",
+    b"i",
+    b"Q",
+    b".",
+]
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.binary(max_size=3) | st.sampled_from(PIECES)), max_size=6)
+)
+@hypothesis.settings(max_examples=300)
+def test_any_change_of_a_pickle_gives_tensors_or_is_refused(tmp_path_factory, edits):
+    """Whatever comes out is made of arrays of the one record and plain values: nothing else can be named."""
+    program = SOUND
+    for place, piece in edits:
+        program = program[:place] + piece + program[place + len(piece) // 2 :]
+    path = tmp_path_factory.mktemp("torchzip") / "head"
+    zip_with(path, program, r0=np.arange(4, dtype=np.float32).tobytes())
+    try:
+        tensors, config = torchzip.read(path)
+    except InputError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(type(value) is np.ndarray and value.nbytes <= 16 for value in tensors.values())
+        assert all(isinstance(value, (str, int, float, type(None))) for value in config.values())
 
 
 def claims(shape, count):

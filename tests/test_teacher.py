@@ -10,7 +10,7 @@ import torch
 
 from llm2vec_gen_jax import config, teacher
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.formats import peft
+from llm2vec_gen_jax.formats import peft, weights
 from llm2vec_gen_jax.loading import load_backbone
 
 from .conftest import one_device_mesh, tiny_torch_model, torch_outputs, write_jsonl
@@ -119,6 +119,44 @@ def test_two_adapters_are_merged_one_after_the_other(tiny_folder, tmp_path, resp
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 12},
+        {"r": 4, "lora_alpha": 12, "use_rslora": True, "target_modules": r".*layers\.[02]\..*(_proj)"},
+        {"r": 4, "lora_alpha": 12, "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}},
+        {"r": 4, "lora_alpha": 12, "alpha_pattern": {"down_proj": 3, r"1\.self_attn\.k_proj": 5}, "use_rslora": True},
+    ],
+    ids=["plain", "rslora", "ranks", "alphas"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_merging_is_what_peft_does(tiny_folder, tmp_path, family, settings):
+    """Adapters that the real peft makes and saves, merged by it and here."""
+    import peft as their_peft
+    import transformers
+
+    torch.manual_seed(1)
+    modules = [name.rpartition(".")[2] for name in SHAPES]
+    base = transformers.AutoModel.from_pretrained(tiny_folder(family), dtype=torch.float32)
+    model = their_peft.get_peft_model(base, their_peft.LoraConfig(**{"target_modules": modules, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+
+    backbone = load_backbone(str(tiny_folder(family)), "float32", one_device_mesh())
+    frozen = peft.merge(backbone.frozen, tmp_path / "adapter", backbone.architecture)
+    plain = load_backbone(str(tiny_folder(family)), "float32", one_device_mesh()).frozen
+    moved = 0
+    for (name, ours), (_, before) in zip(*(weights.tensors(tree, backbone.architecture) for tree in (frozen, plain))):
+        if name != "lm_head.weight":
+            np.testing.assert_allclose(ours, merged[name.removeprefix("model.")].numpy(), atol=1e-5, rtol=0)
+            moved += np.abs(ours - before).max() > 0.01
+    assert moved >= 7
+
+
 @pytest.mark.parametrize("attention, causal", [("auto", True), ("causal", True), ("bidirectional", False)])
 def test_targets_of_the_backbone_itself_equal_torch(tiny, tiny_folder, responses, attention, causal):
     found, after = targets(tiny(FAMILY), tiny_folder, responses, f"teacher.attention={attention}")
@@ -139,6 +177,8 @@ def test_targets_of_the_backbone_itself_equal_torch(tiny, tiny_folder, responses
         ("trainable_token_indices", [1]),
         ("lora_bias", True),
         ("alora_invocation_tokens", [1]),
+        ("init_lora_weights", "pissa"),
+        ("a_field_of_the_future", 1),
         ("lora_alpha", None),
         ("r", None),
     ],
