@@ -16,6 +16,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 
 from llm2vec_gen_jax import instructions as instructions_lib
+from llm2vec_gen_jax import tasks
 from llm2vec_gen_jax.errors import InputError, nearest
 
 
@@ -62,19 +63,7 @@ class _Folder:
     """A tasks.Task in the place of a dataset on the hub. `kind`: what mteb calls its type."""
 
     kind: str
-
-    def __init__(self, task):
-        self.task = task
-        self.metadata = TaskMetadata(
-            name=task.name,
-            type=self.kind,
-            main_score=task.main_metric,
-            description=task.name,
-            dataset={"path": f"local/{task.digest}", "revision": task.digest},
-            eval_splits=["test"],
-            eval_langs=["eng-Latn"],
-        )
-        super().__init__()
+    task: tasks.Task
 
     def load_data(self, *_, **__):
         self.dataset, self.data_loaded = self.build(), True
@@ -142,7 +131,18 @@ CLASSES = {"retrieval": Retrieval, "sts": STS, "classification": Classification,
 
 def folder_task(task):
     """Returns the mteb task of a tasks.Task (any type but safety_retrieval)."""
-    return CLASSES[task.type](task)
+    base = CLASSES[task.type]
+    metadata = TaskMetadata(
+        name=task.name,
+        type=base.kind,
+        main_score=task.main_metric,
+        description=task.name,
+        dataset={"path": f"local/{task.digest}", "revision": task.digest},
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+    )
+    # To mteb, metadata is an attribute of the class: it deletes an instance's own.
+    return type(base.__name__, (base,), {"task": task, "metadata": metadata})()
 
 
 def hub_tasks(benchmark, names=None):
