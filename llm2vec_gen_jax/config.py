@@ -231,6 +231,37 @@ class FromPytorchConfig:
 
 
 @dataclasses.dataclass
+class EvaluateConfig:
+    """`python -m launch.evaluate MODEL`: scores on task folders, MTEB or BRIGHT, of an embedder or a baseline."""
+
+    tasks: str | None = setting(
+        None, "a folder of task folders, or hub tasks (mteb-eng-v2, mteb-lite, bright, a task's name); a,b: several"
+    )
+    output: str | None = setting(None, "directory for results.json; repeat the command to resume it")
+    kind: str = setting(
+        "student",
+        "student: MODEL is an embedder; teacher: a backbone, mean-pooled; hyde: a backbone whose answers are embedded",
+        ("student", "teacher", "hyde"),
+    )
+    adapters: list[str] = setting([], "teacher, hyde: PEFT LoRA folders or hub ids, merged for the embedding")
+    attention: str = setting(
+        "auto",
+        "teacher, hyde: of the embedding; auto: bidirectional with adapters, causal without",
+        ("auto", "causal", "bidirectional"),
+    )
+    max_new_tokens: int = setting(256, "hyde: tokens of an answer, written greedily", least=1)
+    limit: int | None = setting(None, "only the first so many queries or test rows of every task folder", least=1)
+    query_instruction: str | None = setting(None, "of every task; null: the task's own (teacher: none)")
+    document_instruction: str | None = setting(None, "of every task; null: the task's own (teacher, hyde: none)")
+    instructions: str | None = setting(None, "YAML {query: {task name: text}, document: text}, over the published ones")
+    batch_size: int = setting(32, "texts per batch", least=1)
+    max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
+    overwrite: bool = setting(False, "start anew where output holds another evaluation")
+    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
 class ToPytorchConfig:
     """`python -m launch.convert to_pytorch MODEL`: a model or run directory to what PyTorch needs to run it alone."""
 

@@ -29,7 +29,20 @@ def encode_ids(model, trainable, backbone, ids, batch_size, soft_prompts, show_p
     K, D = model.num_tokens, model.architecture.hidden_size
     embeddings = np.zeros((len(ids), model.embedding_size), np.float32)
     prompts = np.zeros((len(ids), K, D), np.float32) if soft_prompts else None
-    shards = sharding.batch_shards(backbone.mesh)
+    for rows, arrays in batches(ids, batch_size, backbone.mesh, show_progress):
+        embedding_BE, soft_prompts_BKD = _encode(model, trainable, backbone.frozen, *arrays)
+        embeddings[rows] = np.asarray(embedding_BE)[: len(rows)]
+        if soft_prompts:
+            prompts[rows] = np.asarray(soft_prompts_BKD)[: len(rows)]
+    return embeddings, prompts
+
+
+def batches(ids, batch_size, mesh, show_progress):
+    """Yields (rows, (ids_BT, lengths_B) on the mesh) of a list of id lists, the longest first.
+
+    rows: which of them the first len(rows) rows of the batch are; the others are empty.
+    """
+    shards = sharding.batch_shards(mesh)
     rows_per_batch = -(-min(batch_size, 1 << (len(ids) - 1).bit_length()) // shards) * shards
     order = np.argsort([-len(row) for row in ids], kind="stable")
     with progress.bar(len(ids), "text", "encode", enabled=show_progress) as bar:
@@ -37,10 +50,5 @@ def encode_ids(model, trainable, backbone, ids, batch_size, soft_prompts, show_p
             rows = order[start : start + rows_per_batch]
             batch = [ids[row] for row in rows] + [[]] * (rows_per_batch - len(rows))
             lengths_B = np.array([len(row) for row in batch], np.int32)
-            arrays = sharding.put_batch((pad(batch, ladder(lengths_B.max())), lengths_B), backbone.mesh)
-            embedding_BE, soft_prompts_BKD = _encode(model, trainable, backbone.frozen, *arrays)
-            embeddings[rows] = np.asarray(embedding_BE)[: len(rows)]
-            if soft_prompts:
-                prompts[rows] = np.asarray(soft_prompts_BKD)[: len(rows)]
+            yield rows, sharding.put_batch((pad(batch, ladder(lengths_B.max())), lengths_B), mesh)
             bar.update(len(rows))
-    return embeddings, prompts

@@ -72,7 +72,7 @@ def targets_of(backbone, config, answers, responses):
         frozen = backbone.frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, backbone.architecture)
-        pool = functools.partial(_mean_pool, backbone, frozen, causal)
+        pool = functools.partial(mean_pool, backbone.architecture, frozen, causal)
         targets = _compute(file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size)
     if adapters:
         del frozen, pool
@@ -86,8 +86,9 @@ def _folder(responses):
     return path.with_name(path.name + ".targets") if path.exists() else cache_folder() / "targets"
 
 
-def _mean_pool(backbone, frozen, causal, ids_BT, lengths_B):
-    model = Model(backbone.architecture, 1, 0, backbone.architecture.hidden_size)
+def mean_pool(architecture, frozen, causal, ids_BT, lengths_B):
+    """Model.mean_pool, compiled: the llm2vec teacher's vectors (B, D), float32."""
+    model = Model(architecture, 1, 0, architecture.hidden_size)
     return _jitted(model, frozen, ids_BT, lengths_B, causal)
 
 

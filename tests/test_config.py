@@ -17,7 +17,7 @@ from llm2vec_gen_jax.train import train
 
 from .conftest import write_jsonl
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SCHEMAS = [
     value
     for name, value in vars(config).items()

@@ -22,7 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "errors",
     "architecture config files layers progress sharding",
-    "attention checkpoint data download metrics tokenizer",
+    "attention checkpoint data download instructions metrics tasks tokenizer",
     "backbone card heads optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
@@ -31,7 +31,9 @@ FLOORS = (
     "generate teacher",
     "export respond train",
     "api synthesize",
-    "quickstart verify",
+    "embedders verify",
+    "harness quickstart",
+    "evaluate",
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor.split()}
 OUTDATED = (
