@@ -14,7 +14,7 @@ import optax
 from flax import struct
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, directory, losses, optim, progress, sharding, teacher
+from llm2vec_gen_jax import data, directory, losses, optim, progress, sharding, supervised, teacher
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
@@ -72,17 +72,22 @@ def train(config, show_progress=True, backbone=None):
     resuming = _claim(output, config)
     final = output / "model"
     mesh = sharding.make_mesh(config.mesh)
-    records = data.read_records(config.data.responses, ("question", "answer"), config.data.split)
+    records = data.read_records(config.data.responses, supervised.columns(config.loss), config.data.split)
     backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh)
-    examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config))
+    extra = supervised.texts(config.loss)
+    examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
     if len(examples) < len(records):
         print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty")
     if config.teacher.kind == "file":
         config_lib.require(config, "teacher.path")
+        if "negative_target" in supervised.targets(config.loss):
+            raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
         examples.target = teacher.read_targets(config.teacher.path, len(records), examples.row)
     else:
-        answers = [records[row]["answer"].strip() for row in examples.row]
-        examples.target, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
+        for name, column in supervised.targets(config.loss).items():
+            answers = [records[row][column].strip() for row in examples.row]
+            targets, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
+            setattr(examples, name, targets)
     run = Run(config, backbone, examples, output)
     run.start(resuming)
     if final.exists() and run.first_step >= config.train.steps:
@@ -172,6 +177,7 @@ class Run:
             config.data.max_buckets,
             config.data.shuffle,
             config.data.seed,
+            [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
         self.schedule = optim.make_schedule(config.optimizer)
         self.optimizer = optim.make_optimizer(config.optimizer)
@@ -179,6 +185,9 @@ class Run:
         # the prefix once per query length, instead of once per pair of them.
         slots = self.plan.query_edges[-1]
         self.prefix = jax.jit(functools.partial(self.model.prefix, slots=slots))
+        if examples.extra:
+            slots = self.plan.extra_edges[-1]
+            self.extra_prefix = jax.jit(functools.partial(supervised.prefix, self.model, slots=slots))
         self.step = jax.jit(
             functools.partial(
                 train_step,
@@ -243,6 +252,8 @@ class Run:
                 arrays = sharding.put_batch(batch, self.mesh)
                 # A LoRA changes what the query's states are: then the step reads the query itself.
                 cache = None if self.model.lora_rank else self.prefix(self.backbone.frozen, arrays.pop("query"))
+                if "extra" in arrays and not self.model.lora_rank:
+                    arrays["extra_cache"] = self.extra_prefix(self.backbone.frozen, arrays.pop("extra"))
                 state, metrics = self.step(state, self.backbone.frozen, cache, arrays)
                 self._finish(pending, window, writer, bar)
                 pending = (number, metrics, batch)

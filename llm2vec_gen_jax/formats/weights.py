@@ -46,7 +46,7 @@ def load(source, architecture, mesh, dtype):
     """
     boxed = abstract_params(architecture)
     shardings = flax.traverse_util.flatten_dict(sharding.param_shardings(boxed, mesh), sep="/")
-    shapes = {path: x.shape for path, x in flax.traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()}
+    shapes = _shapes(architecture)
     _check_names(source, architecture, shapes)
     params = {}
     for path, shape in shapes.items():
@@ -76,6 +76,7 @@ def fingerprint_values(source, architecture):
 
     Of every one: tuned backbones often share their embeddings and norms.
     """
+    _check_names(source, architecture, _shapes(architecture))
     values = []
     for name in sorted(source.names()):
         ignored = name.endswith("inv_freq") or (name == "lm_head.weight" and architecture.tied_embeddings)
@@ -86,6 +87,11 @@ def fingerprint_values(source, architecture):
             part = (slice(None),) if len(shape) == 1 else (slice(0, rows), slice(None))
             values.append(np.asarray(source.read(name, part)).astype(jnp.bfloat16).ravel())
     return np.concatenate(values)
+
+
+def _shapes(architecture):
+    params = flax.traverse_util.flatten_dict(nn.unbox(abstract_params(architecture)), sep="/")
+    return {path: x.shape for path, x in params.items()}
 
 
 def _check_names(source, architecture, shapes):
