@@ -33,16 +33,15 @@ def table(folders):
 
     The scores are those of `results.json`, which `python -m launch.evaluate MODEL output=RUN` writes.
     """
-    rows = []
+    rows, scores = [], []
     for folder in folders:
         last = read_metrics(folder)[-1]
-        row = {"step": str(last["step"])}
-        row |= {name: f"{value:.4f}" for name, value in last.items() if name.endswith("loss")}
-        if (folder / "results.json").exists():
-            results = read_json(folder / "results.json")
-            row |= {task: f"{metrics['main_score']:.4f}" for task, metrics in results.items()}
-        rows.append({"run": folder.name} | row)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+        losses = ["loss", *(name for name in last if name.endswith("_loss"))]
+        rows.append({"run": folder.name, "step": str(last["step"])} | {name: f"{last[name]:.4f}" for name in losses})
+        results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
+        scores.append({task: f"{metrics['main_score']:.4f}" for task, metrics in results.items()})
+    columns = list(dict.fromkeys(name for row in (*rows, *scores) for name in row))
+    rows = [row | score for row, score in zip(rows, scores)]
     cells = [columns] + [[row.get(name, "-") for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)

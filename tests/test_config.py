@@ -280,6 +280,7 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
     file_teacher = ["train.overwrite=true", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}"]
     supervised = [
         "train.overwrite=true",
+        "lora.rank=1",
         *(f"loss.{name}=1" for name in ("repeat", "negative", "margin", "contrastive")),
     ]
     for more in ([], file_teacher, supervised):
