@@ -18,17 +18,14 @@ _TEXTS = {
 
 def texts(weights):
     """Returns {name: record -> text} of the texts besides the query that the losses of a LossConfig read, in order."""
-    used = {
-        "repeat": weights.alignment * weights.repeat or weights.contrastive,
-        "negative": weights.alignment * weights.negative or weights.margin,
-        "negative_repeat": weights.alignment * weights.negative * weights.repeat or weights.contrastive,
-    }
-    return {name: text for name, text in _TEXTS.items() if used[name]}
+    aligned = _aligned(weights)
+    compared = {"repeat": weights.contrastive, "negative": weights.margin, "negative_repeat": weights.contrastive}
+    return {name: text for name, text in _TEXTS.items() if aligned[name] or compared[name]}
 
 
 def targets(weights):
     """Returns {name in a batch: column of the answers} of the teacher's targets that the losses read."""
-    negative = {"negative_target": "negative_answer"} if weights.alignment * weights.negative else {}
+    negative = {"negative_target": "negative_answer"} if _aligned(weights)["negative"] else {}
     return {"target": "answer"} | negative
 
 
@@ -98,28 +95,40 @@ def total(question_BE, trainable, model, frozen, batch, weights, dropout=None):
     """
     embedding_BXE = embed(trainable, model, frozen, batch, dropout)
     of = dict(zip(texts(weights), jnp.unstack(embedding_BXE, axis=1), strict=True))
-    aligned = {
-        "repeat": ("target", weights.alignment * weights.repeat),
-        "negative": ("negative_target", weights.alignment * weights.negative),
-        "negative_repeat": ("negative_target", weights.alignment * weights.negative * weights.repeat),
+    w, aligned = weights, _aligned(weights)
+
+    def alignment(name, target):
+        return aligned[name], lambda: jnp.mean(jnp.square(of[name] - batch[target]))
+
+    terms = {
+        "repeat_alignment_loss": alignment("repeat", "target"),
+        "negative_alignment_loss": alignment("negative", "negative_target"),
+        "negative_repeat_alignment_loss": alignment("negative_repeat", "negative_target"),
+        "margin_loss": (w.margin, lambda: margin(question_BE, of["negative"], w.margin_threshold)),
+        "contrastive_loss": (
+            w.contrastive,
+            lambda: contrastive(
+                question_BE,
+                of["repeat"],
+                of["negative_repeat"],
+                w.contrastive_function,
+                w.contrastive_scale,
+                w.contrastive_hardness,
+            ),
+        ),
     }
-    loss, parts = jnp.float32(0), {}
+    parts = {name: value() for name, (weight, value) in terms.items() if weight}
+    return sum(terms[name][0] * value for name, value in parts.items()), parts
 
-    def add(name, weight, value):
-        nonlocal loss
-        parts[name] = value
-        loss += weight * value
 
-    for name, (target, weight) in aligned.items():
-        if weight:
-            add(f"{name}_alignment_loss", weight, jnp.mean(jnp.square(of[name] - batch[target])))
-    if weights.margin:
-        add("margin_loss", weights.margin, margin(question_BE, of["negative"], weights.margin_threshold))
-    if weights.contrastive:
-        how = (weights.contrastive_function, weights.contrastive_scale, weights.contrastive_hardness)
-        value = contrastive(question_BE, of["repeat"], of["negative_repeat"], *how)
-        add("contrastive_loss", weights.contrastive, value)
-    return loss, parts
+def _aligned(weights):
+    """The weight of aligning each text with the teacher's vector of its answer; as published, they multiply."""
+    negative = weights.alignment * weights.negative
+    return {
+        "repeat": weights.alignment * weights.repeat,
+        "negative": negative,
+        "negative_repeat": negative * weights.repeat,
+    }
 
 
 def _square(x_BE):

@@ -148,9 +148,8 @@ def _load_embedder(path, folder):
     try:
         return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"teacher.path={path}: not a model of sentence-transformers ({str(error).strip().partition(chr(10))[0]})"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({reason})") from None
 
 
 def _kept(responses, key, lengths, batch_size, make):
