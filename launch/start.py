@@ -22,7 +22,8 @@ def run_one_of(actions):
 
 
 def run(schema, command, positional="CONFIG", words=None):
-    """Parses the command line into `schema` and calls command(config), or command(model, config) for a MODEL.
+    """Parses the command line into `schema` and calls command(config); command(model, config) for a MODEL;
+    command(files, configs) for CONFIG... (one config per file; key=value pairs override each).
 
     words: what follows the command's name, default sys.argv.
     Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 130 interrupted.
@@ -33,15 +34,20 @@ def run(schema, command, positional="CONFIG", words=None):
         return
     try:
         free = [word for word in words if "=" not in word]
-        if len(free) > 1 or any(word.startswith("-") for word in free):
+        if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
             raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
         if positional == "MODEL" and not free:
             raise InputError("which model? Give a model directory or hub id first")
         overrides = [word for word in words if "=" in word]
-        file = free[0] if positional == "CONFIG" and free else None
-        config = config_lib.load(schema, file, overrides)
+        files = free if positional != "MODEL" else []
+        configs = [config_lib.load(schema, file, overrides) for file in files or [None]]
+        if positional == "CONFIG..." and not files:
+            raise InputError("which configs? Give one or more YAML files first")
         _prepare()
-        command(free[0], config) if positional == "MODEL" else command(config)
+        if positional == "CONFIG...":
+            command(files, configs)
+        else:
+            command(free[0], configs[0]) if positional == "MODEL" else command(configs[0])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -71,10 +77,11 @@ def _help(schema, positional):
     lines = schema.__doc__.strip().splitlines()
     name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
     about_command = lines[0].split("`: ", 1)[1]
-    first = "MODEL" if positional == "MODEL" else "[CONFIG]"
+    first = "[CONFIG]" if positional == "CONFIG" else positional
     about = {
         "MODEL": "MODEL is a model directory or a hub id.",
         "CONFIG": "CONFIG is a YAML file (see configs/); key=value pairs override it.",
+        "CONFIG...": "Each CONFIG is a YAML file (see configs/ablations/); key=value pairs override all of them.",
     }[positional]
     return "\n".join(
         [

@@ -63,7 +63,9 @@ class LoraConfig:
 @dataclasses.dataclass
 class TeacherConfig:
     kind: str = setting(
-        "llm2vec", "llm2vec: the backbone itself, mean-pooled, with adapters merged; file: a .npy", ("llm2vec", "file")
+        "llm2vec",
+        "llm2vec: a backbone, mean-pooled, with adapters merged; sentence_transformers: any model of that library",
+        ("llm2vec", "sentence_transformers", "file"),
     )
     attention: str = setting(
         "auto",
@@ -71,7 +73,15 @@ class TeacherConfig:
         ("auto", "causal", "bidirectional"),
     )
     adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order")
-    path: str | None = setting(None, "kind=file: a .npy of float targets (rows of data.responses, E)")
+    path: str | None = setting(
+        None,
+        "kind=llm2vec: another backbone than the student's; kind=sentence_transformers: a folder or hub id; "
+        "kind=file: a .npy of float targets (rows of data.responses, E)",
+    )
+    prompt: str | None = setting(
+        None, "kind=sentence_transformers: put before every answer; null: the model's own for documents"
+    )
+    normalize: bool = setting(False, "kind=sentence_transformers: targets of unit length")
     batch_size: int = setting(32, "responses per teacher pass", least=1)
 
 
@@ -93,6 +103,16 @@ class DataConfig:
 class LossConfig:
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
+    repeat: float = setting(0.0, "of aligning a request to repeat the answer, relative to loss.alignment")
+    negative: float = setting(0.0, "of aligning negative_question with negative_answer, relative to loss.alignment")
+    margin: float = setting(0.0, "weight of the margin loss between questions, and against negative_question")
+    margin_threshold: float = setting(10.0, "distance beyond which the margin loss is zero")
+    contrastive: float = setting(0.0, "weight of the contrastive loss of questions against repeated answers")
+    contrastive_function: str = setting("cosine", "similarity of the contrastive loss", ("cosine", "dot_product"))
+    contrastive_scale: float = setting(20.0, "multiplies the similarities")
+    contrastive_hardness: float = setting(
+        0.0, "alpha: a question's own negative weighs exp(alpha * similarity) in the contrastive loss"
+    )
     chunk_tokens: int = setting(512, "answer tokens whose logits are in memory at a time", least=1)
 
 
@@ -145,6 +165,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainSettings = section(TrainSettings)
     mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
+class AblateConfig(TrainConfig):
+    """`python -m launch.ablate`: train several configs, each into train.output/NAME, and print one table of them."""
 
 
 @dataclasses.dataclass

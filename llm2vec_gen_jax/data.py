@@ -70,12 +70,17 @@ def _hub_dataset(source, split):
 
 @dataclasses.dataclass
 class Examples:
-    """Tokenised training data. ids are lists of int32 arrays; target (n, E) float32; row: their rows in the source."""
+    """Tokenised training data. ids are lists of int32 arrays; row: their rows in the source.
+
+    extra: by name, the ids of other texts that are embedded like queries. target, negative_target: (n, E) float32.
+    """
 
     query: list[np.ndarray]
     answer: list[np.ndarray]
     row: np.ndarray
     target: np.ndarray | None = None
+    extra: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    negative_target: np.ndarray | None = None
 
     def __len__(self):
         return len(self.query)
@@ -84,23 +89,27 @@ class Examples:
     def digest(self):
         """16 hex digits that identify the ids and targets."""
         digest = hashlib.sha256()
-        for arrays in (self.query, self.answer):
+        for arrays in (self.query, self.answer, *self.extra.values()):
             digest.update(np.array([len(ids) for ids in arrays]).tobytes())
             digest.update(np.concatenate(arrays).tobytes())
-        if self.target is not None:
-            digest.update(np.ascontiguousarray(self.target).tobytes())
+        for target in (self.target, self.negative_target):
+            if target is not None:
+                digest.update(np.ascontiguousarray(target).tobytes())
         return digest.hexdigest()[:16]
 
 
-def tokenize(records, tokenizer, config, num_appended):
-    """Returns Examples of {question, answer} records. Both are stripped; records with an empty answer are left out.
+def tokenize(records, tokenizer, config, num_appended, extra=None):
+    """Returns Examples of {question, answer} records. Both are stripped; records with an empty answer (or
+    negative_answer) are left out.
 
-    A query keeps max_query_length - num_appended tokens, so that the appended tokens have room.
+    A query keeps max_query_length - num_appended tokens, so that the appended tokens have room. extra: {name: record
+    -> text} of other texts that are tokenised like queries.
     """
     if config.max_query_length <= num_appended:
         raise InputError(f"data.max_query_length={config.max_query_length} must exceed the {num_appended} tokens added")
-    kept = [row for row, record in enumerate(records) if record["answer"].strip()]
-    if not kept:
+    answered = [all(record.get(name, "x").strip() for name in ("answer", "negative_answer")) for record in records]
+    kept = np.flatnonzero(answered)
+    if not len(kept):
         raise InputError(f"{config.responses}: every answer is empty")
     questions = [records[row]["question"].strip() for row in kept]
     answers = [records[row]["answer"].strip() for row in kept]
@@ -108,9 +117,14 @@ def tokenize(records, tokenizer, config, num_appended):
     def arrays(ids):
         return [np.array(row, np.int32) for row in ids]
 
-    query = tokenizer.encode(questions, config.max_query_length - num_appended)
+    room = config.max_query_length - num_appended
+    query = tokenizer.encode(questions, room)
     answer = tokenizer.encode_answers(answers, config.max_answer_length, config.answer_suffix)
-    return Examples(arrays(query), arrays(answer), np.array(kept))
+    others = {
+        name: arrays(tokenizer.encode([text(records[row]) for row in kept], room))
+        for name, text in (extra or {}).items()
+    }
+    return Examples(arrays(query), arrays(answer), kept, extra=others)
 
 
 def round_up(length, multiple=_MULTIPLE):
@@ -147,11 +161,12 @@ def choose_edges(lengths, count, waste=0.05):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Which examples make a batch, and the lengths (T, S) that they are padded to."""
+    """Which examples make a batch, and the lengths (T, S) that they are padded to; extra: that of the extra texts."""
 
     rows: np.ndarray
     T: int
     S: int
+    extra: int = 0
 
 
 class Plan:
@@ -159,9 +174,10 @@ class Plan:
 
     Examples fall into cells by their padded query and answer lengths. An epoch is shuffled, then sorted by cell and
     cut, so only len % batch_size examples (others every epoch) sit out; the order of its batches is shuffled too.
+    extra_lengths: the longest extra text of each example. They have no cells: a batch takes the edge that holds them.
     """
 
-    def __init__(self, query_lengths, answer_lengths, batch_size, max_buckets, shuffle, seed):
+    def __init__(self, query_lengths, answer_lengths, batch_size, max_buckets, shuffle, seed, extra_lengths=()):
         count = len(query_lengths)
         if count < batch_size:
             raise InputError(f"{count} examples do not fill a batch of {batch_size}: lower train.batch_size")
@@ -171,6 +187,8 @@ class Plan:
         self.answer_edges = choose_edges(answer_lengths, buckets)
         self.query_cell = np.searchsorted(self.query_edges, query_lengths)
         self.answer_cell = np.searchsorted(self.answer_edges, answer_lengths)
+        self.extra_lengths = np.asarray(extra_lengths)
+        self.extra_edges = choose_edges(extra_lengths, buckets) if len(extra_lengths) else []
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.batches_per_epoch = count // batch_size
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
@@ -195,7 +213,10 @@ class Plan:
 
     def _batch(self, rows):
         T = self.query_edges[self.query_cell[rows].max()]
-        return Batch(rows, T, self.answer_edges[self.answer_cell[rows].max()])
+        S = self.answer_edges[self.answer_cell[rows].max()]
+        if not self.extra_edges:
+            return Batch(rows, T, S)
+        return Batch(rows, T, S, self.extra_edges[np.searchsorted(self.extra_edges, self.extra_lengths[rows].max())])
 
 
 class Batches:
@@ -216,13 +237,20 @@ class Batches:
         rows = batch.rows[self.local]
         query = [self.examples.query[row] for row in rows]
         answer = [self.examples.answer[row] for row in rows]
-        return {
+        arrays = {
             "query": pad(query, batch.T),
             "query_lengths": np.array([len(ids) for ids in query], np.int32),
             "answer": pad(answer, batch.S),
             "answer_lengths": np.array([len(ids) for ids in answer], np.int32),
             "target": np.asarray(self.examples.target[rows], np.float32),
         }
+        if self.examples.extra:
+            extra = [[ids[row] for ids in self.examples.extra.values()] for row in rows]
+            arrays["extra"] = np.stack([pad(texts, batch.extra) for texts in extra])
+            arrays["extra_lengths"] = np.array([[len(ids) for ids in texts] for texts in extra], np.int32)
+        if self.examples.negative_target is not None:
+            arrays["negative_target"] = np.asarray(self.examples.negative_target[rows], np.float32)
+        return arrays
 
 
 def pad(ids, length):

@@ -17,13 +17,17 @@ from llm2vec_gen_jax.files import fingerprint
 from llm2vec_gen_jax.formats import gguf, hf, weights
 from llm2vec_gen_jax.tokenizer import Tokenizer
 
+# Of a sentence-transformers model: not the exports to other runtimes that many repositories hold too.
+EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_model*.bin")
+
 
 @dataclasses.dataclass
 class LoadedBackbone:
     """A frozen backbone.
 
-    frozen: parameter tree on the mesh. identity: 16 hex digits that are the same for the same weights, whatever
-    file and dtype they came from. name: what the user called it. license: SPDX id, where it is stated.
+    frozen: parameter tree on the mesh; None while only its description is loaded. identity: 16 hex digits that are the
+    same for the same weights, whatever file and dtype they came from. name: what the user called it. license: SPDX
+    id, where it is stated.
     """
 
     name: str
@@ -47,6 +51,13 @@ def load_backbone(path, dtype, mesh):
 
     dtype: a config name (auto | float32 | bfloat16 | float16). Raises InputError for what is missing or unsupported.
     """
+    backbone, source = open_backbone(path, mesh)
+    backbone.frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
+    return backbone
+
+
+def open_backbone(path, mesh):
+    """Returns (LoadedBackbone without its parameters, the source of its weights): cheap, whatever its size."""
     where = resolve_path(path)
     if where.suffix == ".gguf":
         source = gguf.GGUFSource(where)
@@ -62,10 +73,9 @@ def load_backbone(path, dtype, mesh):
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
         license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)
-    frozen = weights.load(source, architecture, mesh, resolve_dtype(dtype))
     digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
     identity = fingerprint([dataclasses.asdict(architecture), digest])
-    return LoadedBackbone(str(path), architecture, frozen, tokenizer, identity, mesh, license)
+    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, mesh, license), source
 
 
 def resolve_path(path):
@@ -114,3 +124,13 @@ def resolve_adapter(path):
         if not (folder / name).is_file():
             raise InputError(f"teacher.adapters: {path} has no {name}")
     return folder
+
+
+def resolve_embedder(path):
+    """Returns the local folder of a sentence-transformers model, fetching it when it is a hub id."""
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(path):
+        raise InputError(f"teacher.path={path}: no such folder, and not a hub id (OWNER/NAME)")
+    return fetch_from_hub(path, EMBEDDER_PATTERNS)

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llm2vec_gen_jax import supervised
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_cross_entropy(hidden_BSD, head_VD, labels_BS, weights_BS, chunks):
@@ -76,12 +78,13 @@ def alignment(embedding_BE, target_BE):
 
 
 def total(trainable, model, frozen, cache, batch, weights, dropout=None):
-    """The training loss: weights.reconstruction * reconstruction + weights.alignment * alignment.
+    """The training loss: weights.reconstruction * reconstruction + weights.alignment * alignment, and what supervised
+    teachers add (supervised.total) where its weights are set.
 
     cache: keys and values of the queries (Model.prefix); None with a LoRA, on which they depend. batch: query (B, T),
     read only with a LoRA, query_lengths (B,), answer (B, S), answer_lengths (B,), target (B, E). weights: a
     LossConfig; a loss of weight 0 is not computed.
-    Returns (loss, {"reconstruction_loss", "alignment_loss"}), float32.
+    Returns (loss, {"reconstruction_loss", "alignment_loss", ...}), float32.
     """
     if model.lora_rank:
         embedding_BE, soft_prompts_BKD = model.encode(
@@ -97,4 +100,7 @@ def total(trainable, model, frozen, cache, batch, weights, dropout=None):
     if weights.alignment:
         parts["alignment_loss"] = alignment(embedding_BE, batch["target"])
     loss = weights.reconstruction * parts["reconstruction_loss"] + weights.alignment * parts["alignment_loss"]
+    if supervised.texts(weights):
+        more, more_parts = supervised.total(embedding_BE, trainable, model, frozen, batch, weights, dropout)
+        loss, parts = loss + more, parts | more_parts
     return loss, parts

@@ -1,18 +1,19 @@
-"""Alignment targets: the unsupervised teacher's vector of every response, computed once and kept."""
+"""Alignment targets: the teacher's vector of every response, computed once and kept, or read from a file."""
 
 import functools
 import pathlib
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from llm2vec_gen_jax import progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import exclusive, fingerprint, read_array, read_json, write_json
+from llm2vec_gen_jax.files import exclusive, fingerprint, read_array, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats import peft
-from llm2vec_gen_jax.loading import load_backbone, resolve_adapter
+from llm2vec_gen_jax.loading import EMBEDDER_PATTERNS, load_backbone, open_backbone, resolve_adapter, resolve_embedder
 from llm2vec_gen_jax.model import Model
 
 _FLUSH_EVERY = 20  # batches between records of how far a target file is
@@ -45,40 +46,121 @@ def read_targets(path, records, rows):
 
 
 def targets_of(backbone, config, answers, responses):
-    """Returns (targets (n, D) float32, backbone) of stripped answers by the llm2vec teacher of a TrainConfig.
+    """Returns (targets (n, E) float32, backbone) of stripped answers by the teacher of a TrainConfig.
 
     They are kept beside the responses file under a hash of teacher and texts; an interrupted computation goes on
-    where it stopped. Adapters are merged into the backbone itself, which is then loaded again: there is never a
-    second copy, and only the returned backbone may be used afterwards.
+    where it stopped. An llm2vec teacher with adapters or another backbone takes the student's place, which is then
+    loaded again: there is never a second copy, and only the returned backbone may be used afterwards.
     """
+    if config.teacher.kind == "sentence_transformers":
+        return _by_sentence_transformers(config.teacher, answers, responses), backbone
+    return _by_llm2vec(backbone, config, answers, responses)
+
+
+def _by_llm2vec(backbone, config, answers, responses):
+    """Mean-pooled last hidden states: E is the width D of the teacher's backbone."""
+    path, mesh = config.teacher.path, backbone.mesh
     adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
-    ids = backbone.tokenizer.encode(answers, config.data.max_answer_length)
-    key = fingerprint(
-        {
-            "backbone": backbone.identity,
-            "dtype": str(jax.tree.leaves(backbone.frozen)[0].dtype),
-            "adapters": [peft.identity(adapter) for adapter in adapters],
-            "causal": causal,
-            "ids": fingerprint(ids),
-        }
-    )
-    file = _folder(responses) / f"{key}.npy"
-    if file.exists():
-        return np.load(file), backbone
-    with exclusive(file.with_suffix(".lock")):
-        if file.exists():  # another run, on the same responses, has computed them meanwhile
-            return np.load(file), backbone
-        frozen = backbone.frozen
+    reader = open_backbone(path, mesh)[0] if path else backbone
+    dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
+    ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
+    key = {
+        "backbone": reader.identity,
+        "dtype": dtype,
+        "adapters": [peft.identity(adapter) for adapter in adapters],
+        "causal": causal,
+        "ids": fingerprint(ids),
+    }
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-config.teacher.batch_size // shards) * shards
+    edges = choose_edges([len(row) for row in ids], 8)
+    replaced = bool(path or adapters)
+
+    def make():
+        if path:
+            backbone.frozen = None
+        frozen = load_backbone(path, dtype, mesh).frozen if path else backbone.frozen
         for adapter in adapters:
-            frozen = peft.merge(frozen, adapter, backbone.architecture)
-        pool = functools.partial(mean_pool, backbone.architecture, frozen, causal)
-        targets = _compute(file, ids, config.teacher.batch_size, backbone.mesh, pool, backbone.architecture.hidden_size)
-    if adapters:
-        del frozen, pool
+            frozen = peft.merge(frozen, adapter, reader.architecture)
+
+        def embed(rows):
+            batch = [ids[row] for row in rows] + [[]] * (batch_size - len(rows))
+            lengths_B = np.array([len(row) for row in batch], np.int32)
+            ids_BT = pad(batch, edges[np.searchsorted(edges, lengths_B.max())])
+            arrays = sharding.put_batch((ids_BT, lengths_B), mesh)
+            return np.asarray(mean_pool(reader.architecture, frozen, causal, *arrays))[: len(rows)]
+
+        return embed, reader.architecture.hidden_size
+
+    targets, computed = _kept(responses, key, [len(row) for row in ids], batch_size, make)
+    if computed and replaced:
         backbone.frozen = None
-        backbone = load_backbone(config.backbone.path, config.backbone.dtype, backbone.mesh)
+        backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh)
     return targets, backbone
+
+
+def _by_sentence_transformers(config, answers, responses):
+    """Any model of that library, with its own pooling; texts are cut to its own longest length."""
+    if config.path is None:
+        raise InputError("teacher.path is needed: the folder or hub id of a sentence-transformers model")
+    folder = resolve_embedder(config.path)
+    files = sorted({path for pattern in EMBEDDER_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
+    key = {
+        "embedder": {str(path.relative_to(folder)): sha256_file(path) for path in files},
+        "prompt": config.prompt,
+        "normalize": config.normalize,
+        "texts": fingerprint(answers),
+    }
+
+    def make():
+        embedder = _load_embedder(config.path, folder)
+
+        def embed(rows):
+            vectors = embedder.encode_document(
+                [answers[row] for row in rows],
+                prompt=config.prompt,
+                batch_size=config.batch_size,
+                normalize_embeddings=config.normalize,
+                show_progress_bar=False,
+            )
+            if not np.isfinite(vectors).all():
+                raise InputError(f"teacher.path={config.path}: its vectors hold NaN or infinity")
+            return vectors
+
+        return embed, embed([0]).shape[1]
+
+    return _kept(responses, key, [len(answer) for answer in answers], config.batch_size, make)[0]
+
+
+def _load_embedder(path, folder):
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise InputError(
+            f"teacher.kind=sentence_transformers needs that library: pip install -r requirements-teachers.txt ({error})"
+        ) from None
+    try:
+        return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({reason})") from None
+
+
+def _kept(responses, key, lengths, batch_size, make):
+    """Returns (targets, whether they were computed now): from the file beside the responses that `key` names, which
+    is filled where it does not exist yet.
+
+    make() loads the teacher and returns (embed, E), where embed(rows) gives the vectors (len(rows), E) of texts.
+    """
+    file = _folder(responses) / f"{fingerprint(key)}.npy"
+    if file.exists():
+        return np.load(file), False
+    with exclusive(file.with_suffix(".lock")):
+        computed = not file.exists()  # else another run, on the same responses, has computed them meanwhile
+        if computed:
+            _fill(file, lengths, batch_size, *make())
+    return np.load(file), computed
 
 
 def _folder(responses):
@@ -86,23 +168,15 @@ def _folder(responses):
     return path.with_name(path.name + ".targets") if path.exists() else cache_folder() / "targets"
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def mean_pool(architecture, frozen, causal, ids_BT, lengths_B):
     """Model.mean_pool, compiled: the llm2vec teacher's vectors (B, D), float32."""
-    model = Model(architecture, 1, 0, architecture.hidden_size)
-    return _jitted(model, frozen, ids_BT, lengths_B, causal)
+    return Model(architecture, 1, 0, architecture.hidden_size).mean_pool(frozen, ids_BT, lengths_B, causal)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _jitted(model, frozen, ids_BT, lengths_B, causal):
-    return model.mean_pool(frozen, ids_BT, lengths_B, causal)
-
-
-def _compute(file, ids, batch_size, mesh, pool, width):
+def _fill(file, lengths, batch_size, embed, width):
     """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues."""
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    order = np.argsort([-len(row) for row in ids], kind="stable")
-    edges = choose_edges([len(row) for row in ids], 8)
+    order = np.argsort([-length for length in lengths], kind="stable")
     partial, marker = file.with_name(f"{file.stem}.partial.npy"), file.with_name(f"{file.stem}.partial.json")
     if marker.exists() and partial.exists():
         done = read_json(marker)["done"]
@@ -110,14 +184,11 @@ def _compute(file, ids, batch_size, mesh, pool, width):
     else:
         done = 0
         marker.unlink(missing_ok=True)
-        targets = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(ids), width))
-    with progress.bar(len(ids), "text", "teacher targets", initial=done) as bar:
-        for number, start in enumerate(range(done, len(ids), batch_size)):
+        targets = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(lengths), width))
+    with progress.bar(len(lengths), "text", "teacher targets", initial=done) as bar:
+        for number, start in enumerate(range(done, len(lengths), batch_size)):
             rows = order[start : start + batch_size]
-            batch = [ids[row] for row in rows] + [[]] * (batch_size - len(rows))
-            lengths_B = np.array([len(row) for row in batch], np.int32)
-            ids_BT = pad(batch, edges[np.searchsorted(edges, lengths_B.max())])
-            targets[rows] = np.asarray(pool(*sharding.put_batch((ids_BT, lengths_B), mesh)))[: len(rows)]
+            targets[rows] = embed(rows)
             bar.update(len(rows))
             if number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
                 targets.flush()
@@ -125,4 +196,3 @@ def _compute(file, ids, batch_size, mesh, pool, width):
     targets.flush()
     partial.replace(file)
     marker.unlink(missing_ok=True)
-    return np.load(file)

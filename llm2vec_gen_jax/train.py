@@ -8,7 +8,7 @@ import shutil
 import jax
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, directory, losses, optim, sharding, teacher
+from llm2vec_gen_jax import data, directory, losses, optim, sharding, supervised, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes
 from llm2vec_gen_jax.layers import Dropout
@@ -42,17 +42,22 @@ def train(config, show_progress=True, backbone=None):
     resuming = claim(output, config)
     final = output / "model"
     mesh = sharding.make_mesh(config.mesh)
-    records = data.read_records(config.data.responses, ("question", "answer"), config.data.split)
+    records = data.read_records(config.data.responses, supervised.columns(config.loss), config.data.split)
     backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh)
-    examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config))
+    extra = supervised.texts(config.loss)
+    examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
     if len(examples) < len(records):
         print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty")
     if config.teacher.kind == "file":
         config_lib.require(config, "teacher.path")
+        if "negative_target" in supervised.targets(config.loss):
+            raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
         examples.target = teacher.read_targets(config.teacher.path, len(records), examples.row)
     else:
-        answers = [records[row]["answer"].strip() for row in examples.row]
-        examples.target, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
+        for name, column in supervised.targets(config.loss).items():
+            answers = [records[row][column].strip() for row in examples.row]
+            targets, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
+            setattr(examples, name, targets)
     method = Method(config, backbone, examples)
     run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output)
     run.start(resuming)
@@ -100,10 +105,14 @@ class Method:
             config.data.max_buckets,
             config.data.shuffle,
             config.data.seed,
+            [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
         # Every batch's keys and values are padded to the same slots: the step compiles once per answer length,
         # the prefix once per query length, instead of once per pair of them.
         self.prefix = jax.jit(functools.partial(self.model.prefix, slots=self.plan.query_edges[-1]))
+        if examples.extra:
+            slots = self.plan.extra_edges[-1]
+            self.extra_prefix = jax.jit(functools.partial(supervised.prefix, self.model, slots=slots))
         step = functools.partial(
             train_step,
             model=self.model,
@@ -141,9 +150,12 @@ class Method:
 
     def step(self, state, batch):
         """One update on a batch that is on the mesh."""
-        # A LoRA changes what the query's states are: then the step reads the query itself.
-        cache = None if self.model.lora_rank else self.prefix(self.backbone.frozen, batch.pop("query"))
-        return self.jitted(state, self.backbone.frozen, cache, batch)
+        frozen, cache = self.backbone.frozen, None
+        if not self.model.lora_rank:  # a LoRA changes what the query's states are: then the step reads it itself
+            cache = self.prefix(frozen, batch.pop("query"))
+            if "extra" in batch:
+                batch["extra_cache"] = self.extra_prefix(frozen, batch.pop("extra"))
+        return self.jitted(state, frozen, cache, batch)
 
     def where(self, step):
         """Names the records of a step."""

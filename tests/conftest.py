@@ -206,3 +206,18 @@ def launch():
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def peer_python():
+    """The Python of the published package's environment."""
+    import subprocess
+
+    from . import peer
+
+    try:
+        return peer.python()
+    except subprocess.CalledProcessError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the published package cannot be installed here: {error.stderr.strip().splitlines()[-1]}")

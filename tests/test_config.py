@@ -266,7 +266,8 @@ def keys_read(monkeypatch):
 
 
 def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read):
-    rows = [{"question": f"question {number}", "answer": f"answer {number}"} for number in range(8)]
+    columns = ("question", "answer", "negative_question", "negative_answer")
+    rows = [{name: f"{name} {number}" for name in columns} for number in range(8)]
     write_jsonl(tmp_path / "responses.jsonl", rows)
     np.save(tmp_path / "targets.npy", np.zeros((8, 4), np.float32))
     words = [
@@ -277,8 +278,17 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
         f"train.output={tmp_path / 'run'}",
     ]
     file_teacher = ["train.overwrite=true", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}"]
-    for more in (["lora.rank=2"], file_teacher):
+    supervised = [
+        "train.overwrite=true",
+        "lora.rank=1",
+        *(f"loss.{name}=1" for name in ("repeat", "negative", "margin", "contrastive")),
+    ]
+    for more in ([], file_teacher, supervised):
         train(config.load(TrainConfig, None, [*words, *more]), False)
+    (tmp_path / "empty").mkdir()
+    embedder = ["train.overwrite=true", "teacher.kind=sentence_transformers", f"teacher.path={tmp_path / 'empty'}"]
+    with pytest.raises(InputError, match="sentence.transformers"):
+        train(config.load(TrainConfig, None, [*words, *embedder]), False)
     declared = {
         (section.type, field.name)
         for section in dataclasses.fields(TrainConfig)

@@ -21,7 +21,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "errors",
-    "architecture config files layers progress sharding",
+    "architecture config files layers progress sharding supervised",
     "attention checkpoint data download instructions metrics tasks tokenizer",
     "backbone card heads optim",
     "formats.torchzip formats.weights lora",
@@ -30,7 +30,7 @@ FLOORS = (
     "directory encode losses trainer",
     "generate teacher",
     "export respond train",
-    "api synthesize",
+    "ablate api synthesize",
     "embedders verify",
     "harness quickstart",
     "evaluate",

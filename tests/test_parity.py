@@ -1,7 +1,6 @@
 """One model directory, two frameworks: the same weights and texts give the published package's numbers, run live."""
 
 import json
-import os
 import pathlib
 import subprocess
 
@@ -18,7 +17,6 @@ from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.train import train_step
 from llm2vec_gen_jax.trainer import new_state
 
-from . import peer
 from .conftest import one_device_mesh
 
 SUFFIX = "<|end_of_text|>"  # the published package ends every answer with this literal
@@ -54,16 +52,6 @@ REQUEST = {
     "decode_texts": TEXTS[:3],
     "max_new_tokens": 12,
 }
-
-
-@pytest.fixture(scope="module")
-def peer_python():
-    try:
-        return peer.python()
-    except subprocess.CalledProcessError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the published package cannot be installed here: {error.stderr.strip().splitlines()[-1]}")
 
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "smollm2"])

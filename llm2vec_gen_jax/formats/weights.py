@@ -92,6 +92,7 @@ def fingerprint_values(source, architecture):
 
     Of every one: tuned backbones often share their embeddings and norms.
     """
+    _check_names(source, architecture)
     values = []
     for name in sorted(source.names()):
         ignored = name.endswith("inv_freq") or (name == "lm_head.weight" and architecture.tied_embeddings)
