@@ -173,6 +173,72 @@ class AblateConfig(TrainConfig):
 
 
 @dataclasses.dataclass
+class CorpusConfig:
+    path: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses")
+    field: str = setting("answer", "of the JSONL objects")
+    sentences: bool = setting(True, "SimCSE reads the texts' sentences, not whole texts")
+    queries: int = setting(5000, "without corpus.path: queries that the backbone writes and responds to", least=1)
+    max_new_tokens: int = setting(256, "without corpus.path: tokens of a response", least=1)
+
+
+@dataclasses.dataclass
+class MntpConfig:
+    steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
+    batch_size: int = setting(32, "blocks per step", least=1)
+    max_length: int = setting(512, "tokens of a block", least=2)
+    mask_probability: float = setting(0.2, "share of tokens that are predicted")
+    mask_token: str = setting("_", "what hides a token; one token of the backbone")
+    masking: str = setting("bert", "bert: 80 % masked, 10 % random, 10 % kept; all: all masked", ("bert", "all"))
+    learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
+    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
+    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
+    dropout: float = setting(0.05, "of the LoRA's inputs")
+
+
+@dataclasses.dataclass
+class SimcseConfig:
+    steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
+    batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
+    max_length: int = setting(128, "tokens of a text", least=1)
+    scale: float = setting(20.0, "of the cosines (inverse temperature)")
+    attention_dropout: float = setting(0.3, "of the attention weights: what makes two passes differ")
+    learning_rate: float = setting(3e-5, "peak learning rate of AdamW")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
+    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
+    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
+    dropout: float = setting(0.05, "of the LoRA's inputs")
+
+
+@dataclasses.dataclass
+class TeacherSettings:
+    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
+    overwrite: bool = setting(False, "delete what is in the run directory first")
+    seed: int = setting(42, "of everything")
+    log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
+    checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
+    adapter_dtype: str = setting("float32", "of the written adapters", ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass
+class TeacherTrainConfig:
+    """`python -m launch.train_teacher`: an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
+
+    backbone: BackboneConfig = section(BackboneConfig)
+    attention: str = setting(
+        "bidirectional", "of both stages, and of the teacher that they make", ("bidirectional", "causal")
+    )
+    corpus: CorpusConfig = section(CorpusConfig)
+    mntp: MntpConfig = section(MntpConfig)
+    simcse: SimcseConfig = section(SimcseConfig)
+    train: TeacherSettings = section(TeacherSettings)
+    mesh: MeshConfig = section(MeshConfig)
+
+
+@dataclasses.dataclass
 class SynthesizeConfig:
     """`python -m launch.synthesize`: queries that the LLM itself writes (Magpie, Xu et al. 2024)."""
 

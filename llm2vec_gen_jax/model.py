@@ -102,15 +102,23 @@ class Model:
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S - 1), CAUSAL)
         return hidden_BTD[:, self.num_tokens - 1 :]
 
-    def mean_pool(self, frozen, ids_BT, lengths_B, causal):
+    def read(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
+        """Last hidden states (B, T, D) of texts alone, causal or bidirectional.
+
+        updates: a LoRA tree with its scale folded in. dropout: a layers.Dropout. Both are for teachers that train.
+        """
+        visibility = Visibility(causal=causal, lengths_B=lengths_B)
+        x_BTD = self._embed(frozen, ids_BT)
+        return self._run(frozen, x_BTD, _positions(*ids_BT.shape), visibility, None, updates, dropout)[0]
+
+    def mean_pool(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
         """The teacher: mean over real tokens of the last hidden state (section 3; LLM2Vec, BehnamGhader 2024).
 
-        frozen: the backbone, or the backbone with adapters merged. Returns (B, D) float32; zeros for an empty text.
+        frozen: the backbone, or the backbone with adapters merged. updates, dropout: as for `read`.
+        Returns (B, D) float32; zeros for an empty text.
         """
-        B, T = ids_BT.shape
-        visibility = Visibility(causal=causal, lengths_B=lengths_B)
-        hidden_BTD, _ = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), visibility)
-        real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.float32)
+        hidden_BTD = self.read(frozen, ids_BT, lengths_B, causal, updates, dropout)
+        real_BT = (jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]).astype(jnp.float32)
         total_BD = jnp.einsum("btd,bt->bd", hidden_BTD.astype(jnp.float32), real_BT)
         return total_BD / jnp.maximum(lengths_B, 1)[:, None]
 

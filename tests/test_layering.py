@@ -28,10 +28,10 @@ FLOORS = (
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
     "directory encode losses trainer",
-    "generate teacher",
+    "generate teacher unsupervised",
     "export respond train",
     "ablate api synthesize",
-    "embedders verify",
+    "embedders train_teacher verify",
     "harness quickstart",
     "evaluate",
 )

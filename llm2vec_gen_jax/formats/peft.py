@@ -4,13 +4,14 @@ import pathlib
 import re
 
 import einops
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from llm2vec_gen_jax import lora
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import read_json, sha256_file
+from llm2vec_gen_jax.files import atomic_directory, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats.weights import TABLE, axes
 
 # What must hold for B A to be added and nothing else: fields that plain LoRA has, and the values it has in them.
@@ -49,6 +50,28 @@ def merge(frozen, folder, architecture):
     folder = pathlib.Path(folder)
     config = check(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
     return lora.merge(frozen, read(_load(folder / "adapter_model.safetensors"), config, architecture, folder))
+
+
+def save(folder, tree, rank, alpha, base, dtype="float32"):
+    """Writes a LoRA tree (scale not in it) as a new PEFT folder, which `peft` loads onto a transformers AutoModel.
+
+    base: the backbone's name. dtype: of the stored numbers.
+    """
+    with atomic_directory(folder) as temporary:
+        config = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": 0.0,
+            "target_modules": modules_of(tree),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_json(temporary / "adapter_config.json", config)
+        tensors = {key: value.astype(jnp.dtype(dtype)) for key, value in tensors_of(tree).items()}
+        (temporary / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
 
 
 def check(config, file, but=()):
@@ -112,7 +135,7 @@ def tensors_of(tree, prefix="base_model.model."):
 
 def _load(file):
     try:
-        return load_file(file)
+        return safetensors.numpy.load_file(file)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except SafetensorError as error:

@@ -1,0 +1,144 @@
+"""An unsupervised teacher for any backbone: MNTP, merged, then SimCSE (LLM2Vec, BehnamGhader et al. 2024)."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import data, lora, optim, sharding, unsupervised
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import peft
+from llm2vec_gen_jax.layers import Dropout
+from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.respond import open_backbone, respond
+from llm2vec_gen_jax.synthesize import synthesize
+from llm2vec_gen_jax.trainer import Run, Task, claim, update
+
+
+def train_teacher(config, show_progress=True):
+    """Runs (or resumes) both stages of a TeacherTrainConfig. Returns the list of adapter folders, in merging order.
+
+    Each stage is a run of its own in STAGE-run/, and leaves a PEFT folder STAGE/. Raises InputError for bad
+    configuration or data, FloatingPointError naming the step of a non-finite loss.
+    """
+    config_lib.require(config, "train.output")
+    output = pathlib.Path(config.train.output)
+    claim(output, config)
+    backbone = open_backbone(config)
+    texts = corpus(config, output, backbone)
+    adapters = []
+    for name, stage in (("mntp", _mntp), ("simcse", _simcse)):
+        settings = getattr(config, name)
+        if not settings.steps:
+            continue
+        folder = output / name
+        if folder.exists():
+            print(f"{folder}: already finished")
+        else:
+            tree = _run(
+                stage(config, backbone, texts), config, settings, backbone, output / f"{name}-run", show_progress
+            )
+            peft.save(folder, tree, settings.rank, settings.alpha, backbone.name, config.train.adapter_dtype)
+        backbone.frozen = peft.merge(backbone.frozen, folder, backbone.architecture)
+        adapters.append(folder)
+    return adapters
+
+
+def corpus(config, output, backbone):
+    """Returns the texts of a TeacherTrainConfig: of corpus.path, or responses that the backbone writes itself."""
+    source = config.corpus
+    if source.path is not None:
+        texts = [text.strip() for text in data.read_texts(source.path, source.field)]
+    else:
+        common = {"backbone": config.backbone, "mesh": config.mesh, "seed": config.train.seed}
+        print(f"no corpus.path: {backbone.name} writes {source.queries} queries and responds to them", flush=True)
+        queries = config_lib.SynthesizeConfig(**common, output=str(output / "queries.jsonl"), count=source.queries)
+        responses = config_lib.RespondConfig(
+            **common,
+            input=str(synthesize(queries, backbone)),
+            output=str(output / "responses.jsonl"),
+            max_new_tokens=source.max_new_tokens,
+        )
+        texts = data.read_texts(respond(responses, backbone), "answer")
+    texts = list(dict.fromkeys(text for text in texts if text))
+    if not texts:
+        raise InputError(f"corpus.path={source.path}: every text is empty")
+    return texts
+
+
+def _mntp(config, backbone, texts):
+    """Returns (loss(updates, frozen, batch, dropout), batches) of the first stage."""
+    settings = config.mntp
+    mask_id = backbone.tokenizer.encode([settings.mask_token], 8)[0]
+    if len(mask_id) != 1:
+        raise InputError(f"mntp.mask_token={settings.mask_token!r} is {len(mask_id)} tokens of this backbone; give one")
+    ids = backbone.tokenizer.encode(texts, 1 << 20)
+    blocks = unsupervised.MaskedBlocks(
+        ids,
+        settings,
+        mask_id[0],
+        backbone.architecture.vocab_size,
+        config.train.seed,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    return functools.partial(unsupervised.mntp, causal=config.attention == "causal"), blocks
+
+
+def _simcse(config, backbone, texts):
+    """Returns (loss(updates, frozen, batch, dropout), batches) of the second stage."""
+    settings = config.simcse
+    texts = unsupervised.sentences(texts) if config.corpus.sentences else texts
+    ids = backbone.tokenizer.encode(texts, settings.max_length)
+    seed, processes = config.train.seed, (jax.process_index(), jax.process_count())
+    batches = unsupervised.Sentences(ids, settings, seed, *processes)
+    return functools.partial(unsupervised.simcse, scale=settings.scale, causal=config.attention == "causal"), batches
+
+
+def _run(stage, config, settings, backbone, output, show_progress):
+    """Trains one stage. Returns its LoRA tree (float32, the scale not in it)."""
+    loss, batches = stage
+    train = config.train
+    architecture, mesh, scale = backbone.architecture, backbone.mesh, settings.alpha / settings.rank
+    model = Model(architecture, 1, 0, architecture.hidden_size)
+    optimizer = config_lib.OptimizerConfig(
+        learning_rate=settings.learning_rate,
+        schedule_steps=settings.schedule_steps or settings.steps,
+        warmup_steps=settings.warmup_steps,
+    )
+    chain = optim.make_optimizer(optimizer)
+
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+        dropout = Dropout(
+            jax.random.split(key, architecture.num_layers),
+            settings.dropout,
+            getattr(settings, "attention_dropout", 0.0),
+        )
+
+        def total(tree):
+            return loss(model, lora.scaled(tree, scale), frozen, batch, dropout=dropout), {}
+
+        return update(state, total, chain)
+
+    jitted = jax.jit(step, donate_argnums=0)
+    init = functools.partial(lora.init, architecture, settings.rank)
+    task = Task(
+        init=lambda: jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(train.seed)),
+        step=lambda state, batch: jitted(state, backbone.frozen, batch),
+        batches=batches,
+        record={"backbone": backbone.identity, "data": len(batches.rows(0)), "rank": settings.rank},
+        where=lambda step: f"rows {batches.rows(step).tolist()} (from 0) of the corpus",
+    )
+    names = {field.name for field in dataclasses.fields(config_lib.TrainSettings)}
+    shared = {name: value for name, value in vars(train).items() if name in names}
+    run_settings = config_lib.TrainSettings(
+        **{**shared, "steps": settings.steps, "batch_size": settings.batch_size, "output": str(output)}
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    run = Run(task, run_settings, optimizer, mesh, output)
+    run.start(resuming=True)  # the whole command's claim says that what is there is an earlier part of it
+    run.loop(show_progress, output.name.removesuffix("-run"))
+    return jax.tree.map(sharding.gather, run.state.trainable)
