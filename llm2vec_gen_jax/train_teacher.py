@@ -71,7 +71,7 @@ def corpus(config, output, backbone):
 def _mntp(config, backbone, texts):
     """Returns (loss(updates, frozen, batch, dropout), batches) of the first stage."""
     settings = config.mntp
-    mask_id = backbone.tokenizer.encode([settings.mask_token], 8)[0]
+    mask_id = backbone.tokenizer.encode([settings.mask_token], 64)[0]
     if len(mask_id) != 1:
         raise InputError(f"mntp.mask_token={settings.mask_token!r} is {len(mask_id)} tokens of this backbone; give one")
     ids = backbone.tokenizer.encode(texts, 1 << 20)
