@@ -131,6 +131,7 @@ def _places(output, queries, responses, model_directory):
             f"  metrics    {model_directory.parent / 'metrics.jsonl'} (and tensorboard/)",
             f"  model      {model_directory}",
             f"next: python -m launch.encode {model_directory} input=FILE.txt output=vectors",
+            f"      python -m launch.convert verify {model_directory}    (with PyTorch installed)",
         ]
     )
 

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import unicodedata
 
 import jax
 import numpy as np
@@ -31,7 +32,8 @@ TEXTS = (
 BATCHES = (TEXTS[:-1], TEXTS[-1:])  # padding beside each other, but not to the longest
 DECODED = 2  # of them
 MAX_LENGTH = 512
-# (least cosine, largest difference, whether it is relative to the largest value) by the dtype of the backbone.
+# (least cosine, largest difference, whether that of embeddings is relative to the largest value) by dtype. That of soft
+# prompts always is, above 1: states of the first positions can be hundreds large.
 LIMITS = {"float32": (0.99999, 1e-4, False), "bfloat16": (0.999, 0.05, True), "float16": (0.9995, 0.01, True)}
 
 
@@ -55,7 +57,7 @@ class Report:
         lines = [f"{'text':<42} {'cosine':>10} {'embedding':>10} {'soft prompts':>13} {'decoded':>9}"]
         for row in self.rows:
             numbers = " ".join(f"{row[key]:>{width}}" for key, width in _COLUMNS.items())
-            lines.append(f"{row['text']:<42} {numbers}  {'' if row['ok'] else '<-- differs'}".rstrip())
+            lines.append(f"{row['text']} {numbers}  {'' if row['ok'] else '<-- differs'}".rstrip())
         unit = "of the largest value" if relative else "absolute"
         lines.append(f"limits in {self.dtype}: cosine {cosine}, largest difference {difference} {unit}")
         if self.reader is None:
@@ -154,14 +156,21 @@ def _compare(ours, theirs, our_prompts, their_prompts):
 
 def _within(values, limits):
     cosine, difference, relative = limits
-    scales = values["largest"] if relative else (1.0, 1.0)
+    embedding, soft_prompts = values["largest"]
     return bool(
         values["cosine"] >= cosine
-        and values["embedding"] <= difference * scales[0]
-        and values["soft_prompts"] <= difference * scales[1]
+        and values["embedding"] <= difference * (embedding if relative else 1.0)
+        and values["soft_prompts"] <= difference * max(soft_prompts, 1.0)
     )
 
 
-def _short(text, length=40):
-    line = repr(text)
-    return line if len(line) <= length else line[: length - 1] + "…"
+def _short(text, width=42):
+    """Returns a text cut and padded to columns of a terminal."""
+    line, room = "", width - 1
+    for char in repr(text):
+        # Wide characters take two columns; those that change the one before take none.
+        columns = 0 if unicodedata.category(char) in ("Mn", "Sk") else 1 + (unicodedata.east_asian_width(char) in "WF")
+        if columns > room:
+            return line[:-1] + "…" + " " * (room + 1)
+        line, room = line + char, room - columns
+    return line + " " * (room + 1)
