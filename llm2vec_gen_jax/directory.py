@@ -18,13 +18,14 @@ HEADS = ("reconstruction", "alignment")
 PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 
-def save(directory, model, trainable, backbone, extra, dtype=None, special_tokens=None, name=None):
+def save(directory, model, trainable, backbone, extra, dtype=None, special_tokens=None, name=None, shown=None):
     """Writes a model directory, complete or not at all. The directory must not exist.
 
     Every process of a multi-host run calls it: arrays are gathered one at a time, process 0 alone keeps and writes
     them. extra: our own record ("config", "data", "metrics"), which the card shows. dtype: in which PyTorch is to
     run, default the backbone's. special_tokens: texts of the trained tokens, default <question1>, ...
-    name: how the backbone is called in the directory, default by what it was loaded from.
+    name: how the backbone is called in the directory, default by what it was loaded from. shown: what the card's
+    examples load, default the directory.
     """
     dtype = dtype or str(jax.tree.leaves(backbone.frozen)[0].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
@@ -43,7 +44,7 @@ def save(directory, model, trainable, backbone, extra, dtype=None, special_token
     )
     # The published generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
-    card = model_card(record, str(directory), backbone.license)
+    card = model_card(record, shown or str(directory), backbone.license)
     published.write(directory, record, backbone.tokenizer.hf, backbone_config, card)
 
 

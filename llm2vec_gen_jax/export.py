@@ -33,11 +33,11 @@ embeddings = hidden.mean(dim=1)
 """
 
 
-def save_pretrained(embedder, path, dtype=None, backbone=None):
+def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
     """Writes an LLM2VecGen as a model directory of both frameworks. `path` must not exist.
 
     dtype: in which PyTorch is to run (float32 | bfloat16 | float16), default as it was. backbone: how the directory
-    is to name its backbone (a folder or hub id), default as it was loaded.
+    is to name its backbone (a folder or hub id), default as it was loaded. shown: what the card's examples load.
     """
     record = embedder.record
     directory.save(
@@ -49,6 +49,7 @@ def save_pretrained(embedder, path, dtype=None, backbone=None):
         dtype or (record.dtype if record else None),
         record.special_tokens if record else None,
         backbone,
+        shown,
     )
 
 
@@ -113,7 +114,7 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / repo_id.rpartition("/")[2]
-        save_pretrained(embedder, folder, backbone=name)
+        save_pretrained(embedder, folder, backbone=name, shown=repo_id)
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
