@@ -1,7 +1,8 @@
 """Attention, and the one place that knows who sees whom.
 
 Rows are right-padded. In a causal pass no real token sees the padding, so no mask is needed; a bidirectional pass
-needs the lengths; a pass that continues a cached prefix needs to know which slots of the cache are real.
+needs the lengths; a row that holds several texts needs to know which token is of which; a pass that continues a cached
+prefix needs to know which slots of the cache are real.
 """
 
 import jax
@@ -25,11 +26,13 @@ class Visibility:
 
     causal: a token sees itself and those before it in the pass; otherwise all real tokens of its row.
     lengths_B: real tokens of each row of the pass; needed when not causal.
+    segments_BT: which of several texts of a row each token is of: it sees no other text. None: a row is one text.
     cache_BS: which slots of the KVCache every token of the row sees as well; None without a cache.
     """
 
     causal: bool = struct.field(pytree_node=False)
     lengths_B: jax.Array | None = None
+    segments_BT: jax.Array | None = None
     cache_BS: jax.Array | None = None
 
 
@@ -44,11 +47,7 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
     """
     B, T, N, H = q_BTNH.shape
     q_BTGRH, scale = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H), H**-0.5
-    if visibility.causal:
-        seen = jnp.tril(jnp.ones((T, T), bool))
-    else:
-        seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
-    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH) * scale, -jnp.inf)
+    scores = jnp.where(_seen(visibility, T), product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH) * scale, -jnp.inf)
     if cache is None:
         weights = drop(jax.nn.softmax(scores, axis=-1), key, dropout).astype(q_BTNH.dtype)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BTGH)
@@ -61,3 +60,15 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
         mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BTGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _seen(visibility, T):
+    """Who of a pass of T tokens sees whom of it: bool, broadcastable to (B, G, R, T, T)."""
+    if visibility.causal:
+        seen = jnp.tril(jnp.ones((T, T), bool))
+    else:
+        seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
+    if visibility.segments_BT is None:
+        return seen
+    segments_BT = visibility.segments_BT[:, None, None, :]
+    return seen & (segments_BT[..., :, None] == segments_BT[..., None, :])

@@ -11,7 +11,6 @@ from llm2vec_gen_jax import sharding
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
 from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.encode import ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     row_ids = np.arange(size, dtype=np.int32) if row_ids is None else np.resize(np.asarray(row_ids, np.int32), size)
     if ids is not None:
         lengths_B = np.array([len(row) for row in ids] + [1] * (size - count), np.int32)
-        prompt = pad([*ids, *[[0]] * (size - count)], ladder(lengths_B.max()))
+        prompt = pad([*ids, *[[0]] * (size - count)], _ladder(lengths_B.max()))
     else:
         lengths_B = np.full(size, soft_prompts_BKD.shape[1], np.int32)
         prompt = np.concatenate([soft_prompts_BKD, np.zeros((size - count, *soft_prompts_BKD.shape[1:]), np.float32)])
@@ -135,3 +134,13 @@ def _nucleus(logits_BV, top_p):
     top_B = probability_BV.max(axis=-1)
     low_B, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top_B), top_B))
     return jnp.where(probability_BV >= low_B[:, None], logits_BV, -jnp.inf)
+
+
+def _ladder(length):
+    """The least of 8, 12, 16, 24, 32, 48, 64, ... that is not below `length`: the padded lengths that compile."""
+    step = 8
+    while step < length:
+        if step + step // 2 >= length:
+            return step + step // 2
+        step *= 2
+    return step

@@ -22,7 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "errors",
     "architecture config files layers progress sharding",
-    "attention checkpoint data download metrics tokenizer",
+    "attention checkpoint corpus data download metrics tokenizer vectors",
     "backbone heads optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
@@ -30,7 +30,7 @@ FLOORS = (
     "directory encode losses",
     "generate teacher",
     "api respond train",
-    "synthesize",
+    "bulk synthesize",
     "quickstart",
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor.split()}
