@@ -17,7 +17,7 @@ from llm2vec_gen_jax.model import Packed
 WINDOW = 8192  # texts that are packed together
 _BASES = (256, 384, 512)  # row lengths for texts that are shorter
 _SHORT = (32, 64, 128)  # of a call that fits one row
-_QUADRATIC = 2048  # a token of a row this long costs twice what its matrix products cost, because of attention
+_QUADRATIC = 2048  # in a row this long attention costs about as much as the matrix products (SmolLM2-135M)
 _SHRINK = 4  # batches of n, n/4, n/16, ... rows compile, so that few rows are not padded to n
 
 
