@@ -79,6 +79,14 @@ class _Files:
             raise InputError(f"output={self.output}: exists and is not a folder")
         if self.output.is_dir() and any(not ours.match(path.name) for path in self.output.iterdir()):
             raise InputError(f"output={self.output}: exists and holds other files. Choose another, or remove it")
+        for path in self.output.glob("[mp]*.json*"):
+            share = re.match(r"(?:manifest|progress)(?:-\d+-of-(\d+))?\.json", path.name)
+            count = int(share[1] or 1) if share else self.config.shard.count
+            if count != self.config.shard.count:
+                raise InputError(
+                    f"output={self.output}: exists and holds another run (shard.count: {count} -> "
+                    f"{self.config.shard.count}). Repeat its settings to go on with it, or choose another output"
+                )
 
     def remove_if_empty(self):
         """Removes the folder when it holds no more than ranges."""
@@ -122,6 +130,9 @@ class _Job:
             return None
         if self.corpus.streamed:
             raise InputError(f"output={files.output}: exists and is complete. Choose another, or remove it")
+        files.journal.unlink(missing_ok=True)  # what a kill at the very end left
+        files.journal_record.unlink(missing_ok=True)
+        files.remove_torn()
         return manifest
 
     def run(self):

@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import read_json, sha256_file
+from llm2vec_gen_jax.files import changes, read_json, sha256_file
 
+_SHARED = ("model", "input", "config")  # what the manifests of all shares agree in
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 
 
@@ -92,8 +93,10 @@ def _manifests(directory):
     missing = set(range(count)) - {manifest["shard"]["index"] for manifest in manifests}
     if missing:
         raise InputError(f"{directory}: shares {sorted(missing)} of {count} have not finished")
-    if any(manifest["model"] != manifests[0]["model"] for manifest in manifests):
-        raise InputError(f"{directory}: its manifests are of different models")
+    for manifest in manifests[1:]:
+        differing = changes({key: manifests[0][key] for key in _SHARED}, {key: manifest[key] for key in _SHARED})
+        if differing:
+            raise InputError(f"{directory}: its shares are of different runs ({differing})")
     shards = sorted((shard for manifest in manifests for shard in manifest["shards"]), key=lambda shard: shard["rows"])
     ends = [0, *(shard["rows"][1] for shard in shards)]
     if [shard["rows"][0] for shard in shards] != ends[:-1] or ends[-1] != manifests[0]["rows"]:

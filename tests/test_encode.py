@@ -352,6 +352,14 @@ def test_int8_shares_have_one_range_and_clip(folder, tmp_path, monkeypatch):
     assert (found[:5].min(axis=0) == -128).all() and (found[:5].max(axis=0) >= 126).all()
 
 
+def test_shares_of_different_runs_are_not_mixed(folder, tmp_path):
+    write_texts(tmp_path)
+    for index, normalize in ((0, True), (1, False)):
+        encode_corpus(folder, settings(tmp_path, normalize=normalize, shard=config.ShardConfig(index, 2)))
+    with pytest.raises(InputError, match="shares are of different runs .config.normalize: True -> False"):
+        load_embeddings(tmp_path / "out")
+
+
 # Interruptions
 
 
@@ -429,6 +437,7 @@ def test_another_model_setting_or_input_is_refused(tiny, folder, tmp_path, monke
     refused("config.max_length: 512 -> 100", max_length=100)
     refused("config.instruction: '' -> 'Find:'", instruction="Find:")
     refused("config.batch_size: 4 -> 8", batch_size=8)
+    refused("shard.count: 1 -> 2", shard=config.ShardConfig(0, 2))
     write_texts(tmp_path, [*TEXTS, "one more"])
     refused("input.sha256.*texts.jsonl")
     write_texts(tmp_path)
