@@ -10,8 +10,12 @@ from llm2vec_gen_jax.config import EncodeConfig
 def main(path, config):
     from llm2vec_gen_jax.bulk import encode_corpus
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unfinished files are removed on the way out
-    manifest = encode_corpus(path, config)
+    # Unfinished files are removed on the way out.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        manifest = encode_corpus(path, config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     written = sum(shard["rows"][1] - shard["rows"][0] for shard in manifest["shards"])
     print(f"written: {config.output} ({written} x {manifest['dimension']})")
 

@@ -1,5 +1,6 @@
 """The encode command's work: any number of texts to shards of vectors on disk, resumable, a share for each process."""
 
+import contextlib
 import hashlib
 import itertools
 import pathlib
@@ -182,15 +183,16 @@ class _Job:
         parts = []
         with progress.bar(total, "text", "encode", initial=already) as bar:
             stream = self.model.encode_windows(self._windows(texts), config.batch_size, config.save_soft_prompts, bar)
-            for rows, embeddings, soft_prompts in stream:
-                embeddings = vectors.finish(embeddings, config.truncate_dim, config.normalize)
-                if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
-                    self._write(journal, parts)
-                    parts = []
-                parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts))
-                if (rows[-1].number + 1) % self.size == 0:
-                    self._write(journal, parts)
-                    parts = []
+            with contextlib.closing(stream):  # an interruption ends its thread
+                for rows, embeddings, soft_prompts in stream:
+                    embeddings = vectors.finish(embeddings, config.truncate_dim, config.normalize)
+                    if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
+                        self._write(journal, parts)
+                        parts = []
+                    parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts))
+                    if (rows[-1].number + 1) % self.size == 0:
+                        self._write(journal, parts)
+                        parts = []
             if parts:
                 self._write(journal, parts)
 

@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import functools
 import queue
@@ -171,15 +172,16 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
         else:
             finish(window, result, *rest)
 
-    for window, packed, where in ahead(passes()):
-        if packed is None:
-            dispatched.append((window, None))
-        else:
-            tokens += int(np.count_nonzero(packed.segments_BT))
-            result = _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, mesh))
-            dispatched.append((window, result, where, tokens))
-        while len(dispatched) > 1:
-            yield from completed()
+    with contextlib.closing(ahead(passes())) as stream:
+        for window, packed, where in stream:
+            if packed is None:
+                dispatched.append((window, None))
+            else:
+                tokens += int(np.count_nonzero(packed.segments_BT))
+                result = _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, mesh))
+                dispatched.append((window, result, where, tokens))
+            while len(dispatched) > 1:
+                yield from completed()
     while dispatched:
         yield from completed()
 
@@ -217,7 +219,8 @@ def ahead(iterable, depth=4):
             put((end, error))
 
     # A daemon: a read of standard input that nobody ends must not keep an interrupted process alive.
-    threading.Thread(target=make, daemon=True).start()
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
     try:
         while True:
             item, error = made.get()
@@ -228,3 +231,4 @@ def ahead(iterable, depth=4):
             yield item
     finally:
         stop.set()
+        thread.join(timeout=5)  # a thread that is inside native code when Python ends would abort the process

@@ -27,7 +27,7 @@ from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
 
-from .conftest import write_jsonl
+from .conftest import one_device_mesh, write_jsonl
 
 K, THOUGHTS, E = 3, 1, 12
 TEXTS = [f"Text {number}: " + "words and more " * (number * 7 % 11) for number in range(47)] + ["", "é🙂"]
@@ -129,6 +129,12 @@ def test_packed_is_unpacked_with_lora(tiny):
     found = changed.encode(TEXTS)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - plain.encode(TEXTS)).max() > 1e-2
+
+
+def test_bfloat16_depends_little_on_the_batch(tiny_folder):
+    embedder = embedder_on(load_backbone(str(tiny_folder("llama")), "bfloat16", one_device_mesh()))
+    together, alone = embedder.encode(TEXTS[:6]), np.stack([embedder.encode(text) for text in TEXTS[:6]])
+    assert (np.abs(together - alone).max(axis=1) <= 5e-3 * np.abs(alone).max(axis=1)).all()
 
 
 def test_no_text_of_a_row_sees_another(embedder):
@@ -521,9 +527,7 @@ def run(monkeypatch, capsys, tmp_path, folder):
         errors = capsys.readouterr().err.strip().splitlines()
         return code, errors[-1] if errors else ""
 
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run_
-    signal.signal(signal.SIGTERM, handler)
+    return run_
 
 
 BAD = {
