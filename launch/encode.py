@@ -1,51 +1,23 @@
-"""python -m launch.encode MODEL input=FILE output=DIR [key=value ...]"""
+"""python -m launch.encode MODEL input=FILES output=DIR [key=value ...]"""
 
-import pathlib
-
-import numpy as np
+import signal
+import sys
 
 from launch import start
-from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.config import EncodeConfig
-from llm2vec_gen_jax.data import read_texts
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import atomic_directory, sha256_file, write_json
 
 
 def main(path, config):
-    from llm2vec_gen_jax import LLM2VecGen
+    from llm2vec_gen_jax.bulk import encode_corpus
 
-    config_lib.require(config, "input", "output")
-    output = pathlib.Path(config.output)
-    if output.exists():
-        raise InputError(f"output={output}: exists already. Choose another, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
-    texts = read_texts(config.input, config.field)
-    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
-    encoded = model.encode(
-        texts,
-        prompt=config.instruction,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        normalize_embeddings=config.normalize,
-        show_progress_bar=True,
-        return_soft_prompts=config.save_soft_prompts,
-    )
-    embeddings, soft_prompts = encoded if config.save_soft_prompts else (encoded, None)
-    with atomic_directory(output) as folder:
-        np.save(folder / "embeddings.npy", embeddings)
-        if config.save_soft_prompts:
-            np.save(folder / "soft_prompts.npy", soft_prompts)
-        manifest = {
-            "model": str(path),
-            "backbone": model.backbone.identity,
-            "input": {"file": config.input, "sha256": sha256_file(config.input)},
-            "rows": len(texts),
-            "dimension": model.get_embedding_dimension(),
-            "config": config_lib.to_dict(config),
-        }
-        write_json(folder / "manifest.json", manifest)
-    print(f"written: {output} ({embeddings.shape[0]} x {embeddings.shape[1]})")
+    # Unfinished files are removed on the way out.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        manifest = encode_corpus(path, config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    written = sum(shard["rows"][1] - shard["rows"][0] for shard in manifest["shards"])
+    print(f"written: {config.output} ({written} x {manifest['dimension']})")
 
 
 if __name__ == "__main__":

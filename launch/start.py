@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.download import cache_folder
@@ -74,7 +75,7 @@ def _prepare():
 
 
 def _help(schema, positional):
-    lines = schema.__doc__.strip().splitlines()
+    lines = textwrap.dedent(" " * 4 + schema.__doc__).strip().splitlines()
     name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
     about_command = lines[0].split("`: ", 1)[1]
     first = "[CONFIG]" if positional == "CONFIG" else positional
@@ -89,6 +90,7 @@ def _help(schema, positional):
             "",
             about_command[0].upper() + about_command[1:],
             about,
+            *lines[1:],
             "",
             "keys and their defaults:",
             config_lib.help_text(schema),

@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
-__all__ = ["LLM2VecGen", "InputError"]
+__all__ = ["LLM2VecGen", "InputError", "load_embeddings"]
 
 
 def __getattr__(name):
@@ -19,4 +19,8 @@ def __getattr__(name):
         from llm2vec_gen_jax.errors import InputError
 
         return InputError
+    if name == "load_embeddings":
+        from llm2vec_gen_jax.vectors import load_embeddings
+
+        return load_embeddings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

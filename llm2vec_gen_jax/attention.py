@@ -1,7 +1,8 @@
 """Attention, and the one place that knows who sees whom.
 
 Rows are right-padded. In a causal pass no real token sees the padding, so no mask is needed; a bidirectional pass
-needs the lengths; a pass that continues a cached prefix needs to know which slots of the cache are real.
+needs the lengths; a row that holds several texts needs to know which token is of which; a pass that continues a cached
+prefix needs to know which slots of the cache are real.
 """
 
 import jax
@@ -25,15 +26,18 @@ class Visibility:
 
     causal: a token sees itself and those before it in the pass; otherwise all real tokens of its row.
     lengths_B: real tokens of each row of the pass; needed when not causal.
+    segments_BT: which of several texts of a row each token is of: it sees no other text. None: a row is one text.
     cache_BS: which slots of the KVCache every token of the row sees as well; None without a cache.
     """
 
     causal: bool = struct.field(pytree_node=False)
     lengths_B: jax.Array | None = None
+    segments_BT: jax.Array | None = None
     cache_BS: jax.Array | None = None
 
 
 CAUSAL = Visibility(causal=True)
+_LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # queries that are scored together, and how many such blocks a pass may have
 
 
 def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
@@ -42,22 +46,45 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
     Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
     Queries of padding are defined and unread.
     """
+    T = q_BTNH.shape[1]
+    # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
+    blocked = visibility.causal and cache is None and key is None
+    size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
+    mixed = []
+    for first in range(0, T, size):
+        last = min(first + size, T)
+        end = last if visibility.causal else T
+        seen, queries = _seen(visibility, first, last, end), q_BTNH[:, first:last]
+        mixed.append(_mix(queries, k_BTGH[:, :end], v_BTGH[:, :end], seen, visibility.cache_BS, cache, key, dropout))
+    return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, key, dropout):
+    """`attend` of some queries over the keys that `seen` (broadcastable to B G R T S) allows."""
     B, T, N, H = q_BTNH.shape
-    q_BTGRH, scale = q_BTNH.reshape(B, T, k_BTGH.shape[2], -1, H), H**-0.5
-    if visibility.causal:
-        seen = jnp.tril(jnp.ones((T, T), bool))
-    else:
-        seen = (jnp.arange(T) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
-    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BTGH) * scale, -jnp.inf)
+    q_BTGRH, scale = q_BTNH.reshape(B, T, k_BSGH.shape[2], -1, H), H**-0.5
+    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH) * scale, -jnp.inf)
     if cache is None:
         weights = drop(jax.nn.softmax(scores, axis=-1), key, dropout).astype(q_BTNH.dtype)
-        mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BTGH)
+        mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BSGH)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
-        seen = visibility.cache_BS[:, None, None, None, :]
+        seen = cache_BS[:, None, None, None, :]
         cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH) * scale, -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
         weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
-        mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BTGH)
+        mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BSGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _seen(visibility, first, last, end):
+    """Whether the queries first ... last - 1 see the keys before `end`: bool, broadcastable to (B, G, R, T, S)."""
+    if visibility.causal:
+        seen = jnp.arange(first, last)[:, None] >= jnp.arange(end)
+    else:
+        seen = (jnp.arange(end) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
+    if visibility.segments_BT is None:
+        return seen
+    segments_BT = visibility.segments_BT[:, None, None, :]
+    return seen & (segments_BT[..., first:last, None] == segments_BT[..., None, :end])

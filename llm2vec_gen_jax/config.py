@@ -278,17 +278,42 @@ class RespondConfig:
 
 @dataclasses.dataclass
 class EncodeConfig:
-    """`python -m launch.encode MODEL`: texts to vectors."""
+    """`python -m launch.encode MODEL`: texts to vectors, any number of them.
 
-    input: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz] file")
-    output: str | None = setting(None, "new directory for embeddings.npy and manifest.json")
-    field: str = setting("text", "of the JSONL objects")
+    Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in the order of the input, and at the end
+    OUTPUT/manifest.json: model, input, settings, and the rows and SHA-256 of every file. An interrupted run goes on
+    with the same command and ends with the same bytes; another model, input or setting is refused. Read the vectors
+    with llm2vec_gen_jax.load_embeddings(OUTPUT).
+
+    Processes that share the work (shard.index, shard.count) each write every shard.count-th file, into one folder or
+    folders to be merged, and a manifest of their own, manifest-00000-of-00004.json; nothing is gathered. The files do
+    not depend on the number of processes.
+
+    precision=int8 scales each dimension to the range that it has in the first 1024 texts, kept in OUTPUT/ranges.npy;
+    what is outside is clipped. binary: the signs, packed in bytes.
+    """
+
+    input: str | None = setting(
+        None,
+        ".txt (a text per line), .jsonl, both also .gz, .parquet, .arrow; folders, saved datasets, patterns, several "
+        "with commas; - is standard input",
+    )
+    output: str | None = setting(None, "directory for the vectors and their manifest")
+    field: str = setting("text", "key or column of the text")
+    id_field: str | None = setting(None, "key or column of the id, for format=parquet; else the row number")
+    stdin: str = setting("txt", "what standard input holds", ("txt", "jsonl"))
     instruction: str = setting("", "put before every text, with one space")
-    batch_size: int = setting(32, "texts per batch", least=1)
+    batch_size: int = setting(32, "rows of 256 tokens in a pass; short texts share a row", least=1)
     max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    normalize: bool = setting(False, "to unit length")
-    save_soft_prompts: bool = setting(False, "also write soft_prompts.npy, which `decode` reads")
+    truncate_dim: int | None = setting(None, "keep the first dimensions only", least=1)
+    normalize: bool = setting(False, "to unit length, after truncate_dim")
+    precision: str = setting("float32", "of the numbers", ("float32", "float16", "int8", "binary"))
+    format: str = setting("npy", "of the files; parquet: id and vector", ("npy", "parquet"))
+    shard_size: int = setting(10_000, "rows of a file; this many vectors are in memory at a time", least=1)
+    save_soft_prompts: bool = setting(False, "also write soft_prompts-00000.npy ..., which `decode` reads")
+    warmup: bool = setting(False, "compile every shape before the first text, not when it is first needed")
     dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    shard: ShardConfig = section(ShardConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 

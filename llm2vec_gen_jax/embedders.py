@@ -10,10 +10,10 @@ import numpy as np
 
 from llm2vec_gen_jax import progress, sharding, teacher
 from llm2vec_gen_jax.api import LLM2VecGen
-from llm2vec_gen_jax.encode import batches, ladder
+from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft
-from llm2vec_gen_jax.generate import Sampling, generate
+from llm2vec_gen_jax.generate import Sampling, generate, ladder
 from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone, resolve_adapter
 
 
@@ -54,7 +54,7 @@ class Teacher:
         ids = self.backbone.tokenizer.encode([_join(instruction, text) for text in texts], self.max_length)
         architecture, mesh = self.backbone.architecture, self.backbone.mesh
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
-        for rows, arrays in batches(ids, self.batch_size, mesh, self.show_progress) if ids else ():
+        for rows, arrays in _batches(ids, self.batch_size, mesh, self.show_progress):
             pooled_BD = teacher.mean_pool(architecture, self.frozen, self.causal, *arrays)
             embeddings[rows] = np.asarray(pooled_BD)[: len(rows)]
         return embeddings
@@ -149,6 +149,23 @@ def load(path, config):
         return document, document, identity
     query = Hyde(backbone, document, config.max_new_tokens, **sizes)
     return query, document, identity | {"max_new_tokens": config.max_new_tokens}
+
+
+def _batches(ids, batch_size, mesh, show_progress):
+    """Yields (rows, (ids_BT, lengths_B) on the mesh) of a list of id lists, the longest first.
+
+    rows: which of them the first len(rows) rows of the batch are; the others are empty.
+    """
+    shards = sharding.batch_shards(mesh)
+    height = -(-batch_size // shards) * shards
+    order = np.argsort([-len(row) for row in ids], kind="stable")
+    with progress.bar(len(ids), "text", "encode", enabled=show_progress) as bar:
+        for start in range(0, len(ids), height):
+            rows = order[start : start + height]
+            batch = [ids[row] for row in rows] + [[]] * (height - len(rows))
+            lengths_B = np.array([len(row) for row in batch], np.int32)
+            yield rows, sharding.put_batch((pad(batch, ladder(lengths_B.max())), lengths_B), mesh)
+            bar.update(len(rows))
 
 
 def _identity(config, backbone):

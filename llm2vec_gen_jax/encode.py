@@ -1,54 +1,234 @@
-"""Texts to vectors in jitted batches: sorted by length, padded to a few shapes, order restored."""
+"""Texts to vectors: packed into rows of a few fixed lengths, read and tokenised ahead by a thread, order restored."""
 
+import bisect
+import collections
+import contextlib
+import dataclasses
 import functools
+import queue
+import threading
+from typing import Any
 
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import progress, sharding
-from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax.model import Packed
+
+WINDOW = 8192  # texts that are packed together
+_BASES = (256, 384, 512)  # row lengths for texts that are shorter
+_SHORT = (32, 64, 128)  # of a call that fits one row
+_QUADRATIC = 2048  # in a row this long attention costs about as much as the matrix products (SmolLM2-135M)
+_SHRINK = 4  # batches of n, n/4, n/16, ... rows compile, so that few rows are not padded to n
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model, trainable, frozen, ids_BT, lengths_B):
-    return model.encode(trainable, frozen, ids_BT, lengths_B)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(model, soft_prompts, trainable, frozen, packed):
+    return model.encode_packed(trainable, frozen, packed, soft_prompts)
 
 
-def ladder(length):
-    """The least of 8, 12, 16, 24, 32, 48, 64, ... that is not below `length`: the padded lengths that compile."""
-    step = 8
-    while step < length:
-        if step + step // 2 >= length:
-            return step + step // 2
-        step *= 2
-    return step
+def row_length(length, base):
+    """The row for a text of `length` tokens: `base`, or the least of 256, 320, 384, 448, 512, 640, ... above."""
+    octave = _BASES[0]
+    while 2 * octave < length:
+        octave *= 2
+    return max(-(-length * 4 // octave) * octave // 4, base)
 
 
-def encode_ids(model, trainable, backbone, ids, batch_size, soft_prompts, show_progress):
-    """Returns (embeddings (n, E), soft prompts (n, K, D) or None), float32, of a list of id lists."""
-    K, D = model.num_tokens, model.architecture.hidden_size
-    embeddings = np.zeros((len(ids), model.embedding_size), np.float32)
-    prompts = np.zeros((len(ids), K, D), np.float32) if soft_prompts else None
-    for rows, arrays in batches(ids, batch_size, backbone.mesh, show_progress):
-        embedding_BE, soft_prompts_BKD = _encode(model, trainable, backbone.frozen, *arrays)
-        embeddings[rows] = np.asarray(embedding_BE)[: len(rows)]
-        if soft_prompts:
-            prompts[rows] = np.asarray(soft_prompts_BKD)[: len(rows)]
-    return embeddings, prompts
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One pass: `rows` lists of texts (their numbers), in an array of `height` rows of `width` tokens."""
+
+    height: int
+    width: int
+    rows: list
 
 
-def batches(ids, batch_size, mesh, show_progress):
-    """Yields (rows, (ids_BT, lengths_B) on the mesh) of a list of id lists, the longest first.
+def pack(lengths, base):
+    """Returns rows [(width, texts)]: each text in the row that it fills best, the longest first.
 
-    rows: which of them the first len(rows) rows of the batch are; the others are empty.
+    A text that fits no row opens one of `row_length`.
     """
+    rows, gaps, least = [], [], min(lengths, default=0)
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        at = bisect.bisect_left(gaps, (lengths[text],))
+        if at < len(gaps):
+            free, row = gaps.pop(at)
+        else:
+            free, row = row_length(lengths[text], base), len(rows)
+            rows.append((free, []))
+        rows[row][1].append(text)
+        if free - lengths[text] >= least:
+            bisect.insort(gaps, (free - lengths[text], row))
+    return rows
+
+
+def plan(lengths, batch_size, shards):
+    """Returns the Batches of texts of these lengths (appended tokens included): a pure function of its arguments.
+
+    batch_size: rows of 256 tokens in a pass; fewer of longer ones. shards: devices that split a batch.
+    """
+    total = sum(lengths)
+    if 0 < total <= _SHORT[-1]:
+        width = next(width for width in _SHORT if width >= total)
+        return [Batch(shards, width, [list(range(len(lengths)))])]
+    packings = [pack(lengths, base) for base in _BASES]
+    rows = min(packings, key=lambda rows: sum(width * (1 + width / _QUADRATIC) for width, _ in rows))
+    batches = []
+    for width in sorted({width for width, _ in rows}, reverse=True):
+        waiting = [texts for its_width, texts in rows if its_width == width]
+        for height in heights(width, batch_size, shards):
+            while len(waiting) >= height or (waiting and height == shards):
+                batches.append(Batch(height, width, waiting[:height]))
+                waiting = waiting[height:]
+    return batches
+
+
+def heights(width, batch_size, shards):
+    """The numbers of rows that a pass may have, descending: multiples of `shards`, down to it."""
+    most, found = max(batch_size * _BASES[0] // width // shards, 1), []
+    while most > 1:
+        found.append(most * shards)
+        most //= _SHRINK
+    return [*found, shards]
+
+
+def shapes(max_length, batch_size, shards):
+    """Returns every (rows, tokens) that texts of at most max_length tokens, the appended ones included, can need."""
+    widths = {row_length(length, base) for base in _BASES for length in range(1, max_length + 1)}
+    found = {(height, width) for width in widths for height in heights(width, batch_size, shards)}
+    return sorted(found | {(shards, width) for width in _SHORT})
+
+
+def computed_tokens(batches):
+    """Tokens that the passes of a plan compute, padding included."""
+    return sum(batch.height * batch.width for batch in batches)
+
+
+def arrange(batch, ids, num_thought_tokens, num_appended):
+    """Returns (Packed of a Batch, as numpy; its texts; the row and the slot of each, for indexing results)."""
+    shape = (batch.height, batch.width)
+    ids_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
+    first_BS = np.zeros((batch.height, batch.width // num_appended), np.int32)
+    appended = -1 - np.arange(num_appended)
+    places = []
+    for row, texts in enumerate(batch.rows):
+        start = 0
+        for slot, text in enumerate(texts):
+            end = start + len(ids[text])
+            last = end + num_appended
+            ids_BT[row, start:end] = ids[text]
+            ids_BT[row, end:last] = appended
+            segments_BT[row, start:last] = slot + 1
+            positions_BT[row, start:last] = np.arange(last - start)
+            first_BS[row, slot] = end + num_thought_tokens
+            places.append((text, row, slot))
+            start = last
+    return Packed(ids_BT, segments_BT, positions_BT, first_BS), *np.array(places).T
+
+
+@dataclasses.dataclass
+class _Window:
+    """The results of some texts while they are made. tag: whatever the caller gave with them."""
+
+    tag: Any
+    embeddings: np.ndarray
+    soft_prompts: np.ndarray | None
+
+
+def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts, bar):
+    """Yields (tag, embeddings (n, E), soft prompts (n, K, D) or None), float32, of each (tag, n id lists).
+
+    The next pass is dispatched before the results of the last are fetched, across windows; `windows` is read, and its
+    passes are arranged, by a thread. bar: a tqdm bar, moved by texts.
+    """
+    mesh, K, D = backbone.mesh, model.num_tokens, model.architecture.hidden_size
     shards = sharding.batch_shards(mesh)
-    rows_per_batch = -(-min(batch_size, 1 << (len(ids) - 1).bit_length()) // shards) * shards
-    order = np.argsort([-len(row) for row in ids], kind="stable")
-    with progress.bar(len(ids), "text", "encode", enabled=show_progress) as bar:
-        for start in range(0, len(ids), rows_per_batch):
-            rows = order[start : start + rows_per_batch]
-            batch = [ids[row] for row in rows] + [[]] * (rows_per_batch - len(rows))
-            lengths_B = np.array([len(row) for row in batch], np.int32)
-            yield rows, sharding.put_batch((pad(batch, ladder(lengths_B.max())), lengths_B), mesh)
-            bar.update(len(rows))
+
+    def passes():
+        for tag, ids in windows:
+            embeddings = np.zeros((len(ids), model.embedding_size), np.float32)
+            window = _Window(tag, embeddings, np.zeros((len(ids), K, D), np.float32) if soft_prompts else None)
+            lengths = [len(row) + model.num_appended for row in ids]
+            for batch in plan(lengths, batch_size, shards):
+                packed, *where = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
+                yield window, packed, where
+            yield window, None, None
+
+    def finish(window, result, where, tokens):
+        texts, rows, slots = where
+        window.embeddings[texts] = np.asarray(result[0])[rows, slots]
+        if soft_prompts:
+            window.soft_prompts[texts] = np.asarray(result[1])[rows, slots]
+        bar.update(len(texts))
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
+
+    dispatched, tokens = collections.deque(), 0
+
+    def completed():
+        window, result, *rest = dispatched.popleft()
+        if result is None:
+            yield window.tag, window.embeddings, window.soft_prompts
+        else:
+            finish(window, result, *rest)
+
+    with contextlib.closing(ahead(passes())) as stream:
+        for window, packed, where in stream:
+            if packed is None:
+                dispatched.append((window, None))
+            else:
+                tokens += int(np.count_nonzero(packed.segments_BT))
+                result = _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, mesh))
+                dispatched.append((window, result, where, tokens))
+            while len(dispatched) > 1:
+                yield from completed()
+    while dispatched:
+        yield from completed()
+
+
+def warmup(model, trainable, backbone, max_length, batch_size, soft_prompts):
+    """Compiles every program that texts of up to max_length tokens can need. Returns their number."""
+    shards = sharding.batch_shards(backbone.mesh)
+    needed = shapes(max_length, batch_size, shards)
+    for height, width in needed:
+        packed = Packed(*(np.zeros((height, width), np.int32) for _ in range(3)), None)
+        packed = packed.replace(first_BS=np.zeros((height, width // model.num_appended), np.int32))
+        _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, backbone.mesh))
+    return len(needed)
+
+
+def ahead(iterable, depth=4):
+    """Yields the items of an iterable, which a thread makes up to `depth` ahead. Its exceptions come through."""
+    made, stop, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def make():
+        try:
+            for item in iterable:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    # A daemon: a read of standard input that nobody ends must not keep an interrupted process alive.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=5)  # a thread that is inside native code when Python ends would abort the process

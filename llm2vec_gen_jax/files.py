@@ -124,20 +124,25 @@ def read_lines(path):
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        yield from lines_of(file, path)
+
+
+def lines_of(file, name):
+    """`read_lines` of a file that is open for reading bytes; `name` is for its errors."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                    raw = raw[3:]
-                yield number, raw.decode("utf-8").rstrip("\r\n")
+        for number, raw in enumerate(file, 1):
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw = raw[3:]
+            yield number, raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "
+            f"{name}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "
             "Convert the file, for example with `iconv -t utf-8`"
         ) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{path}, after line {number}: damaged gzip file ({error})") from None
+        raise InputError(f"{name}, after line {number}: damaged gzip file ({error})") from None
 
 
 def read_jsonl(path):
@@ -146,17 +151,21 @@ def read_jsonl(path):
     Raises InputError naming file and line for malformed JSON, and for a line that is not an object.
     """
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise InputError(f"{path}, line {number}: not readable JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
-        yield number, value
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
+
+
+def parse_object(line, where):
+    """Returns the object that a line of JSON is; `where` is for its errors."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 class JsonlAppender:
@@ -201,6 +210,11 @@ class JsonlAppender:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.rows.extend(rows)
+
+    def remove(self):
+        """Removes the file and its sidecar."""
+        self.path.unlink(missing_ok=True)
+        self.sidecar.unlink(missing_ok=True)
 
     def __enter__(self):
         return self

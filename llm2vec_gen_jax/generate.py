@@ -11,7 +11,6 @@ from llm2vec_gen_jax import sharding
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
 from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.encode import ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,3 +134,13 @@ def _nucleus(logits_BV, top_p):
     top_B = probability_BV.max(axis=-1)
     low_B, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top_B), top_B))
     return jnp.where(probability_BV >= low_B[:, None], logits_BV, -jnp.inf)
+
+
+def ladder(length):
+    """The least of 8, 12, 16, 24, 32, 48, 64, ... that is not below `length`: the padded lengths that compile."""
+    step = 8
+    while step < length:
+        if step + step // 2 >= length:
+            return step + step // 2
+        step *= 2
+    return step

@@ -4,12 +4,28 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from llm2vec_gen_jax import lora
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
 from llm2vec_gen_jax.heads import Compressor, init_trainable
+
+
+@struct.dataclass
+class Packed:
+    """Texts packed into rows, each followed by its appended tokens; S is the most texts that fit a row.
+
+    ids_BT: token ids, -1 - m for the appended token m, 0 in padding. segments_BT: the text of its row that a token is
+    of, counted from 1; 0 in padding. positions_BT: a token's place in its text. first_BS: the slot of each text's
+    first compression token; 0 where there is no text.
+    """
+
+    ids_BT: jax.Array
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+    first_BS: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +75,31 @@ class Model:
         offset_BT = jnp.arange(width) - lengths_B[:, None]
         appended_BTD = trainable["tokens"].astype(token_BT.dtype)[jnp.clip(offset_BT, 0, self.num_appended - 1)]
         x_BTD = jnp.where((offset_BT >= 0)[..., None], appended_BTD, token_BT)
-        updates = lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
+        updates = self._updates(trainable)
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL, None, updates, dropout)
         where_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
         return self.heads(trainable, jnp.take_along_axis(hidden_BTD, where_BK[..., None], axis=1))
+
+    def encode_packed(self, trainable, frozen, packed, soft_prompts):
+        """`encode` of several texts in a row, of which none sees another.
+
+        soft_prompts: whether they are wanted; without them the mean is taken before the heads, which is the same,
+        because the heads are affine, and K times cheaper. packed: a Packed.
+        Returns (embedding_BSE, soft_prompts_BSKD or None), float32; unread where there is no text.
+        """
+        token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
+        appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
+        x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
+        visibility = Visibility(causal=True, segments_BT=packed.segments_BT)
+        hidden_BTD, _ = self._run(frozen, x_BTD, packed.positions_BT, visibility, None, self._updates(trainable))
+        (B, S), D = packed.first_BS.shape, hidden_BTD.shape[-1]
+        where_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
+        h_BSKD = jnp.take_along_axis(hidden_BTD, where_BSK.reshape(B, -1, 1), axis=1).reshape(B, S, -1, D)
+        if not soft_prompts:
+            h_BSKD = h_BSKD.astype(jnp.float32).mean(axis=2, keepdims=True)
+        embedding_E, soft_prompts_KD = self.heads(trainable, h_BSKD.reshape(B * S, -1, D))
+        embedding_BSE = embedding_E.reshape(B, S, -1)
+        return embedding_BSE, soft_prompts_KD.reshape(B, S, -1, D) if soft_prompts else None
 
     def prefix(self, frozen, ids_BT, slots):
         """Keys and values of the queries, padded to a fixed number of slots so that later passes have one shape.
@@ -128,6 +165,9 @@ class Model:
 
     def _embed(self, frozen, ids):
         return Backbone(self.architecture).apply({"params": frozen}, ids, method="embed")
+
+    def _updates(self, trainable):
+        return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
 
     def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
         backbone = Backbone(self.architecture)

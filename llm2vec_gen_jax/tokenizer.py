@@ -49,14 +49,17 @@ class Tokenizer:
                 "this tokenizer is not the backbone's"
             )
 
-    def encode(self, texts, max_length):
-        """Returns a list of id lists, each at most max_length long, with the tokenizer's own BOS if it has one."""
+    def encode(self, texts, max_length, first=0):
+        """Returns a list of id lists, each at most max_length long, with the tokenizer's own BOS if it has one.
+
+        first: the number that errors give to texts[0].
+        """
         cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
         try:
             ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
         except TypeError:  # what tokenizers says of text that is not valid Unicode
             bad = next(row for row, text in enumerate(cut) if not text.isascii() and _is_broken(text))
-            raise InputError(f"input {bad} holds half of a surrogate pair, which is no valid text") from None
+            raise InputError(f"input {first + bad} holds half of a surrogate pair, which is no valid text") from None
         for row, text in enumerate(texts):
             if len(cut[row]) < len(text) and len(ids[row]) <= max_length:
                 ids[row] = self.plain.encode(text).ids  # a text of very long tokens (runs of spaces)

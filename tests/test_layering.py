@@ -22,7 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "errors",
     "architecture config files layers progress sharding supervised",
-    "attention checkpoint data download instructions metrics tasks tokenizer",
+    "attention checkpoint corpus data download instructions metrics tasks tokenizer vectors",
     "backbone card heads optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
@@ -31,7 +31,7 @@ FLOORS = (
     "generate teacher unsupervised",
     "export respond train",
     "ablate api synthesize",
-    "embedders train_teacher verify",
+    "bulk embedders train_teacher verify",
     "harness quickstart",
     "evaluate",
 )

@@ -1,0 +1,270 @@
+"""The encode command's work: any number of texts to shards of vectors on disk, resumable, a share for each process."""
+
+import contextlib
+import hashlib
+import itertools
+import pathlib
+import re
+
+import numpy as np
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import progress, vectors
+from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.corpus import Corpus
+from llm2vec_gen_jax.encode import WINDOW
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_json, sha256_file, write_json
+
+CALIBRATION = 1024  # texts whose vectors give the ranges of int8
+
+
+def encode_corpus(path, config):
+    """Writes the vectors of an EncodeConfig with the model at `path`, as its docstring says. Returns the manifest.
+
+    A shard is its texts alone: which texts share a pass, and so every bit of its vectors, follows from their lengths.
+    Raises InputError for bad input, and where the output holds another run, naming the difference.
+    """
+    config_lib.require(config, "input", "output")
+    share = config.shard
+    if not 0 <= share.index < share.count:
+        raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
+    corpus = Corpus(config.input, config.field, config.id_field, config.stdin)
+    output = pathlib.Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
+    files = _Files(output, config)
+    files.check()
+    identity = corpus.identity()
+    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
+    job = _Job(model, corpus, config, files, _run_record(model, identity, config))
+    return job.finished_manifest() or job.run()
+
+
+def _run_record(model, identity, config):
+    """What the bytes of the output follow from; a run is continued only with the same."""
+    settings = config_lib.to_dict(config)
+    for key in ("input", "output", "warmup", "shard"):
+        del settings[key]
+    settings["dtype"] = str(model.backbone.frozen["embedding"].dtype)
+    settings["mesh"] = dict(model.backbone.mesh.shape)
+    return {
+        "model": {"identity": model.identity, "backbone": model.backbone.identity},
+        "input": identity,
+        "config": settings,
+        "shard": config_lib.to_dict(config.shard),
+    }
+
+
+class _Files:
+    """The names of what one share writes into the output folder."""
+
+    def __init__(self, output, config):
+        self.output, self.config = output, config
+        index, count = config.shard.index, config.shard.count
+        suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
+        self.manifest = output / f"manifest{suffix}.json"
+        self.journal = output / f"progress{suffix}.jsonl"
+        self.journal_record = output / f"{self.journal.name}.run.json"
+        self.ranges = output / "ranges.npy"
+
+    def shard(self, number):
+        return self.output / f"embeddings-{number:05}.{self.config.format}"
+
+    def soft_prompts(self, number):
+        return self.output / f"soft_prompts-{number:05}.npy"
+
+    def check(self):
+        """Raises InputError where the output is a file, or a folder that encode did not begin."""
+        ours = re.compile(r"\.?(manifest|progress|embeddings|soft_prompts|ranges)\b")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output={self.output}: exists and is not a folder")
+        if self.output.is_dir() and any(not ours.match(path.name) for path in self.output.iterdir()):
+            raise InputError(f"output={self.output}: exists and holds other files. Choose another, or remove it")
+        for path in self.output.glob("[mp]*.json*"):
+            share = re.match(r"(?:manifest|progress)(?:-\d+-of-(\d+))?\.json", path.name)
+            count = int(share[1] or 1) if share else self.config.shard.count
+            if count != self.config.shard.count:
+                raise InputError(
+                    f"output={self.output}: exists and holds another run (shard.count: {count} -> "
+                    f"{self.config.shard.count}). Repeat its settings to go on with it, or choose another output"
+                )
+
+    def remove_if_empty(self):
+        """Removes the folder when it holds no more than ranges."""
+        if {path.name for path in self.output.iterdir()} <= {self.ranges.name}:
+            self.ranges.unlink(missing_ok=True)
+            self.output.rmdir()
+
+    def remove_torn(self):
+        """Removes what a kill left of this share's unfinished writes."""
+        for path in self.output.glob(".*"):
+            shard = re.match(r"\.(?:embeddings|soft_prompts)-(\d+)\.", path.name)
+            mine = int(shard[1]) % self.config.shard.count == self.config.shard.index if shard else False
+            if mine or path.name.startswith((f".{self.manifest.name}.", f".{self.journal.name}.", ".ranges.")):
+                path.unlink(missing_ok=True)
+
+
+class _Job:
+    """One share of an encode command. record: see _run_record."""
+
+    def __init__(self, model, corpus, config, files, record):
+        self.model, self.corpus, self.config, self.files, self.record = model, corpus, config, files, record
+        self.size, self.share = config.shard_size, config.shard
+        self.limit = model.text_length(config.max_length)
+        if config.truncate_dim is not None and config.truncate_dim > model.get_embedding_dimension():
+            raise InputError(f"truncate_dim={config.truncate_dim}: the vectors have {model.get_embedding_dimension()}")
+
+    def finished_manifest(self):
+        """Returns the manifest of a finished run, or None. Raises InputError when the output is of another run."""
+        files, record = self.files, None
+        if files.manifest.exists():
+            manifest = read_json(files.manifest)
+            record = {key: manifest.get(key) for key in self.record}
+        elif files.journal.exists() and files.journal_record.exists():
+            record = read_json(files.journal_record)
+        if record is not None and (differing := changes(record, self.record)):
+            raise InputError(
+                f"output={files.output}: exists and holds another run ({differing}). Repeat its settings to go on "
+                "with it, choose another output, or remove it"
+            )
+        if not files.manifest.exists():
+            return None
+        if self.corpus.streamed:
+            raise InputError(f"output={files.output}: exists and is complete. Choose another, or remove it")
+        files.journal.unlink(missing_ok=True)  # what a kill at the very end left
+        files.journal_record.unlink(missing_ok=True)
+        files.remove_torn()
+        return manifest
+
+    def run(self):
+        """Encodes what is not there yet; returns the manifest."""
+        with JsonlAppender(self.files.journal, self.record) as journal:
+            self.files.remove_torn()
+            self.done = {row["shard"]: row for row in journal.rows if self._is_whole(row)}
+            try:
+                self._encode(journal)
+                manifest = self._manifest()
+                write_json(self.files.manifest, manifest)
+                journal.remove()
+            finally:
+                if not self.done:  # an error in the first texts leaves nothing behind
+                    journal.remove()
+                    self.files.remove_if_empty()
+        return manifest
+
+    def _is_whole(self, row):
+        return all((self.files.output / file).is_file() for file in (row["file"], row.get("soft_prompts", row["file"])))
+
+    def _mine(self, shard):
+        return shard % self.share.count == self.share.index
+
+    def _encode(self, journal):
+        config = self.config
+        if config.warmup:
+            self.model.warmup(config.batch_size, config.max_length, config.save_soft_prompts)
+        calibrate = config.precision == "int8" and not (self.done and self.files.ranges.exists())
+
+        def wanted(first, count):
+            shards = range(first // self.size, (first + count - 1) // self.size + 1)
+            mine = any(self._mine(shard) and (self.corpus.streamed or shard not in self.done) for shard in shards)
+            return mine or (calibrate and first < CALIBRATION)
+
+        texts, ranges = self.corpus.read(wanted), None
+        if calibrate:
+            head = list(itertools.islice(texts, CALIBRATION))
+            self._write_ranges(head)
+            texts = itertools.chain(head, texts)
+        if config.precision == "int8":
+            ranges = np.load(self.files.ranges, allow_pickle=False)
+        count = self.corpus.count()
+        numbers = range(self.share.index, -(-(count or 0) // self.size), self.share.count)
+        total = count and sum(min(self.size, count - number * self.size) for number in numbers)
+        already = sum(row["rows"][1] - row["rows"][0] for row in self.done.values())
+        parts = []
+        with progress.bar(total, "text", "encode", initial=already) as bar:
+            stream = self.model.encode_windows(self._windows(texts), config.batch_size, config.save_soft_prompts, bar)
+            with contextlib.closing(stream):  # an interruption ends its thread
+                for rows, embeddings, soft_prompts in stream:
+                    embeddings = vectors.finish(embeddings, config.truncate_dim, config.normalize)
+                    if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
+                        self._write(journal, parts)
+                        parts = []
+                    parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts))
+                    if (rows[-1].number + 1) % self.size == 0:
+                        self._write(journal, parts)
+                        parts = []
+            if parts:
+                self._write(journal, parts)
+
+    def _windows(self, texts):
+        """Yields (rows, their ids): consecutive rows of one shard that is to be written."""
+        done, window = {shard: hashlib.sha256() for shard in self.done}, []
+        for row in texts:
+            shard = row.number // self.size
+            if shard in done and self.corpus.streamed:
+                self._compare(done[shard], shard, row)
+            if shard in done or not self._mine(shard):
+                continue
+            if window and (len(window) == WINDOW or window[0].number // self.size != shard):
+                yield window, self._tokenize(window)
+                window = []
+            window.append(row)
+        if window:
+            yield window, self._tokenize(window)
+
+    def _compare(self, digest, shard, row):
+        """Raises InputError where standard input is not what a finished shard was made of."""
+        _update(digest, row)
+        first, end = self.done[shard]["rows"]
+        if row.number >= end or (row.number == end - 1 and digest.hexdigest() != self.done[shard]["texts_sha256"]):
+            raise InputError(
+                f"standard input: texts {first} to {end} are not those that {self.files.output} was begun with. "
+                "Give the same input, or choose another output"
+            )
+
+    def _tokenize(self, rows):
+        return self.model.tokenize([row.text for row in rows], self.config.instruction, self.limit, rows[0].number)
+
+    def _write(self, journal, parts):
+        """Writes a shard and notes it in the journal."""
+        rows = [row for part in parts for row in part[0]]
+        number, digest = rows[0].number // self.size, hashlib.sha256()
+        for row in rows:
+            _update(digest, row)
+        path = self.files.shard(number)
+        with atomic_path(path) as temporary:
+            vectors.write_shard(temporary, [row.id for row in rows], np.concatenate([part[1] for part in parts]))
+        entry = {"shard": number, "file": path.name, "rows": [rows[0].number, rows[-1].number + 1]}
+        entry |= {"sha256": sha256_file(path), "texts_sha256": digest.hexdigest()}
+        if self.config.save_soft_prompts:
+            path = self.files.soft_prompts(number)
+            with atomic_path(path) as temporary:
+                np.save(temporary, np.concatenate([part[2] for part in parts]))
+            entry |= {"soft_prompts": path.name, "soft_prompts_sha256": sha256_file(path)}
+        journal.append([entry])
+        self.done[number] = entry
+
+    def _write_ranges(self, rows):
+        """Writes the int8 ranges (2, E) of the first texts; every share comes to the same."""
+        with progress.bar(len(rows), "text", "int8 ranges") as bar:
+            windows = [(None, self._tokenize(rows))]
+            [(_, embeddings, _)] = self.model.encode_windows(windows, self.config.batch_size, False, bar)
+        ranges = vectors.ranges_of(vectors.finish(embeddings, self.config.truncate_dim, self.config.normalize))
+        with atomic_path(self.files.ranges) as temporary:
+            np.save(temporary, ranges)
+
+    def _manifest(self):
+        shards = [self.done[number] for number in sorted(self.done)]
+        if shards and shards[-1]["rows"][1] > self.corpus.rows:
+            raise InputError(f"input={self.config.input}: has fewer texts than {self.files.output} was begun with")
+        dimension = self.config.truncate_dim or self.model.get_embedding_dimension()
+        manifest = {**self.record, "rows": self.corpus.rows, "dimension": dimension, "shards": shards}
+        if self.config.precision == "int8":
+            manifest["ranges"] = {"file": self.files.ranges.name, "sha256": sha256_file(self.files.ranges)}
+        return manifest
+
+
+def _update(digest, row):
+    """Adds a row to a hash so that no other rows give the same."""
+    text = row.text.encode()
+    digest.update(f"{row.id} {len(text)} ".encode() + text)

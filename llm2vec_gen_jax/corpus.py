@@ -1,0 +1,224 @@
+"""Large inputs: texts out of text, JSONL, Parquet and Arrow files, streamed in one order, any part of them."""
+
+import glob
+import hashlib
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import lines_of, parse_object, read_lines, sha256_file
+
+_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+_PIECE = 1024  # rows of an Arrow table that are in memory
+
+
+class Row(NamedTuple):
+    """A text and where it is: its number in the whole input, from 0, and its id."""
+
+    number: int
+    id: str | int
+    text: str
+
+
+class Corpus:
+    """The texts of an `input=` setting.
+
+    source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
+    Face dataset (save_to_disk) or stands for the files in it. field, id_field: keys of JSON objects, columns of tables.
+    stdin: what `-` holds, "txt" or "jsonl". Files come in the order given, those of a pattern or folder sorted.
+    """
+
+    def __init__(self, source, field="text", id_field=None, stdin="txt"):
+        self.source, self.field, self.id_field, self.stdin = source, field, id_field, stdin
+        self.files = _expand(source)
+        self.streamed = "-" in self.files
+
+    def identity(self):
+        """Returns {"files": names in their order, "sha256": {name: hash}}; standard input has no hash."""
+        return {
+            "files": [str(file) for file in self.files],
+            "sha256": {str(file): _sha256(file) for file in self.files if file != "-"},
+        }
+
+    def count(self):
+        """Returns about how many texts there are (blank lines included), or None where only reading them would tell."""
+        total = 0
+        for file in self.files:
+            if file == "-" or file.suffix == ".gz":
+                return None
+            if file.suffix in (".txt", ".jsonl"):
+                with open(file, "rb") as lines:
+                    total += sum(1 for _ in lines)
+            else:
+                total += sum(length for length, _ in self._pieces(file))
+        return total
+
+    def read(self, wanted=lambda first, count: True):
+        """Yields the Rows for which wanted(row number, 1). What is not wanted is skipped, unparsed.
+
+        wanted(first, count) says whether any of `count` rows from `first` is. Raises InputError naming file and line.
+        """
+        number = 0
+        for file in self.files:
+            suffix = f".{self.stdin}" if file == "-" else file.suffix
+            if suffix == ".gz":
+                suffix = pathlib.Path(file.stem).suffix
+            if suffix in (".txt", ".jsonl"):
+                name = "standard input" if file == "-" else file
+                lines = lines_of(sys.stdin.buffer, name) if file == "-" else read_lines(file)
+                for line_number, line in lines:
+                    if suffix == ".jsonl" and not line.strip():
+                        continue
+                    if wanted(number, 1):
+                        where = f"{name}, line {line_number}"
+                        record = {self.field: line} if suffix == ".txt" else parse_object(line, where)
+                        yield self._row(record, number, where, suffix == ".txt")
+                    number += 1
+            else:
+                start = number
+                for length, records in self._pieces(file):
+                    if wanted(number, length):
+                        for row, record in enumerate(records(), number):
+                            if wanted(row, 1):
+                                yield self._row(record, row, f"{file}, row {row - start}", False)
+                    number += length
+        if number == 0:
+            raise InputError(f"input={self.source}: no texts in it")
+        self.rows = number
+
+    def _row(self, record, number, where, plain):
+        text, id_ = record.get(self.field), number
+        if self.field not in record:
+            raise InputError(f"{where}: no column {self.field!r}{nearest(self.field, record)}. Set field=")
+        if not isinstance(text, str):
+            raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError(f"{where}: {self.field!r} holds half of a surrogate pair, which is no valid text")
+        if self.id_field is not None:
+            if plain:
+                raise InputError(f"{where}: lines of text have no {self.id_field!r}: leave id_field out, or use JSONL")
+            if self.id_field not in record:
+                raise InputError(f"{where}: no column {self.id_field!r}{nearest(self.id_field, record)}. Set id_field=")
+            if not isinstance(record[self.id_field], str | int):
+                raise InputError(f"{where}: {self.id_field!r} must be a string or a whole number")
+            id_ = str(record[self.id_field])
+        return Row(number, id_, text)
+
+    def _pieces(self, file):
+        """Yields (rows, a function that reads them as dicts) of a Parquet or Arrow file or a saved dataset."""
+        import pyarrow
+
+        columns = [self.field] if self.id_field in (None, self.field) else [self.field, self.id_field]
+
+        def guarded(read):
+            try:
+                return read()
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{file}: damaged or not readable ({str(error).splitlines()[0]})") from None
+
+        names, pieces = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
+        if missing := [name for name in columns if name not in names]:
+            key = "field" if missing[0] == self.field else "id_field"
+            raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
+        for length, table in pieces(columns):
+            yield length, lambda table=table: guarded(lambda: table().to_pylist())
+
+
+def _open_parquet(path):
+    """Returns (column names, pieces): pieces(columns) yields (rows, a function that returns their Arrow table)."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+
+    def pieces(columns):
+        for group in range(file.num_row_groups):
+            # A row group may be large, so it is read in pieces, and not at all where none of it is wanted.
+            rows, batches = file.metadata.row_group(group).num_rows, None
+
+            def piece(index, group=group):
+                nonlocal batches
+                if batches is None:
+                    batches = enumerate(file.iter_batches(_PIECE, [group], columns))
+                return next(batch for number, batch in batches if number == index)
+
+            for start in range(0, rows, _PIECE):
+                yield min(_PIECE, rows - start), lambda start=start: piece(start // _PIECE)
+
+    return file.schema_arrow.names, pieces
+
+
+def _open_arrow(path):
+    """`_open_parquet` of a folder that save_to_disk wrote, or of an Arrow file or stream."""
+    if path.is_dir():
+        import datasets
+
+        dataset = datasets.load_from_disk(str(path)).with_format("arrow")
+        names, slice_of = dataset.column_names, lambda start, stop: dataset[start:stop]
+    else:
+        import pyarrow
+
+        source = pyarrow.memory_map(str(path))
+        try:
+            table = pyarrow.ipc.open_file(source).read_all()
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            table = pyarrow.ipc.open_stream(source).read_all()
+        dataset, names, slice_of = table, table.column_names, lambda start, stop: table.slice(start, stop - start)
+
+    def pieces(columns):
+        for start in range(0, len(dataset), _PIECE):
+            stop = min(start + _PIECE, len(dataset))
+            yield stop - start, lambda start=start, stop=stop: slice_of(start, stop).select(columns)
+
+    return names, pieces
+
+
+def _expand(source):
+    """Returns the paths, and "-", of an input setting."""
+    found = []
+    whole = pathlib.Path(source).expanduser().exists()  # a name may hold a comma
+    for part in [source] if whole else source.split(","):
+        path = pathlib.Path(part).expanduser()
+        if part == "-":
+            found.append(part)
+        elif path.is_dir():
+            found += _files_in(path)
+        elif path.exists():
+            found.append(path)
+        else:
+            matches = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True))
+            if not matches:
+                raise InputError(f"{part}: no such file")
+            found += matches
+    for path in found:
+        if path != "-" and not path.is_dir() and not path.name.endswith(_SUFFIXES):
+            raise InputError(f"{path}: cannot be read; supported: {', '.join(_SUFFIXES)}, and saved datasets")
+    if found.count("-") > 1:
+        raise InputError(f"input={source}: standard input (-) can be read once")
+    return found
+
+
+def _files_in(folder):
+    if (folder / "state.json").is_file():
+        return [folder]
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        raise InputError(
+            f"{folder}: holds several splits; name one: {', '.join(str(folder / name) for name in splits)}"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_SUFFIXES))
+    if not files:
+        raise InputError(f"{folder}: no file in it that can be read; supported: {', '.join(_SUFFIXES)}")
+    return files
+
+
+def _sha256(path):
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()

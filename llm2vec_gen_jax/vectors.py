@@ -1,0 +1,126 @@
+"""Finished vectors: truncated, normalised, quantised; the folder of shards that `encode` writes, and its reader."""
+
+import pathlib
+
+import numpy as np
+
+from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import changes, read_json, sha256_file
+
+_SHARED = ("model", "input", "config")  # what the manifests of all shares agree in
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+
+
+def finish(embeddings, truncate_dim, normalize):
+    """Returns embeddings (n, E) cut to their first truncate_dim dimensions, then brought to unit length."""
+    if truncate_dim is not None:
+        if not 1 <= truncate_dim <= embeddings.shape[1]:
+            raise InputError(f"truncate_dim must be within 1 and {embeddings.shape[1]}, found {truncate_dim}")
+        embeddings = embeddings[:, :truncate_dim]
+    return unit(embeddings) if normalize else embeddings
+
+
+def unit(x):
+    """Returns vectors (..., E) of unit length; zero stays zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def ranges_of(embeddings):
+    """Returns (2, E): the least and the largest number of each dimension."""
+    return np.stack([embeddings.min(axis=0), embeddings.max(axis=0)])
+
+
+def quantize(embeddings, precision, ranges=None):
+    """Returns embeddings (n, E) in a precision, by the formulas of sentence-transformers 6.
+
+    float32, float16: as they are. int8, uint8: 255 steps between each dimension's `ranges` (2, E), default those of
+    the embeddings themselves; what is outside is clipped. binary (int8), ubinary (uint8): the signs, packed in bytes.
+    Raises InputError for int8 ranges of a single vector.
+    """
+    if precision in ("float32", "float16"):
+        return embeddings.astype(precision)
+    if precision in ("binary", "ubinary"):
+        packed = np.packbits(embeddings > 0, axis=-1)
+        return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is unknown{nearest(precision, PRECISIONS)}")
+    if len(embeddings) == 0:
+        return embeddings.astype(precision)
+    if ranges is None:
+        if len(embeddings) == 1:
+            raise InputError(f"precision {precision!r} needs more than one text, whose vectors give the ranges")
+        ranges = ranges_of(embeddings)
+    step = (ranges[1] - ranges[0]) / 255
+    levels = np.clip(np.floor((embeddings - ranges[0]) / np.where(step == 0, 1, step)), 0, 255)
+    return (levels - (128 if precision == "int8" else 0)).astype(precision)
+
+
+def load_embeddings(directory, rows=None, verify=False):
+    """Returns the vectors (n, E) of a folder that `python -m launch.encode` wrote, in the order of the input.
+
+    rows: (first, end), to read only these. verify: compare every file read with its checksum in the manifest.
+    A single .npy is mapped, not read; more are copied together. Vectors of int8 keep their numbers: (x + 128) / 255 of
+    the way between the two rows of ranges.npy. Raises InputError for what is missing, incomplete or altered.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    total, shards = _manifests(directory)
+    first, end = (0, total) if rows is None else rows
+    if not 0 <= first <= end <= total:
+        raise InputError(f"{directory}: has rows 0 to {total}, not {first} to {end}")
+    parts = []
+    for shard in shards:
+        low, high = shard["rows"]
+        if high <= first or low >= end:
+            continue
+        path = directory / shard["file"]
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, though the manifest names it")
+        if verify and sha256_file(path) != shard["sha256"]:
+            raise InputError(f"{path}: is not what was written (its checksum differs from the manifest's)")
+        parts.append(_read_shard(path)[max(first - low, 0) : end - low])
+    if not parts:
+        raise InputError(f"{directory}: no vectors in rows {first} to {end}")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _manifests(directory):
+    """Returns (number of rows, shards in their order) of all manifests of a folder."""
+    paths = sorted(directory.glob("manifest*.json"))
+    if not paths:
+        raise InputError(f"{directory}: no manifest.json: not a folder that encode wrote, or encode has not finished")
+    manifests = [read_json(path) for path in paths]
+    count = manifests[0]["shard"]["count"]
+    missing = set(range(count)) - {manifest["shard"]["index"] for manifest in manifests}
+    if missing:
+        raise InputError(f"{directory}: shares {sorted(missing)} of {count} have not finished")
+    for manifest in manifests[1:]:
+        differing = changes({key: manifests[0][key] for key in _SHARED}, {key: manifest[key] for key in _SHARED})
+        if differing:
+            raise InputError(f"{directory}: its shares are of different runs ({differing})")
+    shards = sorted((shard for manifest in manifests for shard in manifest["shards"]), key=lambda shard: shard["rows"])
+    ends = [0, *(shard["rows"][1] for shard in shards)]
+    if [shard["rows"][0] for shard in shards] != ends[:-1] or ends[-1] != manifests[0]["rows"]:
+        raise InputError(f"{directory}: its manifests do not cover rows 0 to {manifests[0]['rows']} once")
+    return ends[-1], shards
+
+
+def _read_shard(path):
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    import pyarrow.parquet
+
+    column = pyarrow.parquet.read_table(path, columns=["vector"])["vector"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def write_shard(path, ids, vectors):
+    """Writes vectors (n, E) to a .npy, or to a .parquet with their ids (strings or integers)."""
+    if path.suffix == ".npy":
+        np.save(path, vectors)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    flat = pyarrow.array(np.ascontiguousarray(vectors).reshape(-1))
+    column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "vector": column}), path)
