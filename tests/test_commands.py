@@ -51,6 +51,7 @@ def command(monkeypatch, capsys, tmp_path):
     def run(name, *words):
         name, *action = name.split()
         monkeypatch.setattr(sys, "argv", [f"launch.{name}", *action, *map(str, words)])
+        monkeypatch.delitem(sys.modules, f"launch.{name}", raising=False)  # run afresh, whoever imported it
         capsys.readouterr()
         code = 0
         try:
