@@ -21,9 +21,8 @@ import jax
 import numpy as np
 
 from benchmarks.train_step import Side, print_row
-from llm2vec_gen_jax import config, directory, sharding
+from llm2vec_gen_jax import config, directory, export, sharding
 from llm2vec_gen_jax.files import read_jsonl
-from llm2vec_gen_jax.formats import hf
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
 from tests import peer
@@ -63,13 +62,11 @@ def read_texts(arguments):
 def write_model(folder):
     """Writes folder/backbone and folder/model, which both packages read."""
     mesh = sharding.make_mesh(config.MeshConfig())
-    source = load_backbone("smollm2-135m", "float32", mesh)
-    stop_ids = source.tokenizer.stop_ids
-    hf.save(folder / "backbone", source.frozen, source.architecture, source.tokenizer, stop_ids)
+    export.save_backbone(load_backbone("smollm2-135m", "float32", mesh), folder / "backbone")
     backbone = load_backbone(str(folder / "backbone"), "float32", mesh)
     model = Model(backbone.architecture, 10, 0, backbone.architecture.hidden_size)
     trainable = model.init(jax.random.key(0), backbone.frozen)
-    directory.save(folder / "model", model, trainable, backbone, {}, [])
+    directory.save(folder / "model", model, trainable, backbone, {})
 
 
 def compare(dtype, folder, arguments):

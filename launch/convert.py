@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 from launch import start
-from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import options
 from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig
 from llm2vec_gen_jax.errors import InputError
 
@@ -12,7 +12,7 @@ from llm2vec_gen_jax.errors import InputError
 def from_pytorch(path, config):
     from llm2vec_gen_jax import LLM2VecGen
 
-    config_lib.require(config, "output")
+    options.require(config, "output")
     _check_new("output", config.output)
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
     embedder.save_pretrained(config.output, backbone=config.backbone)

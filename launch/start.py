@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 
-from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import options
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
 
@@ -41,7 +41,7 @@ def run(schema, command, positional="CONFIG", words=None):
             raise InputError("which model? Give a model directory or hub id first")
         overrides = [word for word in words if "=" in word]
         files = free if positional != "MODEL" else []
-        configs = [config_lib.load(schema, file, overrides) for file in files or [None]]
+        configs = [options.load(schema, file, overrides) for file in files or [None]]
         if positional == "CONFIG..." and not files:
             raise InputError("which configs? Give one or more YAML files first")
         _prepare()
@@ -93,6 +93,6 @@ def _help(schema, positional):
             *lines[1:],
             "",
             "keys and their defaults:",
-            config_lib.help_text(schema),
+            options.help_text(schema),
         ]
     )

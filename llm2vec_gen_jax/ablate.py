@@ -2,7 +2,7 @@
 
 import pathlib
 
-from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import options
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_json
 from llm2vec_gen_jax.metrics import read_metrics
@@ -16,7 +16,7 @@ def ablate(files, configs, show_progress=True):
     """
     folders = []
     for file, config in zip(files, configs, strict=True):
-        config_lib.require(config, "data.responses", "train.output")
+        options.require(config, "data.responses", "train.output")
         folder = pathlib.Path(config.train.output) / pathlib.Path(file).stem
         if folder in folders:
             raise InputError(f"{file}: another file has this name too, and {folder} can only be one run")

@@ -8,8 +8,7 @@ import re
 
 import numpy as np
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import progress, vectors
+from llm2vec_gen_jax import options, progress, vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.encode import WINDOW
@@ -25,7 +24,7 @@ def encode_corpus(path, config):
     A shard is its texts alone: which texts share a pass, and so every bit of its vectors, follows from their lengths.
     Raises InputError for bad input, and where the output holds another run, naming the difference.
     """
-    config_lib.require(config, "input", "output")
+    options.require(config, "input", "output")
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
@@ -42,7 +41,7 @@ def encode_corpus(path, config):
 
 def _run_record(model, identity, config):
     """What the bytes of the output follow from; a run is continued only with the same."""
-    settings = config_lib.to_dict(config)
+    settings = options.to_dict(config)
     for key in ("input", "output", "warmup", "shard"):
         del settings[key]
     settings["dtype"] = str(model.backbone.frozen["embedding"].dtype)
@@ -51,7 +50,7 @@ def _run_record(model, identity, config):
         "model": {"identity": model.identity, "backbone": model.backbone.identity},
         "input": identity,
         "config": settings,
-        "shard": config_lib.to_dict(config.shard),
+        "shard": options.to_dict(config.shard),
     }
 
 

@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import embedders, instructions, tasks
+from llm2vec_gen_jax import embedders, instructions, options, tasks
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, exclusive, read_json, write_json
 
@@ -35,7 +34,7 @@ def evaluate(path, config):
     A finished task is not repeated; another model or other settings in the same output raise InputError. Beside
     results.json, run.json has what they were made with.
     """
-    config_lib.require(config, "tasks", "output")
+    options.require(config, "tasks", "output")
     jobs = resolve(config)
     output = pathlib.Path(config.output)
     output.mkdir(parents=True, exist_ok=True)

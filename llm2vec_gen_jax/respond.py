@@ -4,8 +4,7 @@ import pathlib
 
 import numpy as np
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, progress, sharding
+from llm2vec_gen_jax import data, options, progress, sharding
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import JsonlAppender, fingerprint
 from llm2vec_gen_jax.generate import Sampling, ended, generate
@@ -35,7 +34,7 @@ def respond(config, backbone=None):
     One line {id, question, answer, finish} per query, longest prompts first; finish is "stop", or "length" for a
     response cut at max_new_tokens. Every query is answered once, however often the run is killed and repeated.
     """
-    config_lib.require(config, "input", "output")
+    options.require(config, "input", "output")
     path = shard_path(config.output, config.shard)
     records = data.read_records(config.input, ("question",), limit=config.limit)
     for number, record in enumerate(records):

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import progress
+from llm2vec_gen_jax import options, progress
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import JsonlAppender
 from llm2vec_gen_jax.generate import Sampling, ended, generate
@@ -19,7 +18,7 @@ def synthesize(config, backbone=None):
     Sample i depends on (backbone, seed, i) alone. Samples that did not end by themselves, are too short, or were
     written before are left out. Raises InputError for bad settings.
     """
-    config_lib.require(config, "output")
+    options.require(config, "output")
     path = shard_path(config.output, config.shard)
     backbone = backbone or open_backbone(config)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)

@@ -7,8 +7,7 @@ import shutil
 
 import jax
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, directory, losses, optim, sharding, supervised, teacher
+from llm2vec_gen_jax import data, directory, losses, optim, options, sharding, supervised, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes
 from llm2vec_gen_jax.layers import Dropout
@@ -37,7 +36,7 @@ def train(config, show_progress=True, backbone=None):
 
     Raises InputError for bad configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
-    config_lib.require(config, "data.responses", "train.output")
+    options.require(config, "data.responses", "train.output")
     output = pathlib.Path(config.train.output)
     resuming = claim(output, config)
     final = output / "model"
@@ -49,7 +48,7 @@ def train(config, show_progress=True, backbone=None):
     if len(examples) < len(records):
         print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty")
     if config.teacher.kind == "file":
-        config_lib.require(config, "teacher.path")
+        options.require(config, "teacher.path")
         if "negative_target" in supervised.targets(config.loss):
             raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
         examples.target = teacher.read_targets(config.teacher.path, len(records), examples.row)
@@ -70,7 +69,7 @@ def train(config, show_progress=True, backbone=None):
     # A run that was killed after its last step has logged everything and only lacks the directory.
     last = run.last_record or read_metrics(output)[-1]
     extra = {
-        "config": config_lib.to_dict(config),
+        "config": options.to_dict(config),
         "data": {"responses": config.data.responses, "examples": len(examples), "digest": examples.digest},
         # Not the speed: equal runs leave equal directories.
         "metrics": {name: value for name, value in last.items() if name != "tokens_per_second"},

@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, lora, optim, sharding, unsupervised
+from llm2vec_gen_jax import data, lora, optim, options, sharding, unsupervised
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.layers import Dropout
@@ -23,7 +23,7 @@ def train_teacher(config, show_progress=True):
     Each stage is a run of its own in STAGE-run/, and leaves a PEFT folder STAGE/. Raises InputError for bad
     configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
-    config_lib.require(config, "train.output")
+    options.require(config, "train.output")
     output = pathlib.Path(config.train.output)
     claim(output, config)
     backbone = open_backbone(config)

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, optim, progress, sharding
+from llm2vec_gen_jax import data, optim, options, progress, sharding
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
@@ -65,7 +64,7 @@ def claim(output, config, free=FREE_KEYS):
         old = _config_of(output, type(config))
         if config.train.overwrite:
             shutil.rmtree(output)
-        elif differing := changes(_fixed(config_lib.to_dict(old), free), _fixed(config_lib.to_dict(config), free)):
+        elif differing := changes(_fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)):
             # A run that failed before its first step, often on what is now put right, left its config only.
             if any(path.name != "config.yaml" for path in output.iterdir()):
                 raise InputError(
@@ -74,15 +73,15 @@ def claim(output, config, free=FREE_KEYS):
                 )
         else:
             resuming = True
-    write_text(output / "config.yaml", config_lib.to_yaml(config))
+    write_text(output / "config.yaml", options.to_yaml(config))
     return resuming
 
 
 def _config_of(output, schema):
     """Returns the config of a run directory. Raises InputError when the directory is anything else."""
     try:
-        found = config_lib.load(schema, output / "config.yaml")
-        config_lib.require(found, "train.output")  # what every run's config has
+        found = options.load(schema, output / "config.yaml")
+        options.require(found, "train.output")  # what every run's config has
     except InputError as error:
         raise InputError(
             f"train.output={output}: exists and is not a run directory; it is left as it is. Choose another ({error})"

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from llm2vec_gen_jax import config
+from llm2vec_gen_jax import config, options
 from llm2vec_gen_jax.ablate import ablate, table
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
@@ -32,7 +32,7 @@ def run(tmp_path, tiny_folder, monkeypatch):
 
     def start(*files, steps=2):
         more = [*words, f"train.steps={steps}", "train.batch_size=8"]
-        configs = [config.load(config.AblateConfig, file, more) for file in files]
+        configs = [options.load(config.AblateConfig, file, more) for file in files]
         return [line.split() for line in ablate(files, configs, show_progress=False).splitlines()]
 
     return start
@@ -73,7 +73,7 @@ def test_the_papers_ablations_differ_and_open_with_their_command():
     files = [*ABLATIONS, ABLATIONS[0].parent.parent / "qwen3-4b.yaml"]
     same = {}
     for file in files:
-        same.setdefault(config.to_yaml(config.load(config.TrainConfig, file)), []).append(file.stem)
+        same.setdefault(options.to_yaml(options.load(config.TrainConfig, file)), []).append(file.stem)
     expected = [["responses-self", "teacher-self", "tokens-10", "qwen3-4b"], ["thoughts-0", "tokens-20"]]
     assert [names for names in same.values() if len(names) > 1] == expected
     for file in ABLATIONS:

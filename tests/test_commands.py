@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import LLM2VecGen, config, directory, files, heads, load_embeddings
+from llm2vec_gen_jax import LLM2VecGen, config, directory, files, heads, load_embeddings, options
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
@@ -112,7 +112,7 @@ def test_help_says_what_the_command_does_and_lists_every_key(command, name):
     about = schema.__doc__.splitlines()[0].split("`: ", 1)[1]
     assert code == 0
     assert f"usage: python -m launch.{name} " in out and about[1:] in out
-    assert config.help_text(schema) in out
+    assert options.help_text(schema) in out
     assert command(name, "-h", "nonsense=1")[:2] == (0, out)
 
 
@@ -129,7 +129,7 @@ def check_error(result, *expected):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_misspelt_key_is_named_with_the_nearest(command, name):
-    key = config.help_text(schema_of(name)).split("=")[0].strip()
+    key = options.help_text(schema_of(name)).split("=")[0].strip()
     model = ["MODEL"] if "MODEL" in schema_of(name).__doc__ else []
     check_error(command(name, *model, f"{key}x=1"), f"unknown key {key}x", f"did you mean {key!r}")
     expected = "more: no such config file" if name == "ablate" else "expected one"
@@ -289,7 +289,7 @@ def test_a_real_process_says_the_same(talker_folder, tmp_path, launch):
     check_error((bad.returncode, out, errors), *expected)
     assert errors.count("\n") == 1
     out, errors = good.communicate(timeout=60)
-    assert (good.returncode, errors) == (0, "") and config.help_text(config.RespondConfig) in out
+    assert (good.returncode, errors) == (0, "") and options.help_text(config.RespondConfig) in out
 
 
 # Responses and queries
@@ -485,8 +485,8 @@ def test_a_text_has_the_same_vector_in_any_batch(model, others):
 
 
 def test_an_empty_list_gives_an_empty_array(model):
-    for options, width in (({}, E), ({"truncate_dim": 5}, 5), ({"normalize_embeddings": True}, E)):
-        found = model.encode([], **options)
+    for keywords, width in (({}, E), ({"truncate_dim": 5}, 5), ({"normalize_embeddings": True}, E)):
+        found = model.encode([], **keywords)
         assert (found.shape, found.dtype) == ((0, width), np.float32)
     embeddings, prompts = model.encode([], return_soft_prompts=True)
     assert (embeddings.shape, prompts.shape) == ((0, E), (0, K, 32))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config
+from llm2vec_gen_jax import config, options
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TrainConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.train import train
@@ -43,7 +43,7 @@ def leaves(value, prefix=""):
 def load_yaml(folder, text, schema=TrainConfig):
     file = folder / "config.yaml"
     file.write_text(text, encoding="utf-8")
-    return config.load(schema, file)
+    return options.load(schema, file)
 
 
 # The files of configs/
@@ -56,7 +56,7 @@ def test_there_are_config_files():
 @pytest.mark.parametrize("schema", [TrainConfig, RespondConfig, SynthesizeConfig])
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_file_serves_every_command(file, schema):
-    loaded = leaves(config.load(schema, file))
+    loaded = leaves(options.load(schema, file))
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert loaded["backbone.path"] == given["backbone"]["path"]
     if schema is TrainConfig:
@@ -111,7 +111,7 @@ def test_a_command_checks_the_recipe_keys_that_it_does_not_use(tmp_path):
 )
 def test_an_unknown_key_of_the_command_line_is_named_with_the_nearest(word, expected):
     with pytest.raises(InputError, match=expected):
-        config.load(TrainConfig, None, [word])
+        options.load(TrainConfig, None, [word])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_wrong_value_of_a_file_is_named(tmp_path, key, value):
 )
 def test_a_wrong_value_of_the_command_line_is_named(word):
     with pytest.raises(InputError, match=word.partition("=")[0]):
-        config.load(TrainConfig, None, [word])
+        options.load(TrainConfig, None, [word])
 
 
 @pytest.mark.parametrize("schema", [schema for schema in SCHEMAS if schema is not config.VerifyConfig])
@@ -169,7 +169,7 @@ def test_an_unknown_choice_is_named_with_the_nearest(schema):
     fields = [key for key in leaves(schema()) if key.endswith("dtype")]
     for key in fields:
         with pytest.raises(InputError, match=f"{key}=flaot32.*'float32'"):
-            config.load(schema, None, [f"{key}=flaot32"])
+            options.load(schema, None, [f"{key}=flaot32"])
     assert fields
 
 
@@ -182,7 +182,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(InputError, match=str(path)):
-            config.load(TrainConfig, path)
+            options.load(TrainConfig, path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "train:\n", "train:\n  # steps: 3\n"])
@@ -194,18 +194,18 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
     file = tmp_path / "config.yaml"
     file.write_text("train: {steps: 3, batch_size: 5}\noptimizer: {learning_rate: 1e-3}")
     words = ["train.steps=7", "teacher.adapters=a/b,c", "data.shuffle=false", "train.output=null"]
-    loaded = config.load(TrainConfig, file, words)
+    loaded = options.load(TrainConfig, file, words)
     assert (loaded.train.steps, loaded.train.batch_size, loaded.train.seed) == (7, 5, TrainConfig().train.seed)
     assert loaded.optimizer.learning_rate == 1e-3
     assert loaded.teacher.adapters == ["a/b", "c"]
     assert (loaded.data.shuffle, loaded.train.output) == (False, None)
-    assert config.load(TrainConfig, None, ["teacher.adapters=[a, 'b,c']"]).teacher.adapters == ["a", "b,c"]
+    assert options.load(TrainConfig, None, ["teacher.adapters=[a, 'b,c']"]).teacher.adapters == ["a", "b,c"]
 
 
 def test_require_names_the_key_and_what_it_is():
     with pytest.raises(InputError, match="train.output is needed.*run directory"):
-        config.require(TrainConfig(), "backbone.path", "train.output")
-    config.require(TrainConfig(), "backbone.path")
+        options.require(TrainConfig(), "backbone.path", "train.output")
+    options.require(TrainConfig(), "backbone.path")
 
 
 # Text
@@ -213,7 +213,7 @@ def test_require_names_the_key_and_what_it_is():
 
 @hypothesis.given(TEXT)
 def test_text_of_the_command_line_is_verbatim(text):
-    assert config.load(TrainConfig, None, [f"backbone.path={text}"]).backbone.path == text
+    assert options.load(TrainConfig, None, [f"backbone.path={text}"]).backbone.path == text
 
 
 @hypothesis.given(st.lists(YAML_TEXT, min_size=4, max_size=4), st.lists(YAML_TEXT), st.floats(0, 1e300), st.integers(0))
@@ -223,7 +223,7 @@ def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number,
     written.backbone.path, written.data.responses, written.data.answer_suffix, written.train.output = texts
     written.teacher.adapters = adapters
     written.optimizer.learning_rate, written.train.seed = number, count
-    assert load_yaml(tmp_path, config.to_yaml(written)) == written
+    assert load_yaml(tmp_path, options.to_yaml(written)) == written
 
 
 # Help
@@ -231,7 +231,7 @@ def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number,
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_help_lists_every_key_with_its_default(schema):
-    lines = {line.split("=")[0].strip(): line for line in config.help_text(schema).splitlines()}
+    lines = {line.split("=")[0].strip(): line for line in options.help_text(schema).splitlines()}
     expected = leaves(schema())
     assert set(lines) == set(expected)
     for key, value in expected.items():
@@ -254,7 +254,7 @@ def keys_read(monkeypatch):
         def attribute(self, name):
             if name in names:
                 module = sys._getframe(1).f_globals["__name__"]
-                if module.startswith("llm2vec_gen_jax.") and module != "llm2vec_gen_jax.config":
+                if module.startswith("llm2vec_gen_jax.") and module != "llm2vec_gen_jax.options":
                     seen.add((cls, name))
             return read(self, name)
 
@@ -284,11 +284,11 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
         *(f"loss.{name}=1" for name in ("repeat", "negative", "margin", "contrastive")),
     ]
     for more in ([], file_teacher, supervised):
-        train(config.load(TrainConfig, None, [*words, *more]), False)
+        train(options.load(TrainConfig, None, [*words, *more]), False)
     (tmp_path / "empty").mkdir()
     embedder = ["train.overwrite=true", "teacher.kind=sentence_transformers", f"teacher.path={tmp_path / 'empty'}"]
     with pytest.raises(InputError, match="sentence.transformers"):
-        train(config.load(TrainConfig, None, [*words, *embedder]), False)
+        train(options.load(TrainConfig, None, [*words, *embedder]), False)
     declared = {
         (section.type, field.name)
         for section in dataclasses.fields(TrainConfig)

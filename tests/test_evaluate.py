@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm2vec_gen_jax import LLM2VecGen, config, directory, embedders, evaluate, files, instructions, tasks
+from llm2vec_gen_jax import LLM2VecGen, directory, embedders, evaluate, files, instructions, options, tasks
 from llm2vec_gen_jax.config import EvaluateConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.generate import Sampling, generate
@@ -87,7 +87,7 @@ def model_folder(model, tmp_path_factory):
 
 
 def run(model, tasks, output, *words):
-    loaded = config.load(EvaluateConfig, None, [f"tasks={tasks}", f"output={output}", "dtype=float32", *words])
+    loaded = options.load(EvaluateConfig, None, [f"tasks={tasks}", f"output={output}", "dtype=float32", *words])
     return evaluate.evaluate(str(model), loaded)
 
 

@@ -22,6 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "errors",
     "architecture config files layers progress sharding supervised",
+    "options",
     "attention checkpoint corpus data download instructions metrics tasks tokenizer vectors",
     "backbone card heads optim",
     "formats.torchzip formats.weights lora",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, losses, sharding, supervised
+from llm2vec_gen_jax import config, data, losses, options, sharding, supervised
 from llm2vec_gen_jax.config import LossConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.layers import Dropout
@@ -310,7 +310,7 @@ def run(tmp_path, tiny, tiny_folder, name, *words, devices=1, records=RECORDS):
         *words,
     )
     backbone = tiny("qwen3") if devices == 1 else None
-    train(config.load(config.TrainConfig, None, words), False, backbone)
+    train(options.load(config.TrainConfig, None, words), False, backbone)
     return read_metrics(tmp_path / name)
 
 

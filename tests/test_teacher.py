@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from llm2vec_gen_jax import LLM2VecGen, config, teacher
+from llm2vec_gen_jax import LLM2VecGen, config, options, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft, weights
 from llm2vec_gen_jax.loading import load_backbone
@@ -67,7 +67,7 @@ def pooled(model, ids, causal):
 
 
 def settings_of(tiny_folder, *words):
-    return config.load(config.TrainConfig, None, [f"backbone.path={tiny_folder(FAMILY)}", *words])
+    return options.load(config.TrainConfig, None, [f"backbone.path={tiny_folder(FAMILY)}", *words])
 
 
 def targets(backbone, tiny_folder, responses, *words, answers=ANSWERS):
@@ -468,7 +468,7 @@ def test_training_takes_the_width_of_its_embedder(minilm, tiny, tiny_folder, tmp
         "train.steps=2",
         "train.batch_size=8",
     ]
-    model = train(config.load(config.TrainConfig, None, words), False, tiny(FAMILY))
+    model = train(options.load(config.TrainConfig, None, words), False, tiny(FAMILY))
     assert LLM2VecGen.from_pretrained(model, mesh=one_device_mesh()).encode(["a"]).shape == (1, 384)
     # The heads start near zero, and unit vectors of 384 numbers have a mean square of 1 / 384.
     assert read_metrics(tmp_path / "run")[0]["alignment_loss"] > 1e-3

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, sharding
+from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, options, sharding
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
@@ -58,7 +58,7 @@ def run(tiny_folder, tiny):
 
     def start(*words, backbone=None):
         words = (f"backbone.path={tiny_folder('qwen3')}", *COMMON, *words)
-        settings = config.load(config.TrainConfig, None, words)
+        settings = options.load(config.TrainConfig, None, words)
         train(settings, show_progress=False, backbone=backbone or tiny("qwen3"))
         return pathlib.Path(settings.train.output).absolute()
 
@@ -221,7 +221,7 @@ def test_metrics_and_config_are_what_the_contract_says(place, run):
         assert 0 <= row["padding_fraction"] < 1 and row["tokens_per_second"] > 0
     schedule = optim.make_schedule(config.OptimizerConfig(schedule_steps=10, warmup_steps=2))
     assert [row["learning_rate"] for row in rows] == [float(schedule(row["step"] - 1)) for row in rows]
-    resolved = config.load(config.TrainConfig, folder / "config.yaml")
+    resolved = options.load(config.TrainConfig, folder / "config.yaml")
     assert (resolved.train.steps, resolved.optimizer.schedule_steps, resolved.data.shuffle) == (5, 10, False)
     assert list((folder / "tensorboard").iterdir())
 

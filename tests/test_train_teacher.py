@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from llm2vec_gen_jax import config, lora, unsupervised
+from llm2vec_gen_jax import config, lora, options, unsupervised
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.layers import Dropout
@@ -177,7 +177,7 @@ def place(tmp_path, monkeypatch):
 
 def run(tiny_folder, *words):
     words = (f"backbone.path={tiny_folder('qwen3')}", *WORDS, *words)
-    return train_teacher(config.load(config.TeacherTrainConfig, None, words), False)
+    return train_teacher(options.load(config.TeacherTrainConfig, None, words), False)
 
 
 def test_the_adapters_load_in_peft_with_the_same_vectors(place, tiny, tiny_folder):
@@ -245,7 +245,7 @@ def test_without_a_corpus_the_backbone_writes_it(place, smollm2):
     """The real backbone, a handful of responses: what it writes is what it is trained on."""
     words = ("corpus.queries=8", "corpus.max_new_tokens=24", "mntp.steps=1", "mntp.batch_size=8", "mntp.max_length=16")
     words += ("simcse.steps=1", "simcse.batch_size=8", "train.output=own", "train.adapter_dtype=bfloat16")
-    train_teacher(config.load(config.TeacherTrainConfig, None, words), False)
+    train_teacher(options.load(config.TeacherTrainConfig, None, words), False)
     assert len((place / "own" / "responses.jsonl").read_text().splitlines()) == 8
     size = (place / "own" / "simcse" / "adapter_model.safetensors").stat().st_size
     assert size < 11e6
