@@ -1,0 +1,199 @@
+"""From a YAML file and `key=value` words to a config, checked against its schema (config.py).
+
+A YAML file (configs/) holds what differs from the defaults and serves every command; the command line overrides
+it with `section.key=value`. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
+"""
+
+import dataclasses
+import math
+import re
+import typing
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+
+from llm2vec_gen_jax.config import TrainConfig
+from llm2vec_gen_jax.errors import InputError, nearest
+
+
+def load(schema, file=None, overrides=()):
+    """Returns an instance of the dataclass `schema`: its defaults, then the YAML `file`, then `key=value` strings.
+
+    A file may hold every key of the recipe (TrainConfig); those that this command does not use are checked, then
+    left out. Raises InputError that names the file, the key and the nearest known key.
+    """
+    config = OmegaConf.structured(schema)
+    if file is not None:
+        values = _read_yaml(file)
+        recipe = {key: values[key] for key in values if key not in _keys(schema) and key in _keys(TrainConfig)}
+        _check(OmegaConf.to_object(_merge(OmegaConf.structured(TrainConfig), recipe, file)))
+        config = _merge(config, {key: values[key] for key in values if key not in recipe}, file)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
+        config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
+    instance = OmegaConf.to_object(config)
+    _check(instance)
+    return instance
+
+
+def require(config, *keys):
+    """Raises InputError unless every dotted key of `config` has a value."""
+    for key in keys:
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is None:
+            raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
+
+
+def to_dict(config):
+    """Returns the config as nested plain dicts."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config):
+    """Returns the config as YAML, every key with its value."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def help_text(schema):
+    """Returns one line per key: name, default, help and choices."""
+    defaults, lines = schema(), []
+    for key in _leaves(schema):
+        value = defaults
+        for part in key.split("."):
+            value = getattr(value, part)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        choices = _field_of(schema, key).metadata["choices"]
+        described = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
+        lines.append(f"  {key + '=' + shown:<44} {described}")
+    return "\n".join(lines)
+
+
+def _read_yaml(file):
+    try:
+        with open(file, encoding="utf-8") as handle:
+            values = yaml.safe_load(handle)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such config file") from None
+    except OSError as error:
+        raise InputError(f"{file}: not a readable config file ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({error})") from None
+    if not isinstance(values or {}, dict):
+        raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
+    return values or {}
+
+
+def _merge(config, values, source):
+    values = _known(OmegaConf.get_type(config), values, source)
+    try:
+        # create() parses numbers as OmegaConf does (1e-3 is a float), not as YAML 1.1 does (a string).
+        return OmegaConf.merge(config, OmegaConf.create(values))
+    except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise InputError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _known(schema, values, source, prefix=""):
+    """Returns nested values ready for OmegaConf. Raises InputError for what is not of the schema."""
+    known = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        field = next((field for field in dataclasses.fields(schema) if field.name == key), None)
+        if field is None:
+            raise InputError(f"{source}: unknown key {name}{_nearest_key(schema, str(key), prefix)}")
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value or {}, dict):
+                raise InputError(f"{source}: {name} is a section of keys ({', '.join(_keys(field.type))})")
+            known[key] = _known(field.type, value or {}, source, f"{name}.")
+        elif isinstance(value, bool) and field.type is not bool:
+            raise InputError(f"{source}: {name}: YAML takes this for {str(value).lower()}. Put text in quotes")
+        elif "???" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
+        elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
+            raise InputError(f"{source}: {name}: expected a list of text, found {value!r}")
+        elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
+            raise InputError(f"{source}: {name}: expected a single value, found {value!r}")
+        else:
+            known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
+    return known
+
+
+def _literal(value):
+    """Escapes a string for OmegaConf, to which ${...} is an interpolation; to us it is text like any other."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _is_list_of_text(value):
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _nearest_key(schema, key, prefix=""):
+    sections = [field.name for field in dataclasses.fields(schema) if dataclasses.is_dataclass(field.type)]
+    if key in sections:
+        return f": it is a section; its keys are {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
+    if key in _leaves(schema):
+        return f": write {key.rpartition('.')[2]} below `{key.rpartition('.')[0]}:`"
+    return nearest(prefix + key, [prefix + leaf for leaf in _leaves(schema)] + [prefix + name for name in sections])
+
+
+def _keys(schema):
+    return [field.name for field in dataclasses.fields(schema)]
+
+
+def _leaves(schema, prefix=""):
+    names = []
+    for field in dataclasses.fields(schema):
+        inner = dataclasses.is_dataclass(field.type)
+        names += _leaves(field.type, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+    return names
+
+
+def _field_of(schema, key):
+    *parents, name = key.split(".")
+    for parent in parents:
+        schema = next(field.type for field in dataclasses.fields(schema) if field.name == parent)
+    return next(field for field in dataclasses.fields(schema) if field.name == name)
+
+
+def _help_of(schema, key):
+    return _field_of(schema, key).metadata["help"]
+
+
+def _value(schema, key, text):
+    """Turns a command-line value into what its field expects; strings are taken as they are."""
+    if key not in _leaves(schema):
+        raise InputError(f"command line: unknown key {key}{_nearest_key(schema, key)}")
+    kind = _field_of(schema, key).type
+    if typing.get_origin(kind) is list:
+        return _list_value(key, text) if text.startswith("[") else [part for part in text.split(",") if part]
+    return None if text in ("null", "None") and type(None) in typing.get_args(kind) else text
+
+
+def _list_value(key, text):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"command line: {key}={text}: not a list. Write a,b or [a, b]") from None
+
+
+def _nest(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check(instance, prefix=""):
+    """Raises InputError for an unknown choice and for a number that makes no sense."""
+    for field in dataclasses.fields(instance):
+        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{name}.")
+        elif field.metadata["choices"] and value not in field.metadata["choices"]:
+            raise InputError(f"{name}={value}: unknown{nearest(value, field.metadata['choices'])}")
+        elif isinstance(value, (int, float)) and not field.metadata["least"] <= value < math.inf:
+            raise InputError(f"{name}={value}: must be a number, at least {field.metadata['least']}")
