@@ -34,14 +34,14 @@ def run(schema, command, positional="CONFIG", words=None):
         print(_help(schema, positional))
         return
     try:
-        free = [word for word in words if "=" not in word]
+        paired = [word for word in words if "=" in word and not os.path.exists(word)]  # a path may hold a =
+        free = [word for word in words if word not in paired]
         if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
             raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
         if positional == "MODEL" and not free:
             raise InputError("which model? Give a model directory or hub id first")
-        overrides = [word for word in words if "=" in word]
         files = free if positional != "MODEL" else []
-        configs = [options.load(schema, file, overrides) for file in files or [None]]
+        configs = [options.load(schema, file, paired) for file in files or [None]]
         if positional == "CONFIG..." and not files:
             raise InputError("which configs? Give one or more YAML files first")
         _prepare()

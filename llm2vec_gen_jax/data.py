@@ -14,14 +14,17 @@ from llm2vec_gen_jax.files import read_jsonl
 _MULTIPLE = 8  # padded lengths are multiples of this
 
 
-def read_records(source, columns, split="train", limit=None):
+def read_records(source, columns, split="train", limit=None, key="input"):
     """Returns a list of dicts with the string `columns` (and `id`, when there is one) of a JSONL[.gz] file or a
     Hugging Face dataset.
 
+    key: the setting that names the source, for errors.
     Raises InputError naming file, line and column for a missing column, a value that is no string, or no rows.
     """
     path = pathlib.Path(source).expanduser()
-    if path.exists() or path.suffix in (".jsonl", ".gz", ".json"):
+    if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
+        raise InputError(f"{key}={source}: no such file")
+    if path.exists():
         rows = ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
     else:
         rows = ((f"{source}, row {number}", row) for number, row in enumerate(_hub_dataset(source, split)))

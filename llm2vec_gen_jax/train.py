@@ -41,7 +41,9 @@ def train(config, show_progress=True, backbone=None):
     resuming = claim(output, config)
     final = output / "model"
     mesh = sharding.make_mesh(config.mesh)
-    records = data.read_records(config.data.responses, supervised.columns(config.loss), config.data.split)
+    records = data.read_records(
+        config.data.responses, supervised.columns(config.loss), config.data.split, key="data.responses"
+    )
     backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh)
     extra = supervised.texts(config.loss)
     examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)

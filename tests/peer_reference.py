@@ -17,6 +17,7 @@ OUT.npz (K compression tokens are read, N are trained; heads in torch's orientat
     embeddings (n,E), soft_prompts (n,K,D), input_ids (n,T), attention_mask (n,T): left-padded
     batch_*: what the collator made of the pairs; reconstruction_loss, alignment_loss ()
     grad_tokens (N,D) in the order of the special tokens, grad_{reconstruction,alignment}_{weight,bias}
+    lora:KEY: the gradient of each LoRA matrix, by its name in the adapter's file
     trajectory, trajectory_{reconstruction,alignment,grad_norm,learning_rate} (steps,): the losses, the norm
         before clipping and the learning rate of each AdamW step, all taken before its update
     decoded_ids (n_decode, max_new_tokens): -1 after the first end token
@@ -91,7 +92,7 @@ def decode(model, request):
 
 
 def unfreeze(model):
-    """Leave the compression-token rows and the two heads trainable, and nothing else: loading froze the rows.
+    """Leave the compression-token rows, the two heads and any LoRA trainable, and nothing else: loading froze them.
 
     Returns the parameter of the rows, and its row numbers in the order of the special tokens.
     """
@@ -102,8 +103,16 @@ def unfreeze(model):
     rows.requires_grad_(True)
     model.model.reconstruction_mlp.requires_grad_(True)
     model.model.alignment_mlp.requires_grad_(True)
+    for _, matrix in lora_matrices(model):
+        matrix.requires_grad_(True)
     special_ids = model.tokenizer.convert_tokens_to_ids(model.tokenizer.additional_special_tokens)
     return rows, [indices.index(token_id) for token_id in special_ids]
+
+
+def lora_matrices(model):
+    """[(name in the adapter's file, parameter)]."""
+    named = model.model.encoder_model.named_parameters()
+    return [(name.replace(".default", ""), matrix) for name, matrix in named if ".lora_" in name]
 
 
 def collate(model, request):
@@ -139,6 +148,7 @@ def gradients(model, batch, targets, request, rows, row_order):
         projection = getattr(model.model, f"{name}_mlp").projection
         result[f"grad_{name}_weight"] = projection.weight.grad
         result[f"grad_{name}_bias"] = projection.bias.grad
+    result |= {f"lora:{name}": matrix.grad for name, matrix in lora_matrices(model)}
     return {name: value.clone() for name, value in result.items()}
 
 

@@ -266,11 +266,11 @@ def rope_factors(rope, head_dim):
     return np.array(factors, np.float32)
 
 
-def write_gguf(path, model, kinds=(), metadata=None):
+def write_gguf(path, model, kinds=(), metadata=None, merges=()):
     """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer.
 
     kinds: {part of a name: quantisation type}; the torch model is rounded to what the file holds.
-    metadata: a function that adds fields to the open writer.
+    metadata: a function that adds fields to the open writer. merges: of the tokenizer, which has none.
     """
     import torch
 
@@ -298,7 +298,7 @@ def write_gguf(path, model, kinds=(), metadata=None):
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([control if number < 4 else normal for number in range(len(tokens))])
-    writer.add_token_merges([])
+    writer.add_token_merges(list(merges))
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     heads = {"q_proj.weight": c.num_attention_heads, "k_proj.weight": c.num_key_value_heads}
@@ -333,6 +333,13 @@ GGUF_VARIANTS = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
 }
+
+
+@pytest.mark.parametrize("merge", ["a b", "a nothere", "a", "a b c"])
+def test_gguf_merges_that_are_not_of_its_tokens_are_named(tmp_path, merge):
+    path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), merges=[merge])
+    with pytest.raises(InputError, match=f"merges holds '{merge}'"):
+        load(path)
 
 
 @pytest.mark.parametrize("variant", GGUF_VARIANTS)

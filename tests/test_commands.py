@@ -142,7 +142,7 @@ def test_a_misspelt_key_is_named_with_the_nearest(command, name):
     [
         (["train"], ["data.responses is needed", "data.responses="]),
         (["train", "data.responses=r.jsonl"], ["train.output is needed"]),
-        (["train", "data.responses=none.jsonl", "train.output=run"], ["none.jsonl: no such file"]),
+        (["train", "data.responses=none.jsonl", "train.output=run"], ["data.responses=none.jsonl: no such file"]),
         (["train", "none.yaml"], ["none.yaml: no such config file"]),
         (["train", "train.steps=x"], ["train.steps", "'x'"]),
         (["ablate", "train.output=runs"], ["which configs"]),

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, directory, heads, losses, optim
-from llm2vec_gen_jax.formats import hf
+from llm2vec_gen_jax import LLM2VecGen, config, data, directory, losses, optim
+from llm2vec_gen_jax.formats import hf, peft
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
@@ -54,20 +54,24 @@ REQUEST = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "smollm2"])
+@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "qwen3-lora", "smollm2"])
 def both(request, peer_python, tmp_path_factory):
     """(ours: LLM2VecGen of the directory, theirs: the published package's numbers, targets) of one backbone."""
     folder = tmp_path_factory.mktemp(f"parity-{request.param}")
     if request.param == "smollm2":
         source = request.getfixturevalue("smollm2")
     else:
-        source = request.getfixturevalue("tiny")(request.param)
+        source = request.getfixturevalue("tiny")(request.param.removesuffix("-lora"))
     # transformers 4.56 cannot read what 5 saves, nor a GGUF: both sides read the folder that we write.
     hf.save(folder / "backbone", source.frozen, source.architecture, source.tokenizer.save, source.tokenizer.stop_ids)
     backbone = load_backbone(str(folder / "backbone"), "float32", one_device_mesh())
     E = 24
-    model = Model(backbone.architecture, num_tokens=10, num_thought_tokens=2, embedding_size=E)
-    trainable = heads.init_trainable(model.compressor, jax.random.key(1), backbone.frozen["embedding"])
+    rank = 4 if request.param.endswith("-lora") else 0
+    model = Model(backbone.architecture, 10, 2, E, lora_rank=rank, lora_scale=2.0 * bool(rank))
+    trainable = model.init(jax.random.key(1), backbone.frozen)
+    if rank:  # a fresh LoRA changes nothing yet
+        grown = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), trainable["lora"])
+        trainable["lora"] = grown
     directory.save(folder / "model", model, trainable, backbone, {})
     targets = np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32)
     np.save(folder / "targets.npy", targets)
@@ -132,6 +136,11 @@ def test_losses_and_every_gradient(both):
         close(gradients[name]["kernel"].T, theirs[f"grad_{name}_weight"], 1e-3)
         close(gradients[name]["bias"], theirs[f"grad_{name}_bias"], 1e-3)
     close(gradients["tokens"], theirs["grad_tokens"], 1e-3)
+    lora = {name.removeprefix("lora:"): value for name, value in theirs.items() if name.startswith("lora:")}
+    found = peft.tensors_of(gradients.get("lora", {}))
+    assert found.keys() == lora.keys() and bool(lora) == bool(ours.model.lora_rank)
+    for name, value in lora.items():
+        close(found[name], value, 1e-3)
 
 
 def test_five_steps_of_adamw(both):

@@ -154,6 +154,9 @@ def read_tokenizer(source):
     # GGUF cannot hold an empty list: a tokenizer of bytes alone has no merges.
     merges = [tuple(merge.split(" ")) for merge in f("tokenizer.ggml.merges", [])]
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise InputError(f"{source}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which is not of its tokens")
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "default", "smollm"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[kind], byte_level])
