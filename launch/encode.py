@@ -10,12 +10,26 @@ from llm2vec_gen_jax.config import EncodeConfig
 def main(path, config):
     from llm2vec_gen_jax.bulk import encode_corpus
 
-    # Unfinished files are removed on the way out.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    came = []
+
+    def stop(number, _):
+        came.append(number)
+        end()
+
+    def end():
+        if came:
+            if came[0] == signal.SIGTERM:
+                sys.exit(143)
+            raise KeyboardInterrupt
+
+    # Unfinished files are removed on the way out. What a handler raises can be lost, inside a destructor for example:
+    # the work asks again.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        manifest = encode_corpus(path, config)
+        manifest = encode_corpus(path, config, end)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     written = sum(shard["rows"][1] - shard["rows"][0] for shard in manifest["shards"])
     print(f"written: {config.output} ({written} x {manifest['dimension']})")
 

@@ -18,8 +18,10 @@ from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_json
 CALIBRATION = 1024  # texts whose vectors give the ranges of int8
 
 
-def encode_corpus(path, config):
+def encode_corpus(path, config, check=lambda: None):
     """Writes the vectors of an EncodeConfig with the model at `path`, as its docstring says. Returns the manifest.
+
+    check: called now and then; what it raises ends the work, which a repeated call goes on with.
 
     A shard is its texts alone: which texts share a pass, and so every bit of its vectors, follows from their lengths.
     Raises InputError for bad input, and where the output holds another run, naming the difference.
@@ -35,7 +37,7 @@ def encode_corpus(path, config):
     files.check()
     identity = corpus.identity()
     model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
-    job = _Job(model, corpus, config, files, _run_record(model, identity, config))
+    job = _Job(model, corpus, config, files, _run_record(model, identity, config), check)
     return job.finished_manifest() or job.run()
 
 
@@ -106,8 +108,9 @@ class _Files:
 class _Job:
     """One share of an encode command. record: see _run_record."""
 
-    def __init__(self, model, corpus, config, files, record):
+    def __init__(self, model, corpus, config, files, record, check):
         self.model, self.corpus, self.config, self.files, self.record = model, corpus, config, files, record
+        self.check = check
         self.size, self.share = config.shard_size, config.shard
         self.limit = model.text_length(config.max_length)
         if config.truncate_dim is not None and config.truncate_dim > model.get_embedding_dimension():
@@ -184,6 +187,7 @@ class _Job:
             stream = self.model.encode_windows(self._windows(texts), config.batch_size, config.save_soft_prompts, bar)
             with contextlib.closing(stream):  # an interruption ends its thread
                 for rows, embeddings, soft_prompts in stream:
+                    self.check()
                     embeddings = vectors.finish(embeddings, config.truncate_dim, config.normalize)
                     if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
                         self._write(journal, parts)

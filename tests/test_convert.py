@@ -134,6 +134,8 @@ def test_a_checkpoint_in_half_precision(request, peer_python, tmp_path, dtype):
     np.testing.assert_array_equal(ours.trainable["alignment"]["kernel"].T, theirs["alignment_weight"])
     cosines = [ours.similarity(a, b)[0, 0] for a, b in zip(ours.encode(ASKED["texts"]), theirs["embeddings"])]
     assert min(cosines) > 0.999
+    report = verify(checkpoint, peer_python)  # both in that dtype, within its limits
+    assert report.passed and report.dtype == dtype, str(report)
 
 
 def test_trained_on_in_pytorch_and_back(request, peer_python, tmp_path):
@@ -342,7 +344,7 @@ print(LLM2VecGen.from_pretrained("someone/embedder", "float32", BACKBONE, one_de
 """
 
 
-def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folder, tiny_folder, tmp_path):
+def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folder, tiny_folder, tmp_path, monkeypatch):
     repository = tmp_path / "models--someone--embedder"
     snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
     (repository / "refs").mkdir(parents=True)
@@ -359,7 +361,7 @@ def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folde
     assert result.returncode == 0, result.stderr
     assert np.isclose(float(result.stdout), load(model_folder).encode("x").sum(), atol=1e-5)
     (tmp_path / "runs").mkdir()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         load("runs/embeder")
 

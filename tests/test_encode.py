@@ -385,8 +385,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder, tmp_path, launch, h
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.001)
     killed.send_signal(how)
-    killed.communicate(timeout=60)
-    assert killed.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    _, errors = killed.communicate(timeout=60)
+    assert killed.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how], errors
     assert not (tmp_path / "killed/manifest.json").exists()
     if how != signal.SIGKILL:
         assert not list(tmp_path.glob("killed/.*"))
