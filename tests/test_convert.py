@@ -20,7 +20,6 @@ from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.verify import TEXTS, verify
 
-from . import peer
 from .conftest import one_device_mesh
 
 PAIRS = [
@@ -29,16 +28,6 @@ PAIRS = [
 ]
 ASKED = {"dtype": "float32", "num_tokens": 10, "num_read": 10, "width": 24, "lora_rank": 0, "source": None}
 ASKED |= {"steps": 0, "pairs": PAIRS, "texts": list(TEXTS[:-1])}
-
-
-@pytest.fixture(scope="module")
-def peer_python():
-    try:
-        return peer.python()
-    except subprocess.CalledProcessError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the published package cannot be installed here: {error.stderr.strip().splitlines()[-1]}")
 
 
 def backbone_folder(request, name, folder):
