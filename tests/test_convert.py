@@ -78,7 +78,10 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "qwen3-20" else name for name in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=SLOW)
 def made_there(request, peer_python, tmp_path_factory):
     """(checkpoint of the published package's training, its own numbers, the request) of each family."""
     folder = tmp_path_factory.mktemp("there")
@@ -144,7 +147,16 @@ def test_trained_on_in_pytorch_and_back(request, peer_python, tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["published", "current"])
-@pytest.mark.parametrize("family, rank", [("llama3", 0), ("llama", 4), ("qwen2", 0), ("qwen3", 4), ("smollm2", 0)])
+@pytest.mark.parametrize(
+    "family, rank",
+    [
+        ("llama3", 0),
+        pytest.param("llama", 4, marks=pytest.mark.slow),
+        ("qwen2", 0),
+        ("qwen3", 4),
+        ("smollm2", 0),
+    ],
+)
 def test_what_is_written_here_gives_the_same_vectors_there(request, tmp_path, reader, family, rank):
     python = request.getfixturevalue("peer_python") if reader == "published" else sys.executable
     backbone = backbone_folder(request, family, tmp_path / "backbone")
