@@ -7,13 +7,14 @@ from launch import start
 from llm2vec_gen_jax import options
 from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import require_new
 
 
 def from_pytorch(path, config):
     from llm2vec_gen_jax import LLM2VecGen
 
     options.require(config, "output")
-    _check_new("output", config.output)
+    require_new(config.output, "output")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
     embedder.save_pretrained(config.output, backbone=config.backbone)
     print(f"written: {config.output}")
@@ -33,7 +34,7 @@ def to_pytorch(path, config):
     if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
         folder = f"{config.output}-backbone"  # PyTorch cannot run on a GGUF file
     for key, target in targets.items() | ({"backbone_output": folder}.items() if folder else set()):
-        _check_new(key, target)
+        require_new(target, key)
     if folder:
         export.save_backbone(embedder.backbone, folder)
         print(f"written: {folder} (the backbone, {embedder.backbone.architecture.num_parameters:,} weights)")
@@ -52,11 +53,6 @@ def verify(path, config):
     print(report)
     if not report.passed:
         sys.exit(1)
-
-
-def _check_new(key, path):
-    if pathlib.Path(path).exists():
-        raise InputError(f"{key}={path}: exists already. Choose another, or remove it")
 
 
 if __name__ == "__main__":

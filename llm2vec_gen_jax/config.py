@@ -5,6 +5,8 @@ options.py reads them. The architecture of a backbone is never configured: it is
 
 import dataclasses
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def setting(default, help, choices=None, least=0):
     """Declares a config field with its help text and, where only some values make sense, the choices.
@@ -30,7 +32,7 @@ class BackboneConfig:
     dtype: str = setting(
         "auto",
         "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU",
-        ("auto", "float32", "bfloat16", "float16"),
+        DTYPES,
     )
 
 
@@ -301,7 +303,7 @@ class EncodeConfig:
     shard_size: int = setting(10_000, "rows of a file; this many vectors are in memory at a time", least=1)
     save_soft_prompts: bool = setting(False, "also write soft_prompts-00000.npy ..., which `decode` reads")
     warmup: bool = setting(False, "compile every shape before the first text, not when it is first needed")
-    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the backbone", DTYPES)
     shard: ShardConfig = section(ShardConfig)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -321,7 +323,7 @@ class DecodeConfig:
     temperature: float = setting(0.0, "0: greedy")
     top_p: float = setting(1.0, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
-    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the backbone", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -331,7 +333,7 @@ class FromPytorchConfig:
 
     output: str | None = setting(None, "new model directory; PyTorch reads it as well")
     backbone: str | None = setting(None, "where the backbone is, if not where the model says")
-    dtype: str = setting("auto", "in which the backbone is loaded", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "in which the backbone is loaded", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -362,7 +364,7 @@ class EvaluateConfig:
     batch_size: int = setting(32, "texts per batch", least=1)
     max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
     overwrite: bool = setting(False, "start anew where output holds another evaluation")
-    dtype: str = setting("auto", "of the backbone", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the backbone", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -377,11 +379,9 @@ class ToPytorchConfig:
     merged: str | None = setting(
         None, "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table"
     )
-    torch_dtype: str = setting(
-        "auto", "in which PyTorch is to run; auto: as it was", ("auto", "float32", "bfloat16", "float16")
-    )
+    torch_dtype: str = setting("auto", "in which PyTorch is to run; auto: as it was", DTYPES)
     backbone: str | None = setting(None, "where the backbone is, if not where the model says")
-    dtype: str = setting("auto", "of the written backbone weights", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the written backbone weights", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 

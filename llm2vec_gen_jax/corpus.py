@@ -8,7 +8,7 @@ import sys
 from typing import NamedTuple
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import lines_of, parse_object, read_lines, sha256_file
+from llm2vec_gen_jax.files import is_broken, lines_of, parse_object, read_lines, sha256_file
 
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 _PIECE = 1024  # rows of an Arrow table that are in memory
@@ -94,7 +94,7 @@ class Corpus:
             raise InputError(f"{where}: no column {self.field!r}{nearest(self.field, record)}. Set field=")
         if not isinstance(text, str):
             raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if is_broken(text):
             raise InputError(f"{where}: {self.field!r} holds half of a surrogate pair, which is no valid text")
         if self.id_field is not None:
             if plain:

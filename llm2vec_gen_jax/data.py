@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import read_jsonl
+from llm2vec_gen_jax.files import is_broken, read_jsonl
 
 _MULTIPLE = 8  # padded lengths are multiples of this
 
@@ -41,7 +41,7 @@ def read_records(source, columns, split="train", limit=None, key="input"):
                 raise InputError(f"{where}: {column!r} must be a string, found {type(row[column]).__name__}")
         record = {key: row[key] for key in ("id", *columns) if key in row}
         for key, value in record.items():
-            if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            if isinstance(value, str) and is_broken(value):
                 raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is no valid text")
         records.append(record)
     if not records:

@@ -14,7 +14,7 @@ from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.loading import fetch_from_hub, is_hub_id
 from llm2vec_gen_jax.model import Model
 
-HEADS = ("reconstruction", "alignment")
+HEADS = published.HEADS
 PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 

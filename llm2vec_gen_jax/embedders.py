@@ -1,7 +1,6 @@
 """What can be evaluated: an object with `encode(texts, instruction) -> (n, E) float32`, joined with one space."""
 
 import dataclasses
-import hashlib
 import time
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from llm2vec_gen_jax import progress, sharding, teacher
 from llm2vec_gen_jax.api import LLM2VecGen
-from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.generate import Sampling, generate, ladder
@@ -53,10 +51,17 @@ class Teacher:
     def encode(self, texts, instruction=""):
         ids = self.backbone.tokenizer.encode([_join(instruction, text) for text in texts], self.max_length)
         architecture, mesh = self.backbone.architecture, self.backbone.mesh
+        shards = sharding.batch_shards(mesh)
+        height = -(-self.batch_size // shards) * shards
+        order = np.argsort([-len(row) for row in ids], kind="stable")
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
-        for rows, arrays in _batches(ids, self.batch_size, mesh, self.show_progress):
-            pooled_BD = teacher.mean_pool(architecture, self.frozen, self.causal, *arrays)
-            embeddings[rows] = np.asarray(pooled_BD)[: len(rows)]
+        with progress.bar(len(ids), "text", "encode", enabled=self.show_progress) as bar:
+            for start in range(0, len(ids), height):
+                rows = order[start : start + height]
+                shape = (height, ladder(len(ids[rows[0]])))
+                batch = [ids[row] for row in rows]
+                embeddings[rows] = teacher.pool_rows(architecture, self.frozen, self.causal, batch, shape, mesh)
+                bar.update(len(rows))
         return embeddings
 
 
@@ -133,7 +138,7 @@ def load(path, config):
             raise InputError("adapters are merged for kind=teacher and kind=hyde; a student has its own LoRA, if any")
         model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=mesh)
         student = Student(model, **sizes)
-        return student, student, _identity(config, model.backbone) | {"trainable": _digest(model.trainable)}
+        return student, student, _identity(config, model.backbone) | {"model": model.identity}
     adapters, causal = [resolve_adapter(adapter) for adapter in config.adapters], teacher.is_causal(config)
     backbone = load_backbone(path, config.dtype, mesh)
     identity = _identity(config, backbone) | {
@@ -151,34 +156,9 @@ def load(path, config):
     return query, document, identity | {"max_new_tokens": config.max_new_tokens}
 
 
-def _batches(ids, batch_size, mesh, show_progress):
-    """Yields (rows, (ids_BT, lengths_B) on the mesh) of a list of id lists, the longest first.
-
-    rows: which of them the first len(rows) rows of the batch are; the others are empty.
-    """
-    shards = sharding.batch_shards(mesh)
-    height = -(-batch_size // shards) * shards
-    order = np.argsort([-len(row) for row in ids], kind="stable")
-    with progress.bar(len(ids), "text", "encode", enabled=show_progress) as bar:
-        for start in range(0, len(ids), height):
-            rows = order[start : start + height]
-            batch = [ids[row] for row in rows] + [[]] * (height - len(rows))
-            lengths_B = np.array([len(row) for row in batch], np.int32)
-            yield rows, sharding.put_batch((pad(batch, ladder(lengths_B.max())), lengths_B), mesh)
-            bar.update(len(rows))
-
-
 def _identity(config, backbone):
     dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
     return {"kind": config.kind, "backbone": backbone.identity, "dtype": dtype}
-
-
-def _digest(tree):
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _join(instruction, text):

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm2vec_gen_jax import directory, lora
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import write_text
+from llm2vec_gen_jax.files import require_new, write_text
 from llm2vec_gen_jax.formats import hf, published
 
 _MERGED_CARD = """\
@@ -55,7 +55,7 @@ def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
 
 def save_backbone(backbone, folder):
     """Writes a loaded backbone as a Hugging Face folder that transformers 4 and 5 read. `folder` must not exist."""
-    _check_new(folder)
+    require_new(folder)
     tokenizer = backbone.tokenizer
 
     def also(temporary):
@@ -69,7 +69,7 @@ def save_merged(embedder, folder):
 
     The backbone's dtype is kept. The heads lie beside the weights as safetensors. `folder` must not exist.
     """
-    _check_new(folder)
+    require_new(folder)
     model, trainable, backbone = embedder.model, embedder.trainable, embedder.backbone
     tokens = embedder.special_tokens
     frozen = backbone.frozen
@@ -122,8 +122,3 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{repo_id}: cannot be uploaded to the hub ({reason})") from None
     return str(url)
-
-
-def _check_new(folder):
-    if pathlib.Path(folder).exists():
-        raise InputError(f"{folder}: already exists. Remove it, or choose another name")

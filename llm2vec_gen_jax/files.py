@@ -105,6 +105,13 @@ def read_array(path, key):
     return array
 
 
+def require_new(path, key=None):
+    """Raises InputError where something is at `path` already; `key` is the setting that names it."""
+    if os.path.lexists(path):
+        place = path if key is None else f"{key}={path}"
+        raise InputError(f"{place}: exists already. Choose another, or remove it")
+
+
 def sha256_file(path):
     """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()
@@ -117,6 +124,11 @@ def sha256_file(path):
 def fingerprint(value):
     """Returns 16 hex digits that identify a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_broken(text):
+    """Whether a string holds half of a surrogate pair: JSON can write it, but it is no valid text."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def read_lines(path):

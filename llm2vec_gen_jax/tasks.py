@@ -125,13 +125,7 @@ def _read_retrieval(folder, limit):
 def _read_texts(file):
     rows, seen = [], {}
     for number, row in read_jsonl(file):
-        for key in ("_id", "text"):
-            if not isinstance(row.get(key), str):
-                raise InputError(
-                    f"{file}, line {number}: {key!r} must be a string, found {type(row.get(key)).__name__}"
-                )
-        if not isinstance(row.get("title") or "", str):
-            raise InputError(f"{file}, line {number}: 'title' must be a string, found {type(row['title']).__name__}")
+        _check_strings(file, number, {"_id": row.get("_id"), "text": row.get("text"), "title": row.get("title") or ""})
         if row["_id"] in seen:
             raise InputError(f"{file}, line {number}: the _id {row['_id']!r} is that of line {seen[row['_id']]}")
         seen[row["_id"]] = number
@@ -145,11 +139,7 @@ def _read_rows(file, kind):
     texts, value = (("sentence1", "sentence2"), "score") if kind == "sts" else (("text",), "label")
     rows = []
     for number, row in read_jsonl(file):
-        for key in texts:
-            if not isinstance(row.get(key), str):
-                raise InputError(
-                    f"{file}, line {number}: {key!r} must be a string, found {type(row.get(key)).__name__}"
-                )
+        _check_strings(file, number, {key: row.get(key) for key in texts})
         given, wanted = row.get(value), "a number" if kind == "sts" else "a string or a whole number"
         kinds = (int, float) if kind == "sts" else (int, str)
         if isinstance(given, bool) or not isinstance(given, kinds) or (kind == "sts" and not math.isfinite(given)):

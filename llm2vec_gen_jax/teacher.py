@@ -85,11 +85,9 @@ def _by_llm2vec(backbone, config, answers, responses):
             frozen = peft.merge(frozen, adapter, reader.architecture)
 
         def embed(rows):
-            batch = [ids[row] for row in rows] + [[]] * (batch_size - len(rows))
-            lengths_B = np.array([len(row) for row in batch], np.int32)
-            ids_BT = pad(batch, edges[np.searchsorted(edges, lengths_B.max())])
-            arrays = sharding.put_batch((ids_BT, lengths_B), mesh)
-            return np.asarray(mean_pool(reader.architecture, frozen, causal, *arrays))[: len(rows)]
+            batch = [ids[row] for row in rows]
+            width = edges[np.searchsorted(edges, max(map(len, batch)))]
+            return pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), mesh)
 
         return embed, reader.architecture.hidden_size
 
@@ -98,6 +96,19 @@ def _by_llm2vec(backbone, config, answers, responses):
         backbone.frozen = None
         backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh)
     return targets, backbone
+
+
+def pool_rows(architecture, frozen, causal, ids, shape, mesh):
+    """Returns the llm2vec teacher's vectors (n, D), float32, of n id lists, padded to `shape` rows and tokens."""
+    batch = [*ids, *[[]] * (shape[0] - len(ids))]
+    lengths_B = np.array([len(row) for row in batch], np.int32)
+    arrays = sharding.put_batch((pad(batch, shape[1]), lengths_B), mesh)
+    return np.asarray(_mean_pool(architecture, frozen, causal, *arrays))[: len(ids)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _mean_pool(architecture, frozen, causal, ids_BT, lengths_B):
+    return Model(architecture, 1, 0, architecture.hidden_size).mean_pool(frozen, ids_BT, lengths_B, causal)
 
 
 def _by_sentence_transformers(config, answers, responses):
@@ -166,12 +177,6 @@ def _kept(responses, key, lengths, batch_size, make):
 def _folder(responses):
     path = pathlib.Path(responses)
     return path.with_name(path.name + ".targets") if path.exists() else cache_folder() / "targets"
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def mean_pool(architecture, frozen, causal, ids_BT, lengths_B):
-    """Model.mean_pool, compiled: the llm2vec teacher's vectors (B, D), float32."""
-    return Model(architecture, 1, 0, architecture.hidden_size).mean_pool(frozen, ids_BT, lengths_B, causal)
 
 
 def _fill(file, lengths, batch_size, embed, width):

@@ -6,6 +6,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import is_broken
 
 _SENTINEL = "\ue000user text\ue001"  # private-use characters: no template contains them
 _CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
@@ -58,7 +59,7 @@ class Tokenizer:
         try:
             ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
         except TypeError:  # what tokenizers says of text that is not valid Unicode
-            bad = next(row for row, text in enumerate(cut) if not text.isascii() and _is_broken(text))
+            bad = next(row for row, text in enumerate(cut) if is_broken(text))
             raise InputError(f"input {first + bad} holds half of a surrogate pair, which is no valid text") from None
         for row, text in enumerate(texts):
             if len(cut[row]) < len(text) and len(ids[row]) <= max_length:
@@ -125,10 +126,6 @@ class Tokenizer:
             tokenize=False,
             enable_thinking=False,  # Qwen3; other templates have no such switch
         )
-
-
-def _is_broken(text):
-    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _bare_copy(hf):

@@ -1,6 +1,5 @@
 """An unsupervised teacher for any backbone: MNTP, merged, then SimCSE (LLM2Vec, BehnamGhader et al. 2024)."""
 
-import dataclasses
 import functools
 import pathlib
 
@@ -132,10 +131,13 @@ def _run(stage, config, settings, backbone, output, show_progress):
         record={"backbone": backbone.identity, "data": len(batches.rows(0)), "rank": settings.rank},
         where=lambda step: f"rows {batches.rows(step).tolist()} (from 0) of the corpus",
     )
-    names = {field.name for field in dataclasses.fields(config_lib.TrainSettings)}
-    shared = {name: value for name, value in vars(train).items() if name in names}
     run_settings = config_lib.TrainSettings(
-        **{**shared, "steps": settings.steps, "batch_size": settings.batch_size, "output": str(output)}
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        output=str(output),
+        log_every=train.log_every,
+        checkpoint_every=train.checkpoint_every,
+        keep_checkpoints=train.keep_checkpoints,
     )
     output.mkdir(parents=True, exist_ok=True)
     run = Run(task, run_settings, optimizer, mesh, output)

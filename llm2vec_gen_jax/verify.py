@@ -85,9 +85,8 @@ def verify(path, python, backbone=None, max_new_tokens=16):
     ids = generate_from_soft_prompts(embedder.backbone, soft_prompts[:DECODED], Sampling(max_new_tokens))
     if not has_pytorch(python):
         ok = np.isfinite(embeddings).all(axis=1) & np.isfinite(soft_prompts).all(axis=(1, 2))
-        blank = dict.fromkeys(_COLUMNS, "")
-        return Report([{"text": _short(text), "ok": bool(fine), **blank} for text, fine in zip(TEXTS, ok)],
-                      record.dtype, None, True)  # fmt: skip
+        rows = [{"text": _short(text), "ok": fine, **dict.fromkeys(_COLUMNS, "")} for text, fine in zip(TEXTS, ok)]
+        return Report(rows, record.dtype, None, True)
     with tempfile.TemporaryDirectory() as temporary:
         theirs, reader = _read_with_pytorch(pathlib.Path(temporary), path, embedder, python, max_new_tokens)
     stop = set(embedder.backbone.tokenizer.stop_ids)

@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -32,13 +31,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 from llm2vec_gen.losses import compute_contrastive_loss, compute_margin_loss, compute_mse_loss
+from peer_dataset import CustomCollator, DataSample
 from transformers import PreTrainedTokenizerFast
-
-try:
-    from llm2vec_gen.dataset import CustomCollator, DataSample
-except ImportError:  # `datasets` is imported there for a loader that is not used here
-    sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
-    from llm2vec_gen.dataset import CustomCollator, DataSample
 
 KINDS = ("query", "repeat_answer", "negative_query", "negative_repeat_answer")
 

@@ -23,11 +23,9 @@ OUT.npz (K compression tokens are read, N are trained; heads in torch's orientat
     decoded_ids (n_decode, max_new_tokens): -1 after the first end token
 """
 
-import importlib.util
 import json
 import os
 import sys
-import types
 from pathlib import Path
 
 # The package moves a model to the GPU when it sees one; the reference is CPU float32.
@@ -38,18 +36,9 @@ import numpy as np
 import torch
 from llm2vec_gen.losses import compute_mse_loss
 from llm2vec_gen.models import LLM2VecGenModel
+from peer_dataset import CustomCollator, DataSample
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from transformers import Trainer, get_linear_schedule_with_warmup
-
-if importlib.util.find_spec("datasets") is None:
-    # The collator's package also imports `datasets`, for a Hub loader that is not used here. The stand-in
-    # goes away again, because other libraries ask whether `datasets` is there.
-    sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
-    from llm2vec_gen.dataset import CustomCollator, DataSample
-
-    del sys.modules["datasets"]
-else:
-    from llm2vec_gen.dataset import CustomCollator, DataSample
 
 BATCH_KEYS = (
     "query_input_ids",

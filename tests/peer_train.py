@@ -13,7 +13,6 @@ OUT.npz: embeddings (n, width), soft_prompts (n, num_read, D) of the texts after
 {reconstruction,alignment}_{weight,bias}, all float32.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -30,18 +29,10 @@ from llm2vec_gen.losses import compute_mse_loss
 from llm2vec_gen.models import EncoderDecoderModel, LLM2VecGenModel, ProjectionModel, apply_peft
 from llm2vec_gen.trainer import CustomTrainer
 from llm2vec_gen.utils import save_args_to_yaml
+from peer_dataset import CustomCollator, DataSample
 from peft import TrainableTokensConfig, get_peft_model
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-if importlib.util.find_spec("datasets") is None:
-    # The collator's package also imports `datasets`, for a Hub loader that is not used here.
-    sys.modules["datasets"] = types.SimpleNamespace(Dataset=None, load_dataset=None)
-    from llm2vec_gen.dataset import CustomCollator, DataSample
-
-    del sys.modules["datasets"]
-else:
-    from llm2vec_gen.dataset import CustomCollator, DataSample
 
 
 def build(request, special_tokens):

@@ -20,7 +20,7 @@ from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.teacher import mean_pool
+from llm2vec_gen_jax.teacher import pool_rows
 from llm2vec_gen_jax.train_teacher import train_teacher
 
 from .conftest import one_device_mesh
@@ -184,20 +184,23 @@ def test_the_adapters_load_in_peft_with_the_same_vectors(place, tiny, tiny_folde
     folders = run(tiny_folder, "mntp.learning_rate=0.01", "simcse.learning_rate=0.01")
     assert folders == [pathlib.Path("teacher/mntp"), pathlib.Path("teacher/simcse")]
     backbone = load_backbone(str(tiny_folder("qwen3")), "float32", one_device_mesh())
-    before = mean_pool(backbone.architecture, backbone.frozen, False, jnp.full((1, 6), 9), jnp.full(1, 6))
+
+    def pooled(ids):
+        return pool_rows(backbone.architecture, backbone.frozen, False, ids, (len(ids), 9), backbone.mesh)
+
+    before = pooled([[9] * 6])
     theirs = transformers.AutoModel.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
     for folder in folders:
         backbone.frozen = peft.merge(backbone.frozen, folder, backbone.architecture)
         theirs = their_peft.PeftModel.from_pretrained(theirs, folder).merge_and_unload().eval()
     ids = np.random.default_rng(0).integers(4, 260, (3, 9))
     lengths = np.array([9, 4, 7])
-    ours = mean_pool(backbone.architecture, backbone.frozen, False, jnp.asarray(ids), jnp.asarray(lengths))
+    ours = pooled([row[:length] for row, length in zip(ids, lengths)])
     with torch.no_grad():
         hidden = bidirectional(theirs, ids, lengths)
     expected = [hidden[row, :length].mean(dim=0).numpy() for row, length in enumerate(lengths)]
     np.testing.assert_allclose(ours, expected, atol=1e-4)
-    after = mean_pool(backbone.architecture, backbone.frozen, False, jnp.full((1, 6), 9), jnp.full(1, 6))
-    assert np.abs(after - before).max() > 1e-2
+    assert np.abs(pooled([[9] * 6]) - before).max() > 1e-2
     for stage, steps in (("mntp", 4), ("simcse", 3)):
         records = read_metrics(pathlib.Path(f"teacher/{stage}-run"))
         assert [row["step"] for row in records] == list(range(1, steps + 1))
