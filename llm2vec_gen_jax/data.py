@@ -91,10 +91,7 @@ class Examples:
     @functools.cached_property
     def digest(self):
         """16 hex digits that identify the ids and targets."""
-        digest = hashlib.sha256()
-        for arrays in (self.query, self.answer, *self.extra.values()):
-            digest.update(np.array([len(ids) for ids in arrays]).tobytes())
-            digest.update(np.concatenate(arrays).tobytes())
+        digest = digest_ids(self.query, self.answer, *self.extra.values())
         for target in (self.target, self.negative_target):
             if target is not None:
                 digest.update(np.ascontiguousarray(target).tobytes())
@@ -128,6 +125,15 @@ def tokenize(records, tokenizer, config, num_appended, extra=None):
         for name, text in (extra or {}).items()
     }
     return Examples(arrays(query), arrays(answer), kept, extra=others)
+
+
+def digest_ids(*texts):
+    """Returns the running SHA-256 of lists of id arrays."""
+    digest = hashlib.sha256()
+    for arrays in texts:
+        digest.update(np.array([len(ids) for ids in arrays]).tobytes())
+        digest.update(np.concatenate(arrays).tobytes())
+    return digest
 
 
 def round_up(length, multiple=_MULTIPLE):

@@ -128,7 +128,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
         init=lambda: jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(train.seed)),
         step=lambda state, batch: jitted(state, backbone.frozen, batch),
         batches=batches,
-        record={"backbone": backbone.identity, "data": len(batches.rows(0)), "rank": settings.rank},
+        record={"backbone": backbone.identity, "data": batches.digest, "rank": settings.rank},
         where=lambda step: f"rows {batches.rows(step).tolist()} (from 0) of the corpus",
     )
     run_settings = config_lib.TrainSettings(

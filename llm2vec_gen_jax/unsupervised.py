@@ -55,6 +55,7 @@ class MaskedBlocks:
     def __init__(self, ids, config, mask_id, vocab_size, seed, process, processes):
         S = config.max_length
         stream = np.concatenate([np.asarray(row, np.int32) for row in ids])
+        self.digest = data.digest_ids([stream]).hexdigest()[:16]
         self.blocks = stream[: len(stream) // S * S].reshape(-1, S)
         if len(self.blocks) < config.batch_size:
             raise InputError(
@@ -99,6 +100,7 @@ class Sentences:
 
     def __init__(self, ids, config, seed, process, processes):
         self.ids = [np.asarray(row, np.int32) for row in ids]
+        self.digest = data.digest_ids(self.ids).hexdigest()[:16]
         if len(self.ids) < config.batch_size:
             raise InputError(
                 f"the corpus has {len(self.ids)} texts; a batch needs simcse.batch_size={config.batch_size}: "

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import time
 
@@ -242,6 +243,14 @@ def test_bad_input_is_named(place, tiny_folder):
     run(tiny_folder, "train.overwrite=true", "simcse.steps=0")
     with pytest.raises(InputError, match="holds another run .*mntp.rank: 2 -> 4"):
         run(tiny_folder, "mntp.rank=4")
+
+
+def test_a_run_is_not_resumed_with_another_corpus(place, tiny_folder):
+    run(tiny_folder, "simcse.steps=0")
+    shutil.rmtree(place / "teacher" / "mntp")  # as if the command had been stopped before its last word
+    (place / "corpus.txt").write_text("\n".join(SENTENCES).replace("cats", "bats"))
+    with pytest.raises(InputError, match="is of another run .*data"):
+        run(tiny_folder, "simcse.steps=0")
 
 
 def test_without_a_corpus_the_backbone_writes_it(place, smollm2):
