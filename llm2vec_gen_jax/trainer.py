@@ -124,7 +124,9 @@ class Run:
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
         self.task, self.settings, self.mesh, self.output = task, settings, mesh, output
-        self.schedule = optim.make_schedule(optimizer)
+        # All at once and before the loop: one by one, each would wait on the device behind the step under way.
+        rates = optim.make_schedule(optimizer)(jnp.arange(settings.steps))
+        self.learning_rates = np.broadcast_to(rates, settings.steps)
         self.optimizer = optim.make_optimizer(optimizer)
         self.last_record = None
 
@@ -147,18 +149,20 @@ class Run:
         """
         settings, state = self.settings, self.state
         writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
-        window = _Window(self.schedule, self.first_step)
+        window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         with progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress) as bar:
             pending = None
             for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
-                state, metrics = self.task.step(state, sharding.put_batch(batch, self.mesh))
-                self._finish(pending, window, writer, bar)
-                pending = (number, metrics, batch)
                 due = number % settings.checkpoint_every == 0 or number == settings.steps
-                if due or number == steps[0]:  # the first step compiles: its time is its own
+                # What goes over to the device unasked would wait there for the step under way, and the host with it.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.task.step(state, sharding.put_batch(batch, self.mesh))
                     self._finish(pending, window, writer, bar)
-                    pending = None
+                    pending = (number, metrics, batch)
+                    if due or number == steps[0]:  # the first step compiles: its time is its own
+                        self._finish(pending, window, writer, bar)
+                        pending = None
                 if due:
                     self.checkpoints.save(number, state)
         self.checkpoints.wait()
@@ -172,7 +176,7 @@ class Run:
         if pending is None:
             return
         number, metrics, batch = pending
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             last = number - 1 - (number - 1) % self.settings.checkpoint_every
             kept = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
@@ -192,9 +196,12 @@ class Run:
 class _Window:
     """Means of the steps since the last record."""
 
-    def __init__(self, schedule, first_step):
-        self.schedule, self.rows, self.tokens, self.padding = schedule, [], 0, []
-        self.started = time.perf_counter()
+    def __init__(self, learning_rates):
+        self.learning_rates = learning_rates
+        self._open(time.perf_counter())
+
+    def _open(self, now):
+        self.started, self.rows, self.tokens, self.padding = now, [], 0, []
 
     def add(self, values, batch):
         padding, real = data.padding_fraction(batch)
@@ -203,11 +210,11 @@ class _Window:
         self.tokens += real
 
     def flush(self, number):
-        elapsed = time.perf_counter() - self.started
+        now = time.perf_counter()
         record = {"step": number}
         record |= {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
-        record["learning_rate"] = float(self.schedule(number - 1))
-        record["tokens_per_second"] = round(self.tokens / elapsed, 1)
+        record["learning_rate"] = float(self.learning_rates[number - 1])
+        record["tokens_per_second"] = round(self.tokens / (now - self.started), 1)
         record["padding_fraction"] = round(float(np.mean(self.padding)), 4)
-        self.__init__(self.schedule, number)
+        self._open(now)
         return record

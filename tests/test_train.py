@@ -7,11 +7,12 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, options, sharding
+from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, options, sharding, trainer
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
@@ -224,6 +225,28 @@ def test_metrics_and_config_are_what_the_contract_says(place, run):
     resolved = options.load(config.TrainConfig, folder / "config.yaml")
     assert (resolved.train.steps, resolved.optimizer.schedule_steps, resolved.data.shuffle) == (5, 10, False)
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_the_loop_sends_nothing_to_the_device_but_batches(place, run, monkeypatch):
+    """A learning rate worked out on the device for the log would wait there for the step under way."""
+    add = trainer._Window.add
+
+    def stray(window, values, batch):
+        add(window, values, batch)
+        jnp.float32(values["loss"]) + 1
+
+    monkeypatch.setattr(trainer._Window, "add", stray)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        run("train.steps=1")
+
+
+def test_every_second_of_the_loop_is_counted_in_a_record(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+    window = trainer._Window(np.ones(9))
+    for number in (1, 2, 3):
+        window.add({"loss": 1.0}, {"text": np.ones((2, 4)), "text_lengths": np.array([3, 4])})
+        assert window.flush(number)["tokens_per_second"] == 7.0
 
 
 # What trains and what does not
