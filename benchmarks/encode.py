@@ -1,6 +1,6 @@
 """Encoding against the published PyTorch package, side by side on this machine's CPU.
 
-    python -m benchmarks.encode TASK_FOLDER [--questions 200] [--paragraphs 100] [--rounds 5] [--peers float32,bfloat16]
+    python -m benchmarks.encode TASK_FOLDER [--questions 200] [--paragraphs 100] [--rounds 5] [--dtypes float32]
 
 TASK_FOLDER holds queries.jsonl and corpus.jsonl with a `text` each (BEIR's layout), for example SQuAD's development
 set: questions of a dozen words mixed with paragraphs of a hundred; the whole corpus is --questions 2000 --paragraphs
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--paragraphs", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", default="float32,bfloat16")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of both sides")
     parser.add_argument("--batch-size", type=int, default=32, help="of ours; the peer's is 32")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def main():
         write_model(folder)
         print(f"{len(texts)} texts, medians of {arguments.rounds} rounds, in turn")
         print(f"{'':<34} {'texts/s':>10} {'tokens/s':>9} {'padding':>8} {'peak MB':>8} {'ours is':>8}", flush=True)
-        for dtype in arguments.peers.split(","):
+        for dtype in arguments.dtypes.split(","):
             compare(dtype, folder, arguments)
 
 
@@ -70,10 +70,10 @@ def write_model(folder):
 
 
 def compare(dtype, folder, arguments):
-    """Runs ours in float32 and the peer in one dtype in turn, and prints a row of each."""
+    """Runs ours and the peer in turn, both in one dtype, and prints a row of each."""
     files = [str(folder / "model"), str(folder / "texts.json")]
     ours_out, theirs_out = folder / "ours.npy", folder / "theirs.npy"
-    batch = ["--batch-size", str(arguments.batch_size)]
+    batch = ["--dtype", dtype, "--batch-size", str(arguments.batch_size)]
     ours = Side([sys.executable, "-m", "benchmarks.our_encode", *files, "--output", str(ours_out), *batch])
     command = [peer.python(), str(HERE / "peer_encode.py"), *files, "--output", str(theirs_out), "--dtype", dtype]
     theirs = Side([*command, "--threads", str(arguments.threads)])
@@ -84,7 +84,7 @@ def compare(dtype, folder, arguments):
             side.results.append(side.run(1))
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours.results, theirs.results))
     print_row(f"peer {dtype}", theirs, f"{ratio:.2f}x")
-    print_row("ours float32", ours, "")
+    print_row(f"ours {dtype}", ours, "")
     a, b = np.load(ours_out), np.load(theirs_out)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     print(f"  vectors: least cosine {cosine.min():.6f}, largest difference {np.abs(a - b).max():.1e}", flush=True)

@@ -63,7 +63,8 @@ class Block(nn.Module):
         y_BTD = norm("mlp_norm", "norm")(x_BTD)
         gate_BTF = kept(project("gate", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
         up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
-        x_BTD = x_BTD + project("down", nn.silu(gate_BTF) * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
+        active_BTF = nn.silu(gate_BTF.astype(jnp.float32)).astype(x_BTD.dtype)  # exp of bfloat16 is slow on a CPU
+        x_BTD = x_BTD + project("down", active_BTF * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
         return x_BTD, KVCache(k_BTGH, v_BTGH)
 
 
@@ -81,14 +82,18 @@ class Backbone(nn.Module):
         self.embedding = self.param("embedding", table, (a.vocab_size, a.hidden_size))
         if not a.tied_embeddings:
             self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
-        self.layers = nn.scan(
-            nn.remat(Block, policy=_keep_products, prevent_cse=False),
+        # XLA's CPU compiler cannot slice bfloat16: it would make a float32 copy of all layers first. It slices bits.
+        as_bits = jax.default_backend() == "cpu" and not self.is_initializing()
+        block = nn.map_variables(Block, "params", _to_floats) if as_bits else Block
+        scan = nn.scan(
+            nn.remat(block, policy=_keep_products, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a)
+        )
+        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(a)
         self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
 
     def embed(self, ids):
@@ -114,6 +119,14 @@ class Backbone(nn.Module):
     def logits(self, hidden):
         """Returns float32 logits (..., V) of last hidden states (..., D)."""
         return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+
+
+def _to_bits(params):
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, params)
+
+
+def _to_floats(params):
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, params)
 
 
 def abstract_params(architecture):

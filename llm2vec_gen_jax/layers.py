@@ -101,7 +101,9 @@ def low_rank(equation, x, a, b):
     inner = "".join(dim for dim in kernel_dims if dim not in out)
     outer = kernel_dims.removeprefix(inner)
     batch = x_dims.removesuffix(inner)
-    down = product(f"{x_dims},{inner}r->{batch}r", x, a.astype(x.dtype)).astype(x.dtype)
+    # The rank first: the gradient of `a` then transposes the narrow cotangent, not all of x.
+    a = jnp.moveaxis(a, -1, 0).astype(x.dtype)
+    down = product(f"{x_dims},r{inner}->{batch}r", x, a).astype(x.dtype)
     return product(f"{batch}r,r{outer}->{out}", down, b.astype(x.dtype)).astype(x.dtype)
 
 

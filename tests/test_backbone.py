@@ -105,6 +105,17 @@ def test_bfloat16_is_close_to_float32(tiny):
     assert_same_outputs(rounded, outputs(backbone), 0.1)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers slice bfloat16")
+def test_a_bfloat16_pass_makes_no_float32_copy_of_the_layers(tiny):
+    backbone = tiny("qwen3")
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), backbone.frozen)
+    ids, lengths = np.ones((2, 8), np.int32), np.full(2, 8, np.int32)
+    program = run.lower(backbone.architecture, params, ids, lengths).compile().as_text()
+    for leaf in jax.tree.leaves(params["layers"]):
+        if leaf.ndim > 2:  # a matrix for each layer
+            assert f"f32[{','.join(map(str, leaf.shape))}]" not in program
+
+
 # Who sees whom
 
 
