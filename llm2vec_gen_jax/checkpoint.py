@@ -1,14 +1,22 @@
-"""Checkpoints of what trains, by orbax: step, trainable tree, optimizer state, and a record of what they belong to."""
+"""Checkpoints of what trains, by orbax: step, trainable tree, optimizer state, and a record of what they belong to.
+
+Orbax restores an array with a flipped bit without a word, so every checkpoint holds a digest of every leaf.
+"""
 
 import shutil
+import time
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from llm2vec_gen_jax import sharding
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes
+from llm2vec_gen_jax.files import changes, fingerprint
 
 _policies = ocp.checkpoint_managers
+_ITEMS = ("state", "record")
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a number
 
 
 class Checkpoints:
@@ -25,28 +33,65 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policies.LatestN(keep), cleanup_tmp_directories=True, todelete_subdir="_deleted"
         )
-        self.manager = ocp.CheckpointManager(self.folder, item_names=("state", "record"), options=options)
-
-    def latest(self):
-        """Returns the newest step, or None."""
-        return self.manager.latest_step()
+        self.manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
 
     def save(self, step, state):
         """Starts to save a state under its step."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(self.record))
-        self.manager.save(step, args=args)
+        record = {"of": self.record, "digests": _digests(state)}
+        record = ocp.args.JsonSave(record | {"digest": fingerprint(record)})
+        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=record))
 
-    def restore(self, step, like):
-        """Returns the state of a step, on the devices and in the types of `like`."""
-        record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        if differing := changes(record, self.record):
+    def restore(self, like):
+        """Returns (state, step) of the newest sound checkpoint, on the devices and in the types of `like`.
+
+        None where there is no checkpoint. Damaged ones are named and moved to _damaged/, out of the way of the steps
+        that are to be saved again; when all are, they stay where they are and it is an InputError.
+        """
+        damaged = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            state, reason = self._read(step, like)
+            if reason is None:
+                for number, reason in damaged.items():
+                    self._set_aside(number, reason)
+                return state, step
+            damaged[step] = reason
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise InputError(
+                f"{self.folder}: no checkpoint is sound ({reasons}). Pass train.overwrite=true to start anew"
+            )
+        return None
+
+    def _read(self, step, like):
+        """Returns (state, None), or (None, what is wrong with it)."""
+        try:
+            record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            if record.pop("digest", None) != fingerprint(record):
+                return None, "its record does not have its digest"
+        except Exception as error:  # whatever a damaged file makes of a reader
+            return None, _first_line(error)
+        if differing := changes(record["of"], self.record):
             raise InputError(
                 f"{self.folder / str(step)}: is of another run ({differing}). Use what it was made with, choose "
                 "another train.output, or pass train.overwrite=true"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args)["state"]
+        try:
+            state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except Exception as error:
+            return None, _first_line(error)
+        found = _digests(state["state"])
+        wrong = [name for name, digest in record["digests"].items() if found.get(name) != digest]
+        return (state["state"], None) if not wrong else (None, f"{wrong[0]} does not have its digest")
+
+    def _set_aside(self, step, reason):
+        print(f"{self.folder / str(step)}: damaged ({reason}); moved to _damaged, an older one is used", flush=True)
+        if jax.process_index() == 0:
+            target = self.folder / "_damaged" / f"{step}.{time.time_ns()}"
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        sharding.wait_for_all(f"damaged checkpoint {step}")
+        self.manager.reload()
 
     def wait(self):
         """Returns when every started save is on disk."""
@@ -60,3 +105,26 @@ class Checkpoints:
     def _purge(self):
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / "_deleted", ignore_errors=True)
+
+
+@jax.jit
+def _digest_leaves(leaves):
+    """A number of the bits of each array. The weights are odd: a change of any one element changes the sum."""
+
+    def digest(x):
+        bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).ravel().astype(jnp.uint32)
+        weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) | 1
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+    return [digest(leaf) for leaf in leaves]
+
+
+def _digests(state):
+    """Returns {path: digest} of a state; the same on any devices and any number of processes."""
+    paths, leaves = zip(*jax.tree.leaves_with_path(state))
+    digests = jax.device_get(_digest_leaves(leaves))
+    return {jax.tree_util.keystr(path): int(digest) for path, digest in zip(paths, digests, strict=True)}
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

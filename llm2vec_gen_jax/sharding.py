@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 
 from llm2vec_gen_jax.errors import InputError
@@ -89,10 +90,14 @@ def put_replicated(tree, mesh):
     return jax.tree.map(put, tree)
 
 
+def wait_for_all(name):
+    """Returns when every process has come to the place that `name` stands for."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def gather(x):
     """Returns an array as numpy on process 0, None on the others. Every process must call it."""
     if not x.is_fully_addressable and not x.is_fully_replicated:
-        from jax.experimental import multihost_utils
-
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x) if jax.process_index() == 0 else None

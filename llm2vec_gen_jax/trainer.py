@@ -131,16 +131,15 @@ class Run:
         self.last_record = None
 
     def start(self, resuming):
-        """Sets state and first step: from the newest checkpoint, or fresh."""
+        """Sets state and first step: from the newest sound checkpoint, or fresh."""
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
         self.state, self.first_step = start(self.task.init()), 0
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.task.record, self.settings.keep_checkpoints)
-        latest = self.checkpoints.latest() if resuming else None
-        if latest is not None:
-            self.state = self.checkpoints.restore(latest, self.state)
-            self.first_step = latest
-            print(f"resuming {self.output} at step {latest}")
+        found = self.checkpoints.restore(self.state) if resuming else None
+        if found is not None:
+            self.state, self.first_step = found
+            print(f"resuming {self.output} at step {self.first_step}")
 
     def loop(self, show_progress, name="train"):
         """Trains to train.steps, logging and checkpointing on the way.
