@@ -17,6 +17,8 @@ from llm2vec_gen_jax.files import fingerprint
 from llm2vec_gen_jax.formats import gguf, hf, weights
 from llm2vec_gen_jax.tokenizer import Tokenizer
 
+# LoRA folders that come with the package: the default backbone's teacher, to be merged in this order.
+TEACHERS = ("smollm2-135m-mntp", "smollm2-135m-simcse")
 # Of a sentence-transformers model: not the exports to other runtimes that many repositories hold too.
 EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_model*.bin")
 
@@ -116,8 +118,10 @@ def fetch_from_hub(repository, patterns):
 
 
 def resolve_adapter(path):
-    """Returns the local folder of a PEFT adapter, fetching it when it is a hub id."""
+    """Returns the local folder of a PEFT adapter: one of TEACHERS by its name, or fetched when it is a hub id."""
     folder = pathlib.Path(path).expanduser()
+    if not folder.exists() and str(path) in TEACHERS:
+        return pathlib.Path(__file__).parent / "teachers" / str(path)
     if is_hub_id(path):
         folder = fetch_from_hub(path, ["adapter_config.json", "adapter_model.safetensors"])
     for name in ("adapter_config.json", "adapter_model.safetensors"):

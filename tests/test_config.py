@@ -11,7 +11,7 @@ import yaml
 from hypothesis import strategies as st
 
 from llm2vec_gen_jax import config, options
-from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TrainConfig
+from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.train import train
 
@@ -62,6 +62,11 @@ def test_every_config_file_serves_every_command(file, schema):
     if schema is TrainConfig:
         assert loaded["train.steps"] == given["train"]["steps"]
     assert file.read_text(encoding="utf-8").startswith("# python -m launch."), "opens with the command that runs it"
+
+
+def test_the_config_of_the_shipped_teacher_is_read():
+    file = CONFIGS[0].parent / "teachers" / "smollm2-135m.yaml"
+    assert options.load(TeacherTrainConfig, file).mntp.schedule_steps == 400
 
 
 # Mistakes
