@@ -4,8 +4,10 @@ import logging
 import os
 import sys
 import textwrap
+import traceback
 
 from llm2vec_gen_jax import options
+from llm2vec_gen_jax.config import DistributedConfig, ShardConfig
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
 
@@ -27,7 +29,8 @@ def run(schema, command, positional="CONFIG", words=None):
     command(files, configs) for CONFIG... (one config per file; key=value pairs override each).
 
     words: what follows the command's name, default sys.argv.
-    Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 3 stopped by SIGTERM and
+    saved, 75 another process of the run ended, 76 no progress, 130 interrupted.
     """
     words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help") for word in words):
@@ -44,25 +47,64 @@ def run(schema, command, positional="CONFIG", words=None):
         configs = [options.load(schema, file, paired) for file in files or [None]]
         if positional == "CONFIG..." and not files:
             raise InputError("which configs? Give one or more YAML files first")
-        _prepare()
-        if positional == "CONFIG...":
-            command(files, configs)
-        else:
-            command(free[0], configs[0]) if positional == "MODEL" else command(configs[0])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    _prepare()
+    if positional == "CONFIG...":
+        _call(configs[0], command, files, configs)
+    elif positional == "MODEL":
+        _call(configs[0], command, free[0], configs[0])
+    else:
+        _call(configs[0], command, configs[0])
+
+
+def _call(config, command, *arguments):
+    import jax
+
+    from llm2vec_gen_jax import distributed
+
+    try:
+        if isinstance(config, DistributedConfig):
+            shared = hasattr(config, "shard")  # work that is split once and for all: nobody waits for anybody
+            distributed.start(config, together=not shared)
+            values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
+            distributed.agree({"code": distributed.code_version(), "config": values})
+            if shared and jax.process_count() > 1:
+                if config.shard.count > 1:
+                    raise InputError(
+                        f"shard.count={config.shard.count}: joined processes take a share each; leave it out"
+                    )
+                config.shard = ShardConfig(jax.process_index(), jax.process_count())
+        command(*arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(distributed.BAD_INPUT)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        distributed.leave(1)
+    except distributed.Preempted as error:
+        print(f"{error}. Repeat the command to go on", file=sys.stderr)
+        sys.exit(distributed.PREEMPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(f"error: {first}. If another process ended, what it printed says why", file=sys.stderr)
+        distributed.leave(distributed.PEER_FAILED)
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a full disk, no permission
-        sys.exit(1)
+        distributed.leave(1)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is half written, repeat the command to go on", file=sys.stderr)
-        sys.exit(130)
+        distributed.leave(130)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def _prepare():

@@ -35,12 +35,14 @@ class LLM2VecGen:
         """Loads a model directory (ours or the published package's) or a hub repository of that layout.
 
         dtype: of the backbone (auto | float32 | bfloat16 | float16). backbone: where it is, if not where the
-        directory says. mesh: a MeshConfig or a Mesh, default all devices on the data axis.
+        directory says. mesh: a Mesh, a MeshConfig of the devices of all processes, or by default this process's own
+        devices on the data axis.
         Raises InputError that names what is missing or does not fit.
         """
         record = directory.read(str(path))
         if not isinstance(mesh, jax.sharding.Mesh):
-            mesh = sharding.make_mesh(mesh or config_lib.MeshConfig())
+            own = None if mesh else jax.local_devices()
+            mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), own)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh)
         model, trainable = directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)

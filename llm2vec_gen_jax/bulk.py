@@ -6,9 +6,11 @@ import itertools
 import pathlib
 import re
 
+import jax
 import numpy as np
 
-from llm2vec_gen_jax import options, progress, vectors
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import options, progress, sharding, vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.encode import WINDOW
@@ -36,7 +38,8 @@ def encode_corpus(path, config, check=lambda: None):
     files = _Files(output, config)
     files.check()
     identity = corpus.identity()
-    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
+    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
+    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=mesh)
     job = _Job(model, corpus, config, files, _run_record(model, identity, config), check)
     return job.finished_manifest() or job.run()
 
@@ -44,7 +47,7 @@ def encode_corpus(path, config, check=lambda: None):
 def _run_record(model, identity, config):
     """What the bytes of the output follow from; a run is continued only with the same."""
     settings = options.to_dict(config)
-    for key in ("input", "output", "warmup", "shard"):
+    for key in ("input", "output", "warmup", "shard", *vars(config_lib.DistributedConfig())):
         del settings[key]
     settings["dtype"] = str(model.backbone.frozen["embedding"].dtype)
     settings["mesh"] = dict(model.backbone.mesh.shape)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax import distributed
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, fingerprint
 
@@ -90,7 +90,7 @@ class Checkpoints:
             target = self.folder / "_damaged" / f"{step}.{time.time_ns()}"
             target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
-        sharding.wait_for_all(f"damaged checkpoint {step}")
+        distributed.wait_for_all(f"damaged checkpoint {step}")
         self.manager.reload()
 
     def wait(self):

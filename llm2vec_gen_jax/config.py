@@ -127,6 +127,7 @@ class TrainSettings:
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
     output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
     overwrite: bool = setting(False, "delete what is in the run directory first")
+    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
 
 
@@ -139,12 +140,24 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class ShardConfig:
-    index: int = setting(0, "this process's share of the input")
+    index: int = setting(0, "this process's share of the input; several processes that were joined take one each")
     count: int = setting(1, "number of shares", least=1)
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class DistributedConfig:
+    distributed: str = setting(
+        "auto",
+        "auto: as Slurm, Open MPI, Kubernetes, GKE or Cloud TPU say, else one process; off; or HOST:PORT of process 0",
+    )
+    num_processes: int | None = setting(None, "with HOST:PORT: how many there are", least=1)
+    process_id: int | None = setting(None, "with HOST:PORT: which one this is, from 0")
+    join_timeout: int = setting(300, "seconds in which all processes must have come", least=1)
+    heartbeat_timeout: int = setting(60, "seconds without a sign of life after which a process is given up", least=1)
+
+
+@dataclasses.dataclass
+class TrainConfig(DistributedConfig):
     """`python -m launch.train`: train compression tokens and heads on responses."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -211,11 +224,12 @@ class TeacherSettings:
     log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
     checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
+    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     adapter_dtype: str = setting("float32", "of the written adapters", ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass
-class TeacherTrainConfig:
+class TeacherTrainConfig(DistributedConfig):
     """`python -m launch.train_teacher`: an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -230,7 +244,7 @@ class TeacherTrainConfig:
 
 
 @dataclasses.dataclass
-class SynthesizeConfig:
+class SynthesizeConfig(DistributedConfig):
     """`python -m launch.synthesize`: queries that the LLM itself writes (Magpie, Xu et al. 2024)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -247,7 +261,7 @@ class SynthesizeConfig:
 
 
 @dataclasses.dataclass
-class RespondConfig:
+class RespondConfig(DistributedConfig):
     """`python -m launch.respond`: the LLM's own response to every query."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -268,7 +282,7 @@ class RespondConfig:
 
 
 @dataclasses.dataclass
-class EncodeConfig:
+class EncodeConfig(DistributedConfig):
     """`python -m launch.encode MODEL`: texts to vectors, any number of them.
 
     Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in the order of the input, and at the end

@@ -91,11 +91,18 @@ class Examples:
     @functools.cached_property
     def digest(self):
         """16 hex digits that identify the ids and targets."""
-        digest = digest_ids(self.query, self.answer, *self.extra.values())
+        digest = self._digest_ids()
         for target in (self.target, self.negative_target):
             if target is not None:
                 digest.update(np.ascontiguousarray(target).tobytes())
         return digest.hexdigest()[:16]
+
+    def digest_ids(self):
+        """16 hex digits that identify the ids alone."""
+        return self._digest_ids().hexdigest()[:16]
+
+    def _digest_ids(self):
+        return digest_ids(self.query, self.answer, *self.extra.values())
 
 
 def tokenize(records, tokenizer, config, num_appended, extra=None):
@@ -276,10 +283,7 @@ def iterate(batches, first, last):
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def padding_fraction(batch):
-    """Returns (share of computed positions that are padding, real tokens) of a padded batch, in which the lengths of
-    NAME are NAME_lengths."""
+def count_tokens(batch):
+    """Returns (real, computed) tokens of a padded batch, in which the lengths of NAME are NAME_lengths."""
     names = [name for name in batch if f"{name}_lengths" in batch]
-    computed = sum(batch[name].size for name in names)
-    real = sum(int(batch[f"{name}_lengths"].sum()) for name in names)
-    return 1 - real / computed, real
+    return sum(batch[f"{name}_lengths"].sum() for name in names), sum(batch[name].size for name in names)

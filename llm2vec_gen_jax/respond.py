@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import numpy as np
 
 from llm2vec_gen_jax import data, options, progress, sharding
@@ -11,9 +12,10 @@ from llm2vec_gen_jax.generate import Sampling, ended, generate
 from llm2vec_gen_jax.loading import load_backbone
 
 
-def open_backbone(config):
-    """Loads the backbone of a command's config on its mesh."""
-    return load_backbone(config.backbone.path, config.backbone.dtype, sharding.make_mesh(config.mesh))
+def open_backbone(config, devices=None):
+    """Loads the backbone of a command's config on its mesh over `devices`, default this process's own."""
+    mesh = sharding.make_mesh(config.mesh, devices or jax.local_devices())
+    return load_backbone(config.backbone.path, config.backbone.dtype, mesh)
 
 
 def shard_path(output, shard):

@@ -24,7 +24,10 @@ RULES = {
 
 
 def make_mesh(config, devices=None):
-    """Returns the (data, fsdp, tensor) mesh of a MeshConfig over all devices; one device is the mesh (1, 1, 1)."""
+    """Returns the (data, fsdp, tensor) mesh of a MeshConfig; one device is the mesh (1, 1, 1).
+
+    devices: default those of all processes, which then work together; jax.local_devices() work for this one alone.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     named = ", ".join(f"mesh.{name}={size}" for name, size in zip(MESH_AXES, sizes))
@@ -79,6 +82,12 @@ def put_batch(tree, mesh):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)
 
 
+def put_rows(tree, mesh):
+    """Makes global arrays, split over the batch, from numpy that every process holds whole (leading B)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
 def put_replicated(tree, mesh):
     """Makes global arrays that every device holds whole, from numpy that is equal on every process."""
     sharding = replicated(mesh)
@@ -90,14 +99,14 @@ def put_replicated(tree, mesh):
     return jax.tree.map(put, tree)
 
 
-def wait_for_all(name):
-    """Returns when every process has come to the place that `name` stands for."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def read(x):
+    """Returns an array as numpy. Every process must call it."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def gather(x):
     """Returns an array as numpy on process 0, None on the others. Every process must call it."""
-    if not x.is_fully_addressable and not x.is_fully_replicated:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x) if jax.process_index() == 0 else None
+    x = read(x)
+    return x if jax.process_index() == 0 else None

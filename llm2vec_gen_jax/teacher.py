@@ -1,5 +1,6 @@
 """Alignment targets: the teacher's vector of every response, computed once and kept, or read from a file."""
 
+import contextlib
 import functools
 import pathlib
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from llm2vec_gen_jax import progress, sharding
+from llm2vec_gen_jax import distributed, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
@@ -91,7 +92,7 @@ def _by_llm2vec(backbone, config, answers, responses):
 
         return embed, reader.architecture.hidden_size
 
-    targets, computed = _kept(responses, key, [len(row) for row in ids], batch_size, make)
+    targets, computed = _kept(responses, key, [len(row) for row in ids], batch_size, make, together=True)
     if computed and replaced:
         backbone.frozen = None
         backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh)
@@ -102,8 +103,8 @@ def pool_rows(architecture, frozen, causal, ids, shape, mesh):
     """Returns the llm2vec teacher's vectors (n, D), float32, of n id lists, padded to `shape` rows and tokens."""
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
-    arrays = sharding.put_batch((pad(batch, shape[1]), lengths_B), mesh)
-    return np.asarray(_mean_pool(architecture, frozen, causal, *arrays))[: len(ids)]
+    arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), mesh)
+    return sharding.read(_mean_pool(architecture, frozen, causal, *arrays))[: len(ids)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -158,19 +159,26 @@ def _load_embedder(path, folder):
         raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({reason})") from None
 
 
-def _kept(responses, key, lengths, batch_size, make):
+def _kept(responses, key, lengths, batch_size, make, together=False):
     """Returns (targets, whether they were computed now): from the file beside the responses that `key` names, which
     is filled where it does not exist yet.
 
     make() loads the teacher and returns (embed, E), where embed(rows) gives the vectors (len(rows), E) of texts.
+    together: it takes all processes to embed; otherwise process 0 does it alone. It alone reads and writes files.
     """
     file = _folder(responses) / f"{fingerprint(key)}.npy"
-    if file.exists():
-        return np.load(file), False
-    with exclusive(file.with_suffix(".lock")):
-        computed = not file.exists()  # else another run, on the same responses, has computed them meanwhile
-        if computed:
-            _fill(file, lengths, batch_size, *make())
+    computed = not distributed.on_first(file.exists)
+    if computed:
+        first = jax.process_index() == 0
+        with exclusive(file.with_suffix(".lock")) if first else contextlib.nullcontext():
+            computed = not distributed.on_first(file.exists)  # else another run, on the same responses, was faster
+            done = distributed.on_first(lambda: _done(file))
+            if computed and (together or first):
+                stop = distributed.stop_requested if together or jax.process_count() == 1 else lambda: False
+                _fill(file, lengths, batch_size, *make(), done, stop)
+        distributed.wait_for_all("teacher targets")
+    if not file.exists():
+        raise InputError(f"{file}: was written by process 0, but cannot be seen here: data must be on a shared disk")
     return np.load(file), computed
 
 
@@ -179,25 +187,42 @@ def _folder(responses):
     return path.with_name(path.name + ".targets") if path.exists() else cache_folder() / "targets"
 
 
-def _fill(file, lengths, batch_size, embed, width):
-    """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues."""
+def _partial(file):
+    return file.with_name(f"{file.stem}.partial.npy"), file.with_name(f"{file.stem}.partial.json")
+
+
+def _done(file):
+    """Returns how many texts an interrupted computation of `file` has behind it."""
+    partial, marker = _partial(file)
+    return read_json(marker)["done"] if marker.exists() and partial.exists() else 0
+
+
+def _fill(file, lengths, batch_size, embed, width, done, stop):
+    """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues.
+
+    Raises distributed.Preempted when stop() says so.
+    """
     order = np.argsort([-length for length in lengths], kind="stable")
-    partial, marker = file.with_name(f"{file.stem}.partial.npy"), file.with_name(f"{file.stem}.partial.json")
-    if marker.exists() and partial.exists():
-        done = read_json(marker)["done"]
-        targets = np.lib.format.open_memmap(partial, mode="r+")
-    else:
-        done = 0
-        marker.unlink(missing_ok=True)
-        targets = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(lengths), width))
+    partial, marker = _partial(file)
+    first = jax.process_index() == 0
+    if first:
+        if not done:
+            marker.unlink(missing_ok=True)
+        how = {"mode": "r+"} if done else {"mode": "w+", "dtype": np.float32, "shape": (len(lengths), width)}
+        targets = np.lib.format.open_memmap(partial, **how)
     with progress.bar(len(lengths), "text", "teacher targets", initial=done) as bar:
         for number, start in enumerate(range(done, len(lengths), batch_size)):
             rows = order[start : start + batch_size]
-            targets[rows] = embed(rows)
+            vectors, stopping = embed(rows), stop()
             bar.update(len(rows))
-            if number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
-                targets.flush()
-                write_json(marker, {"done": start + len(rows)})
-    targets.flush()
-    partial.replace(file)
-    marker.unlink(missing_ok=True)
+            if first:
+                targets[rows] = vectors
+                if stopping or number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
+                    targets.flush()
+                    write_json(marker, {"done": start + len(rows)})
+            if stopping:
+                raise distributed.Preempted(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
+    if first:
+        targets.flush()
+        partial.replace(file)
+        marker.unlink(missing_ok=True)

@@ -7,14 +7,14 @@ import shutil
 
 import jax
 
-from llm2vec_gen_jax import data, directory, losses, optim, options, sharding, supervised, teacher
+from llm2vec_gen_jax import data, directory, distributed, losses, optim, options, sharding, supervised, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.trainer import Run, Task, claim, update
+from llm2vec_gen_jax.trainer import FREE_KEYS, Run, Task, claim, update
 
 
 def train_step(state, frozen, cache, batch, *, model, optimizer, weights, lora_dropout=0.0, seed=0):
@@ -37,6 +37,8 @@ def train(config, show_progress=True, backbone=None):
     Raises InputError for bad configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
     options.require(config, "data.responses", "train.output")
+    if config.teacher.adapters and config.teacher.kind != "llm2vec":
+        raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
     output = pathlib.Path(config.train.output)
     resuming = claim(output, config)
     final = output / "model"
@@ -47,6 +49,7 @@ def train(config, show_progress=True, backbone=None):
     backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh)
     extra = supervised.texts(config.loss)
     examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
+    distributed.agree({"data": examples.digest_ids(), "backbone": backbone.identity})
     if len(examples) < len(records):
         print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty")
     if config.teacher.kind == "file":
@@ -62,7 +65,7 @@ def train(config, show_progress=True, backbone=None):
     method = Method(config, backbone, examples)
     run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output)
     run.start(resuming)
-    if final.exists() and run.first_step >= config.train.steps:
+    if run.first_step >= config.train.steps and distributed.on_first(final.exists):
         print(f"{final}: already finished")
         return final
     run.loop(show_progress)
@@ -71,14 +74,15 @@ def train(config, show_progress=True, backbone=None):
     # A run that was killed after its last step has logged everything and only lacks the directory.
     last = run.last_record or read_metrics(output)[-1]
     extra = {
-        "config": options.to_dict(config),
+        # Not how its processes were joined, nor the speed: equal runs leave equal directories.
+        "config": {key: value for key, value in options.to_dict(config).items() if key not in FREE_KEYS[""]},
         "data": {"responses": config.data.responses, "examples": len(examples), "digest": examples.digest},
-        # Not the speed: equal runs leave equal directories.
         "metrics": {name: value for name, value in last.items() if name != "tokens_per_second"},
     }
     if final.exists() and jax.process_index() == 0:
         shutil.rmtree(final)  # of a shorter run that this one went on from
     directory.save(final, method.model, trainable, backbone, extra)
+    distributed.wait_for_all("model directory")
     return final
 
 

@@ -23,9 +23,11 @@ def train_teacher(config, show_progress=True):
     configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
     options.require(config, "train.output")
+    if config.corpus.path is None and jax.process_count() > 1:
+        raise InputError("corpus.path is needed with several processes: make it first, by synthesize and respond")
     output = pathlib.Path(config.train.output)
     claim(output, config)
-    backbone = open_backbone(config)
+    backbone = open_backbone(config, jax.devices())
     texts = corpus(config, output, backbone)
     adapters = []
     for name, stage in (("mntp", _mntp), ("simcse", _simcse)):
@@ -138,6 +140,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
         log_every=train.log_every,
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
+        watchdog=train.watchdog,
     )
     output.mkdir(parents=True, exist_ok=True)
     run = Run(task, run_settings, optimizer, mesh, output)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from llm2vec_gen_jax import data, optim, options, progress, sharding
+from llm2vec_gen_jax import data, distributed, optim, options, progress, sharding
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
@@ -20,7 +20,8 @@ from llm2vec_gen_jax.metrics import MetricsWriter
 
 # What may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
-    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite"),
+    "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"),
+    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite", "watchdog"),
     "teacher": ("batch_size",),
     "mesh": ("data", "fsdp", "tensor"),
 }
@@ -57,8 +58,12 @@ def update(state, loss, optimizer):
 def claim(output, config, free=FREE_KEYS):
     """Makes the run directory this run's. Returns whether it holds an earlier part of the same run.
 
-    free: {section: keys} that may differ from what the earlier part was run with.
+    free: {section: keys} that may differ from what the earlier part was run with; "" stands for no section.
     """
+    return distributed.on_first(lambda: _claim(output, config, free))
+
+
+def _claim(output, config, free):
     resuming = False
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         old = _config_of(output, type(config))
@@ -91,10 +96,9 @@ def _config_of(output, schema):
 
 def _fixed(values, free):
     return {
-        section: {key: value for key, value in inner.items() if key not in free.get(section, ())}
-        if isinstance(inner, dict)
-        else inner
+        section: _fixed(inner, {"": free.get(section, ())}) if isinstance(inner, dict) else inner
         for section, inner in values.items()
+        if section not in free.get("", ())
     }
 
 
@@ -132,6 +136,7 @@ class Run:
 
     def start(self, resuming):
         """Sets state and first step: from the newest sound checkpoint, or fresh."""
+        distributed.agree({"record": self.task.record})
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
         self.state, self.first_step = start(self.task.init()), 0
@@ -142,7 +147,7 @@ class Run:
             print(f"resuming {self.output} at step {self.first_step}")
 
     def loop(self, show_progress, name="train"):
-        """Trains to train.steps, logging and checkpointing on the way.
+        """Trains to train.steps, logging and checkpointing on the way. Raises distributed.Preempted when asked to stop.
 
         Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
         """
@@ -150,21 +155,28 @@ class Run:
         writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
-        with progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress) as bar:
+        bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
+        with bar, distributed.Watchdog(settings.watchdog) as watchdog:
             pending = None
             for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
-                due = number % settings.checkpoint_every == 0 or number == settings.steps
+                watchdog.beat(f"step {number}")
+                stopping = distributed.stop_requested() and number < settings.steps
+                due = stopping or number % settings.checkpoint_every == 0 or number == settings.steps
+                on_mesh = sharding.put_batch(batch, self.mesh)
+                real, computed = data.count_tokens(on_mesh if jax.process_count() > 1 else batch)
                 # What goes over to the device unasked would wait there for the step under way, and the host with it.
                 with jax.transfer_guard("disallow"):
-                    state, metrics = self.task.step(state, sharding.put_batch(batch, self.mesh))
+                    state, metrics = self.task.step(state, on_mesh)
                     self._finish(pending, window, writer, bar)
-                    pending = (number, metrics, batch)
+                    pending = (number, metrics | {"tokens": real}, computed)
                     if due or number == steps[0]:  # the first step compiles: its time is its own
                         self._finish(pending, window, writer, bar)
                         pending = None
                 if due:
                     self.checkpoints.save(number, state)
-        self.checkpoints.wait()
+                if stopping:
+                    self.checkpoints.close()
+                    raise distributed.Preempted(f"{self.output}: stopped as asked, and saved at step {number}")
         self.checkpoints.close()
         if writer:
             writer.close()
@@ -174,7 +186,7 @@ class Run:
         """Reads the metrics of a dispatched step; logs them when they are due."""
         if pending is None:
             return
-        number, metrics, batch = pending
+        number, metrics, computed = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             last = number - 1 - (number - 1) % self.settings.checkpoint_every
@@ -183,7 +195,7 @@ class Run:
                 f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
                 f"The batch is {self.task.where(number - 1)}"
             )
-        window.add(values, batch)
+        window.add(values, computed)
         bar.update(1)
         bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         if number % self.settings.log_every == 0 or number in (self.first_step + 1, self.settings.steps):
@@ -202,10 +214,10 @@ class _Window:
     def _open(self, now):
         self.started, self.rows, self.tokens, self.padding = now, [], 0, []
 
-    def add(self, values, batch):
-        padding, real = data.padding_fraction(batch)
+    def add(self, values, computed):
+        real = values.pop("tokens")
         self.rows.append(values)
-        self.padding.append(padding)
+        self.padding.append(1 - real / computed)
         self.tokens += real
 
     def flush(self, number):

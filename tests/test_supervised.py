@@ -196,10 +196,10 @@ def test_batches_carry_extra_texts_only_when_used():
         for number, texts in enumerate(examples.extra.values()):
             for row, ids, length in zip(rows, whole["extra"][:, number], whole["extra_lengths"][:, number]):
                 assert ids[:length].tolist() == texts[row].tolist() and not ids[length:].any()
-        padding, real = data.padding_fraction(whole)
+        real, computed = data.count_tokens(whole)
         texts = [examples.query, examples.answer, *examples.extra.values()]
         assert real == sum(len(ids[row]) for ids in texts for row in rows)
-        assert padding == 1 - real / sum(whole[name].size for name in ("query", "answer", "extra"))
+        assert computed == sum(whole[name].size for name in ("query", "answer", "extra"))
 
 
 def test_a_record_without_a_negative_answer_is_left_out_where_it_is_read():

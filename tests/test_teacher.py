@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from llm2vec_gen_jax import LLM2VecGen, config, options, teacher
+from llm2vec_gen_jax import LLM2VecGen, config, loading, options, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft, weights
 from llm2vec_gen_jax.loading import load_backbone
@@ -243,6 +243,36 @@ def test_a_missing_adapter_is_named(tiny, tiny_folder, responses, tmp_path):
     for path, expected in ((tmp_path / "empty", "adapter_config.json"), (tmp_path / "none", "adapter_config.json")):
         with pytest.raises(InputError, match=f"teacher.adapters: {path} has no {expected}"):
             targets(tiny(FAMILY), tiny_folder, responses, f"teacher.adapters={path}")
+
+
+def test_the_default_backbones_teacher_knows_paraphrases(smollm2):
+    """The adapters that come with the package, on pairs from nobody's data: (text, the same, words in common only)."""
+    triples = (
+        ("A child is playing the piano.", "A kid plays a keyboard instrument.", "A child is eating the pear."),
+        ("The bank raised its interest rates.", "Borrowing became dearer.", "The river rose above its banks."),
+        ("How can I get my money back?", "I want a refund.", "How can I get my monkey to sleep?"),
+    )
+    causal = spread(smollm2, smollm2.frozen, True, triples)
+    frozen = smollm2.frozen
+    for adapter in loading.TEACHERS:
+        frozen = peft.merge(frozen, loading.resolve_adapter(adapter), smollm2.architecture)
+    trained = spread(smollm2, frozen, False, triples)
+    assert (trained > causal).all() and (trained > 0).sum() >= 2
+
+
+def spread(backbone, frozen, causal, triples):
+    """Cosine of each first text with the second less that with the third."""
+    ids = backbone.tokenizer.encode([text for triple in triples for text in triple], 64)
+    pooled = teacher.pool_rows(backbone.architecture, frozen, causal, ids, (len(ids), 16), backbone.mesh)
+    pooled = (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).reshape(len(triples), 3, -1)
+    return (pooled[:, 0] * (pooled[:, 1] - pooled[:, 2])).sum(axis=1)
+
+
+def test_adapters_of_a_teacher_that_reads_none_are_refused(tiny, tiny_folder, responses, tmp_path):
+    words = (f"data.responses={responses}", f"train.output={tmp_path / 'run'}", "teacher.adapters=[a]")
+    words += (f"backbone.path={tiny_folder(FAMILY)}", "teacher.kind=file", "teacher.path=targets.npy")
+    with pytest.raises(InputError, match="teacher.adapters are for teacher.kind=llm2vec, not for file"):
+        train(options.load(config.TrainConfig, None, words), False, tiny(FAMILY))
 
 
 # Computed once

@@ -231,8 +231,8 @@ def test_the_loop_sends_nothing_to_the_device_but_batches(place, run, monkeypatc
     """A learning rate worked out on the device for the log would wait there for the step under way."""
     add = trainer._Window.add
 
-    def stray(window, values, batch):
-        add(window, values, batch)
+    def stray(window, values, computed):
+        add(window, values, computed)
         jnp.float32(values["loss"]) + 1
 
     monkeypatch.setattr(trainer._Window, "add", stray)
@@ -245,7 +245,7 @@ def test_every_second_of_the_loop_is_counted_in_a_record(monkeypatch):
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
     window = trainer._Window(np.ones(9))
     for number in (1, 2, 3):
-        window.add({"loss": 1.0}, {"text": np.ones((2, 4)), "text_lengths": np.array([3, 4])})
+        window.add({"loss": 1.0, "tokens": 7}, 8)
         assert window.flush(number)["tokens_per_second"] == 7.0
 
 

@@ -1,0 +1,199 @@
+"""Many processes as one run: how they find one another, agree, stop together, and never hang.
+
+Only `start` decides that a run has several processes; without it everything here is for one process and costs nothing.
+"""
+
+import faulthandler
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import changes
+
+BAD_INPUT, PREEMPTED, PEER_FAILED, STALLED = 2, 3, 75, 76  # exit codes of a command, beside 0 and 1
+_WEEK = 7 * 24 * 3600  # seconds
+
+
+class Preempted(Exception):
+    """A run was asked to stop and has saved where it is."""
+
+
+def start(config, together=True):
+    """Joins the processes of a cluster, as a DistributedConfig says. Call it before anything uses a device.
+
+    together: they end at the same time; otherwise one that is done waits for the others as long as it takes.
+    """
+    address, count, index = config.distributed, config.num_processes, config.process_id
+    timeouts = {
+        "initialization_timeout": config.join_timeout,
+        "heartbeat_timeout_seconds": config.heartbeat_timeout,
+        "shutdown_timeout_seconds": config.heartbeat_timeout if together else _WEEK,
+    }
+    if address in ("auto", "off"):
+        if count is not None or index is not None:
+            raise InputError(f"num_processes and process_id need distributed=HOST:PORT, not distributed={address}")
+        if address == "auto":
+            try:
+                jax.distributed.initialize(**timeouts)
+            except ValueError as error:  # no cluster that JAX knows how to detect
+                if "coordinator_address" not in str(error):
+                    raise InputError(f"distributed=auto: {error}. Pass distributed=HOST:PORT, or off") from None
+            except RuntimeError as error:  # called from a program that has used a device: it is alone
+                if "must be called before" not in str(error):
+                    raise
+    else:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"distributed={address}: expected auto, off or HOST:PORT (of process 0)")
+        if count is None or index is None or not 0 <= index < count:
+            raise InputError(
+                f"distributed={address} needs num_processes=N and process_id=0 ... N-1 (found {count}, {index})"
+            )
+        if host in ("localhost", "127.0.0.1"):
+            timeouts["coordinator_bind_address"] = address  # nobody else's network
+        try:
+            jax.distributed.initialize(address, count, index, **timeouts)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"distributed={address}: process {index} of {count} could not join ({reason})") from None
+    if together:
+        _stop.install()
+    elif jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX caught it, for those who ask stop_requested
+
+
+class _Stop:
+    """Whether the run was asked to stop, by a SIGTERM to any of its processes."""
+
+    def __init__(self):
+        self.asked, self.installed, self.calls = False, False, 0
+
+    def install(self):
+        self.installed = True
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._on_signal)
+        else:
+            # JAX catches the signal from here on. A signal before the first call would be lost for ever.
+            self.requested()
+
+    def _on_signal(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)  # whoever asks twice does not want to wait
+
+    def requested(self):
+        if not self.installed or jax.process_count() == 1:
+            return self.asked
+        self.calls += 1
+        return multihost_utils.reached_preemption_sync_point(self.calls)
+
+
+_stop = _Stop()
+
+
+def stop_requested():
+    """Whether to save and stop now: the same answer on every process. All of them call it equally often."""
+    return _stop.requested()
+
+
+def on_first(function):
+    """Calls function() on process 0 alone and returns its JSON-like result on all. An InputError is raised on all."""
+    if jax.process_count() == 1:
+        return function()
+    outcome = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"result": function()}
+        except InputError as error:
+            outcome = {"error": str(error)}
+    outcome = _shared(outcome)[0]
+    if "error" in outcome:
+        raise InputError(outcome["error"])
+    return outcome["result"]
+
+
+def agree(values):
+    """Raises InputError on every process when `values`, a JSON-like dict, is not the same on all of them."""
+    if jax.process_count() == 1:
+        return
+    first, *others = _shared(values)
+    for index, other in enumerate(others, 1):
+        if first != other:
+            raise InputError(
+                f"the processes of this run do not agree: {changes(first, other)} (process 0 -> process {index}). "
+                "Start all of them with the same code, configuration and data"
+            )
+
+
+def wait_for_all(name):
+    """Returns when every process has come to the place that `name` stands for."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def code_version():
+    """Returns 16 hex digits of this package's source and the versions of what it computes with."""
+    digest = hashlib.sha256(f"{jax.__version__} {np.__version__}".encode())
+    root = pathlib.Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _shared(value):
+    """Returns the JSON-like values of all processes."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(text)])))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = np.reshape(multihost_utils.process_allgather(padded), (jax.process_count(), -1))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+class Watchdog:
+    """Ends this process when nothing has happened for `seconds`: a peer that hangs would hang all for ever."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.what = seconds, time.monotonic(), "the start"
+        self.done = threading.Event()
+
+    def beat(self, what):
+        """Says what is about to be done."""
+        self.last, self.what = time.monotonic(), what
+
+    def __enter__(self):
+        threading.Thread(target=self._watch, daemon=True).start()
+        self.beat("the first step")
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+
+    def _watch(self):
+        while not self.done.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self.last > self.seconds:
+                print(
+                    f"error: no progress for {self.seconds} seconds since {self.what}; the stacks follow",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(STALLED)
+
+
+def leave(code):
+    """Ends the process with `code`; in a run of several without waiting for the others, which then end too."""
+    if jax.process_count() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,233 @@
+"""Several real processes with fake devices are one run: the same losses and models as one process, and one fate."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings, options
+from llm2vec_gen_jax.metrics import read_metrics
+
+from .conftest import write_jsonl
+
+RECORDS = [
+    {"question": f"What is {number}?", "answer": f"It is {'abcdefgh'[number % 8] * (1 + number % 6)}."}
+    for number in range(24)
+]
+WORDS = (
+    "data.responses=../responses.jsonl",
+    "compression.num_tokens=4",
+    "data.max_buckets=1",
+    "optimizer.learning_rate=0.01",
+    "optimizer.warmup_steps=2",
+    "train.output=run",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "heartbeat_timeout=10",
+)
+
+
+class Cluster:
+    """Processes of one run on this machine, `devices` fake ones each, in a folder of their own."""
+
+    def __init__(self, folder, processes, devices, *words, different=()):
+        """words: the command's name and what follows. different: more words, for all processes but the first."""
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {
+            "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.processes = []
+        for index in range(processes):
+            own = [f"distributed={address}", f"num_processes={processes}", f"process_id={index}"]
+            own = [*(own if processes > 1 else []), *(different if index else ())]
+            command = [sys.executable, "-m", f"launch.{words[0]}", *words[1:], *own]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+
+    def wait(self, timeout=300):
+        """Returns [(exit code, stdout, stderr)] of the processes."""
+        outputs = [process.communicate(timeout=timeout) for process in self.processes]
+        return [(process.returncode, *output) for process, output in zip(self.processes, outputs)]
+
+    def succeed(self):
+        """Waits, and returns the run directory."""
+        for code, out, err in self.wait():
+            assert code == 0, out + err
+        return self.folder / "run"
+
+    def until_checkpoint(self, step):
+        while not (self.folder / "run" / "checkpoints" / str(step)).exists():
+            assert all(process.poll() is None for process in self.processes), self.wait()
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def cluster(tmp_path, tiny_folder):
+    """cluster(name, processes, devices, *words, different=...) starts a Cluster that trains; what still runs is ended.
+
+    cluster.start(name, processes, devices, *words) starts any command.
+    """
+    write_jsonl(tmp_path / "responses.jsonl", RECORDS)
+    started = []
+
+    def start(name, processes, devices, *words, **options):
+        started.append(Cluster(tmp_path / name, processes, devices, *words, **options))
+        return started[-1]
+
+    def train(name, processes, devices, *words, **options):
+        first = ("train", f"backbone.path={tiny_folder('qwen3')}", *WORDS)
+        return start(name, processes, devices, *first, *words, **options)
+
+    train.start = start
+    yield train
+    for each in started:
+        for process in each.processes:
+            process.kill()
+            process.communicate()
+
+
+def losses(run):
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_equal_one(cluster):
+    """Targets, training, checkpoint and model of 2 x 4 devices, of 1 x 8 and of one device; then from 2 to 1."""
+    words = ("mesh.fsdp=2", "mesh.tensor=2", "train.steps=4", "train.checkpoint_every=2")
+    two = cluster("two", 2, 4, *words).succeed()
+    one = cluster("one", 1, 8, *words).succeed()
+    single = cluster("single", 1, 1, "train.steps=4").succeed()
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    np.testing.assert_allclose(losses(two), losses(single), rtol=1e-5)
+    padding = [[row["padding_fraction"] for row in read_metrics(run)] for run in (two, one)]
+    assert padding[0] == padding[1]
+    texts = ["What is 7?", "What is 90?"]
+    expected = LLM2VecGen.from_pretrained(single / "model", dtype="float32").encode(texts)
+    for run in (two, one):
+        found = LLM2VecGen.from_pretrained(run / "model", dtype="float32").encode(texts)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_what_two_processes_began_one_finishes(cluster):
+    """Bit for bit: two numbers have one sum. (More devices are summed in another order by each way of joining them.)"""
+    words = ("train.checkpoint_every=2",)
+    cluster("moved", 2, 1, *words, "train.steps=2").succeed()
+    moved = cluster("moved", 1, 2, *words, "train.steps=4").succeed()
+    stayed = cluster("stayed", 1, 2, *words, "train.steps=4").succeed()
+    assert losses(moved) == losses(stayed)
+    assert contents(moved / "model") == contents(stayed / "model")
+
+
+def test_processes_that_do_not_agree_say_so(cluster):
+    for code, _, err in cluster("seeds", 2, 1, "train.steps=2", different=["train.seed=7"]).wait():
+        assert code == 2
+        assert "do not agree: config.train.seed: 42 -> 7 (process 0 -> process 1)" in err
+    for code, _, err in cluster("missing", 2, 1, "train.steps=2", "teacher.kind=file", "teacher.path=no.npy").wait():
+        assert code == 2 and "no.npy" in err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_one_stops_all_with_a_checkpoint(cluster, processes):
+    words = ("train.steps=400", "train.checkpoint_every=20")
+    whole = cluster("whole", 1, 2, *words).succeed()
+    stopped = cluster("stopped", processes, 2 // processes, *words)
+    stopped.until_checkpoint(20)
+    stopped.processes[-1].send_signal(signal.SIGTERM)
+    for code, _, err in stopped.wait():
+        assert code == 3, err
+        assert "stopped as asked, and saved at step" in err
+    again = cluster("stopped", processes, 2 // processes, *words).succeed()
+    assert losses(again) == losses(whole)
+    assert contents(again / "model") == contents(whole / "model")
+
+
+def test_joined_processes_encode_a_share_each(cluster, tmp_path):
+    model = cluster("trained", 1, 1, "train.steps=1").succeed() / "model"
+    (tmp_path / "texts.txt").write_text("\n".join(f"text {'of words ' * (n % 7)}{n}" for n in range(60)))
+    words = ("encode", str(model), "input=../texts.txt", "shard_size=8", "dtype=float32")
+    for name, processes in (("alone", 1), ("joined", 2)):
+        for code, out, err in cluster.start(name, processes, 2, *words, "output=vectors").wait():
+            assert code == 0, out + err
+    alone, joined = (load_embeddings(tmp_path / name / "vectors", verify=True) for name in ("alone", "joined"))
+    np.testing.assert_array_equal(alone, joined)
+    assert len(list((tmp_path / "joined" / "vectors").glob("manifest-0000?-of-00002.json"))) == 2
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_is_lost_the_other_ends_too(cluster, sent):
+    words = ("train.steps=4000", "train.checkpoint_every=20")
+    pair = cluster("lost", 2, 1, *words)
+    pair.until_checkpoint(20)
+    pair.processes[1].send_signal(sent)
+    started = time.monotonic()
+    assert pair.processes[0].wait(60) in (75, -signal.SIGABRT)
+    assert time.monotonic() - started < 10 + 10  # the heartbeat, and this machine's slowness
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["distributed=host"], "distributed=host: expected auto, off or HOST:PORT"),
+        (["distributed=host:1"], "distributed=host:1 needs num_processes=N and process_id"),
+        (["distributed=host:1", "num_processes=2", "process_id=2"], r"found 2, 2"),
+        (["num_processes=2"], "num_processes and process_id need distributed=HOST:PORT"),
+    ],
+)
+def test_bad_words_are_named(cluster, words, message):
+    ((code, _, err),) = cluster("bad", 1, 1, "train.steps=1", *words).wait()
+    assert code == 2 and message in err
+
+
+def test_the_watchdog_ends_a_process_that_hangs():
+    script = """
+import time
+from llm2vec_gen_jax.distributed import Watchdog
+
+with Watchdog(1) as watchdog:
+    watchdog.beat("step 3")
+    time.sleep(60)
+"""
+    root = pathlib.Path(__file__).parent.parent
+    hung = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=50)
+    assert hung.returncode == 76
+    assert "no progress for 1 seconds since step 3" in hung.stderr and "most recent call first" in hung.stderr
+
+
+# The files that start a run on a cluster
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+SCRIPTS = [path for pattern in ("*.sh", "*.sbatch", "*.yaml") for path in LAUNCH.rglob(pattern)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_launch_files_are_well_formed_and_their_keys_exist(path):
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        text = json.dumps(yaml.safe_load(text))
+    else:
+        subprocess.run(["bash", "-n", path], check=True)
+    words = re.findall(r"\b((?:data|train|mesh)\.\w+=[\w/.]+|configs/[\w.-]+\.yaml)", text)
+    keys, files = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+    assert files and all((LAUNCH.parent / file).exists() for file in files)
+    options.load(config.TrainConfig, LAUNCH.parent / files[0], keys)
