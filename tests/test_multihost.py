@@ -147,19 +147,20 @@ def test_processes_that_do_not_agree_say_so(cluster):
         assert code == 2 and "no.npy" in err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_one_stops_all_with_a_checkpoint(cluster, processes):
+def test_sigterm_to_one_stops_all_with_a_checkpoint(cluster):
     words = ("train.steps=400", "train.checkpoint_every=20")
     whole = cluster("whole", 1, 2, *words).succeed()
-    stopped = cluster("stopped", processes, 2 // processes, *words)
-    stopped.until_checkpoint(20)
-    stopped.processes[-1].send_signal(signal.SIGTERM)
-    for code, _, err in stopped.wait():
-        assert code == 3, err
-        assert "stopped as asked, and saved at step" in err
-    again = cluster("stopped", processes, 2 // processes, *words).succeed()
-    assert losses(again) == losses(whole)
-    assert contents(again / "model") == contents(whole / "model")
+    for processes in (1, 2):
+        shape = (f"stopped-{processes}", processes, 2 // processes)
+        stopped = cluster(*shape, *words)
+        stopped.until_checkpoint(20)
+        stopped.processes[-1].send_signal(signal.SIGTERM)
+        for code, _, err in stopped.wait():
+            assert code == 3, err
+            assert "stopped as asked, and saved at step" in err
+        again = cluster(*shape, *words).succeed()
+        assert losses(again) == losses(whole)
+        assert contents(again / "model") == contents(whole / "model")
 
 
 def test_joined_processes_encode_a_share_each(cluster, tmp_path):

@@ -257,6 +257,7 @@ def test_without_a_corpus_the_backbone_writes_it(place, smollm2):
     """The real backbone, a handful of responses: what it writes is what it is trained on."""
     words = ("corpus.queries=8", "corpus.max_new_tokens=24", "mntp.steps=1", "mntp.batch_size=8", "mntp.max_length=16")
     words += ("simcse.steps=1", "simcse.batch_size=8", "train.output=own", "train.adapter_dtype=bfloat16")
+    words += ("mntp.dropout=0", "simcse.dropout=0")  # a minute of random numbers
     train_teacher(options.load(config.TeacherTrainConfig, None, words), False)
     assert len((place / "own" / "responses.jsonl").read_text().splitlines()) == 8
     size = (place / "own" / "simcse" / "adapter_model.safetensors").stat().st_size
