@@ -1,12 +1,14 @@
 """What every command does first and last: arguments, compilation cache, errors to exit codes."""
 
+import contextlib
+import errno
 import logging
 import os
 import sys
 import textwrap
 import traceback
 
-from llm2vec_gen_jax import options
+from llm2vec_gen_jax import options, preemption
 from llm2vec_gen_jax.config import DistributedConfig, ShardConfig
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
@@ -30,79 +32,98 @@ def run(schema, command, positional="CONFIG", words=None):
 
     words: what follows the command's name, default sys.argv.
     Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 3 stopped by SIGTERM and
-    saved, 75 another process of the run ended, 76 no progress, 130 interrupted.
+    saved, 74 could not write, 75 another process of the run ended, 76 no progress, 130 interrupted.
     """
     words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help") for word in words):
         print(_help(schema, positional))
         return
     try:
-        paired = [word for word in words if "=" in word and not os.path.exists(word)]  # a path may hold a =
-        free = [word for word in words if word not in paired]
-        if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
-            raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
-        if positional == "MODEL" and not free:
-            raise InputError("which model? Give a model directory or hub id first")
-        files = free if positional != "MODEL" else []
-        configs = [options.load(schema, file, paired) for file in files or [None]]
-        if positional == "CONFIG..." and not files:
-            raise InputError("which configs? Give one or more YAML files first")
+        arguments, config = _read(schema, positional, words)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if isinstance(config, DistributedConfig) and not hasattr(config, "shard"):
+        preemption.catch()  # what comes while JAX is imported and the processes find one another is kept for later
     _prepare()
-    if positional == "CONFIG...":
-        _call(configs[0], command, files, configs)
-    elif positional == "MODEL":
-        _call(configs[0], command, free[0], configs[0])
-    else:
-        _call(configs[0], command, configs[0])
+    with _exit_codes():
+        if isinstance(config, DistributedConfig):
+            _join(config)
+        command(*arguments)
 
 
-def _call(config, command, *arguments):
+def _read(schema, positional, words):
+    """Returns (the arguments of the command, the config that says how it runs)."""
+    paired = [word for word in words if "=" in word and not os.path.exists(word)]  # a path may hold a =
+    free = [word for word in words if word not in paired]
+    if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
+        raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
+    files = free if positional != "MODEL" else []
+    configs = [options.load(schema, file, paired) for file in files or [None]]
+    if positional == "CONFIG":
+        return (configs[0],), configs[0]
+    if not free:
+        which = {
+            "MODEL": "model? Give a model directory or hub id",
+            "CONFIG...": "configs? Give one or more YAML files",
+        }
+        raise InputError(f"which {which[positional]} first")
+    return (free[0], configs[0]) if positional == "MODEL" else (free, configs), configs[0]
+
+
+def _join(config):
+    """Joins the processes of the run that a DistributedConfig describes, and checks that they are of one run."""
     import jax
 
     from llm2vec_gen_jax import distributed
 
+    shared = hasattr(config, "shard")  # work that is split once and for all: nobody waits for anybody
+    distributed.start(config, not shared)
+    values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
+    distributed.agree({"code": distributed.code_version(), "config": values})
+    if not shared and distributed.stop_requested():
+        raise distributed.Preempted("stopped as asked, before anything was begun")
+    if shared and jax.process_count() > 1:
+        if config.shard.count > 1:
+            raise InputError(f"shard.count={config.shard.count}: joined processes take a share each; leave it out")
+        config.shard = ShardConfig(jax.process_index(), jax.process_count())
+
+
+@contextlib.contextmanager
+def _exit_codes():
+    """Ends the process with a line and a code that name what was raised. In a run of several processes none waits."""
+    import jax
+
+    from llm2vec_gen_jax import distributed
+
+    def end(line, code):
+        print(line, file=sys.stderr)
+        distributed.leave(code)
+
     try:
-        if isinstance(config, DistributedConfig):
-            shared = hasattr(config, "shard")  # work that is split once and for all: nobody waits for anybody
-            distributed.start(config, together=not shared)
-            values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
-            distributed.agree({"code": distributed.code_version(), "config": values})
-            if shared and jax.process_count() > 1:
-                if config.shard.count > 1:
-                    raise InputError(
-                        f"shard.count={config.shard.count}: joined processes take a share each; leave it out"
-                    )
-                config.shard = ShardConfig(jax.process_index(), jax.process_count())
-        command(*arguments)
+        yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        distributed.leave(distributed.BAD_INPUT)
+        end(f"error: {error}", distributed.BAD_INPUT)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        distributed.leave(1)
-    except distributed.Preempted as error:
+        end(f"error: {error}", 1)
+    except distributed.Preempted as error:  # all processes end together
         print(f"{error}. Repeat the command to go on", file=sys.stderr)
         sys.exit(distributed.PREEMPTED)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        first = str(error).strip().splitlines()[0]
-        print(f"error: {first}. If another process ended, what it printed says why", file=sys.stderr)
-        distributed.leave(distributed.PEER_FAILED)
+    except distributed.PeerMissing as error:
+        end(f"error: {error}", distributed.PEER_FAILED)
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a full disk, no permission
-        distributed.leave(1)
+        of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        end(f"error: {error.filename or 'writing'}: {error.strerror}", distributed.IO_FAILED if of_the_disk else 1)
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing is half written, repeat the command to go on", file=sys.stderr)
-        distributed.leave(130)
-    except Exception:
+        end("\ninterrupted; nothing is half written, repeat the command to go on", 130)
+    except Exception as error:
         if jax.process_count() == 1:
             raise
+        if distributed.is_loss_of_peer(error):
+            first = str(error).strip().splitlines()[0]
+            end(f"error: {first}. If another process ended, what it printed says why", distributed.PEER_FAILED)
         traceback.print_exc()
         distributed.leave(1)
 

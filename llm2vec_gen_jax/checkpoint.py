@@ -3,6 +3,8 @@
 Orbax restores an array with a flipped bit without a word, so every checkpoint holds a digest of every leaf.
 """
 
+import contextlib
+import errno
 import shutil
 import time
 
@@ -16,6 +18,7 @@ from llm2vec_gen_jax.files import changes, fingerprint
 
 _policies = ocp.checkpoint_managers
 _ITEMS = ("state", "record")
+_OF_THE_DISK = ("OS error", "No space left", "RESOURCE_EXHAUSTED")  # in what tensorstore says
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a number
 
 
@@ -39,7 +42,8 @@ class Checkpoints:
         """Starts to save a state under its step."""
         record = {"of": self.record, "digests": _digests(state)}
         record = ocp.args.JsonSave(record | {"digest": fingerprint(record)})
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=record))
+        with self._failures_named():
+            self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=record))
 
     def restore(self, like):
         """Returns (state, step) of the newest sound checkpoint, on the devices and in the types of `like`.
@@ -93,14 +97,35 @@ class Checkpoints:
         distributed.wait_for_all(f"damaged checkpoint {step}")
         self.manager.reload()
 
+    def check(self):
+        """Raises OSError when a save that was started cannot be written."""
+        with self._failures_named():
+            self.manager.check_for_errors()
+
     def wait(self):
-        """Returns when every started save is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when every started save is on disk. Raises OSError when one cannot be written."""
+        with self._failures_named():
+            self.manager.wait_until_finished()
 
     def close(self):
         """Waits, then frees what orbax holds."""
+        self.wait()
         self.manager.close()
         self._purge()
+
+    @contextlib.contextmanager
+    def _failures_named(self):
+        """A save that fails is reported by orbax later, in the next call of any kind, and by many types."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) and not any(sign in str(error) for sign in _OF_THE_DISK):
+                raise
+            steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            newest = f"the newest one there is of step {max(steps)}" if steps else "there is none yet"
+            number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+            reason = f"a checkpoint could not be written ({_first_line(error)}); {newest}"
+            raise OSError(number, reason, str(self.folder)) from error
 
     def _purge(self):
         if jax.process_index() == 0:

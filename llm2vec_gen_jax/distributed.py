@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import signal
 import sys
 import threading
 import time
@@ -17,10 +16,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llm2vec_gen_jax import preemption
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes
 
-BAD_INPUT, PREEMPTED, PEER_FAILED, STALLED = 2, 3, 75, 76  # exit codes of a command, beside 0 and 1
+BAD_INPUT, PREEMPTED, IO_FAILED, PEER_FAILED, STALLED = 2, 3, 74, 75, 76  # exit codes of a command, beside 0 and 1
 _WEEK = 7 * 24 * 3600  # seconds
 
 
@@ -28,10 +28,15 @@ class Preempted(Exception):
     """A run was asked to stop and has saved where it is."""
 
 
+class PeerMissing(Exception):
+    """Not all processes of a run have come."""
+
+
 def start(config, together=True):
     """Joins the processes of a cluster, as a DistributedConfig says. Call it before anything uses a device.
 
     together: they end at the same time; otherwise one that is done waits for the others as long as it takes.
+    Raises PeerMissing when they do not meet within config.join_timeout.
     """
     address, count, index = config.distributed, config.num_processes, config.process_id
     timeouts = {
@@ -39,6 +44,9 @@ def start(config, together=True):
         "heartbeat_timeout_seconds": config.heartbeat_timeout,
         "shutdown_timeout_seconds": config.heartbeat_timeout if together else _WEEK,
     }
+    # JAX's own agreement on where to stop loses a SIGTERM that comes at the wrong moment: a checkpoint that orbax
+    # finishes in the background sets its counter back. Ours travels with the batches (trainer.Run.loop).
+    jax.config.update("jax_enable_preemption_service", False)
     if address in ("auto", "off"):
         if count is not None or index is not None:
             raise InputError(f"num_processes and process_id need distributed=HOST:PORT, not distributed={address}")
@@ -50,7 +58,7 @@ def start(config, together=True):
                     raise InputError(f"distributed=auto: {error}. Pass distributed=HOST:PORT, or off") from None
             except RuntimeError as error:  # called from a program that has used a device: it is alone
                 if "must be called before" not in str(error):
-                    raise
+                    raise PeerMissing(f"distributed=auto: {_first_line(error)}") from None
     else:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
@@ -64,45 +72,14 @@ def start(config, together=True):
         try:
             jax.distributed.initialize(address, count, index, **timeouts)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"distributed={address}: process {index} of {count} could not join ({reason})") from None
-    if together:
-        _stop.install()
-    elif jax.process_count() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX caught it, for those who ask stop_requested
-
-
-class _Stop:
-    """Whether the run was asked to stop, by a SIGTERM to any of its processes."""
-
-    def __init__(self):
-        self.asked, self.installed, self.calls = False, False, 0
-
-    def install(self):
-        self.installed = True
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._on_signal)
-        else:
-            # JAX catches the signal from here on. A signal before the first call would be lost for ever.
-            self.requested()
-
-    def _on_signal(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)  # whoever asks twice does not want to wait
-
-    def requested(self):
-        if not self.installed or jax.process_count() == 1:
-            return self.asked
-        self.calls += 1
-        return multihost_utils.reached_preemption_sync_point(self.calls)
-
-
-_stop = _Stop()
+            reason = f"process {index} of {count} could not join ({_first_line(error)})"
+            raise PeerMissing(f"distributed={address}: {reason}") from None
 
 
 def stop_requested():
-    """Whether to save and stop now: the same answer on every process. All of them call it equally often."""
-    return _stop.requested()
+    """Whether any process of the run was asked to stop: the same answer on all. All of them call it equally often."""
+    asked = preemption.asked()
+    return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array([asked])).any())
 
 
 def on_first(function):
@@ -134,6 +111,13 @@ def agree(values):
             )
 
 
+def is_loss_of_peer(error):
+    """Whether an exception is what a process meets when another one of its run has ended."""
+    signs = ("Gloo ", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection ")
+    found = isinstance(error, jax.errors.JaxRuntimeError) or any(sign in str(error) for sign in signs)
+    return jax.process_count() > 1 and found
+
+
 def wait_for_all(name):
     """Returns when every process has come to the place that `name` stands for."""
     if jax.process_count() > 1:
@@ -149,6 +133,10 @@ def code_version():
     return digest.hexdigest()[:16]
 
 
+def _first_line(error):
+    return str(error).strip().splitlines()[0]
+
+
 def _shared(value):
     """Returns the JSON-like values of all processes."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -160,9 +148,14 @@ def _shared(value):
 
 
 class Watchdog:
-    """Ends this process when nothing has happened for `seconds`: a peer that hangs would hang all for ever."""
+    """Ends this process when nothing has happened for `seconds`: a peer that hangs would hang all for ever.
 
-    def __init__(self, seconds):
+    check: called every second; an OSError of it ends a process of several too. One that cannot write its part of a
+    checkpoint waits for the others, who wait for its part.
+    """
+
+    def __init__(self, seconds, check=lambda: None):
+        self.check = check
         self.seconds, self.last, self.what = seconds, time.monotonic(), "the start"
         self.done = threading.Event()
 
@@ -180,6 +173,12 @@ class Watchdog:
 
     def _watch(self):
         while not self.done.wait(min(1.0, self.seconds / 4)):
+            if jax.process_count() > 1:
+                try:
+                    self.check()
+                except OSError as error:
+                    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+                    leave(IO_FAILED)
             if time.monotonic() - self.last > self.seconds:
                 print(
                     f"error: no progress for {self.seconds} seconds since {self.what}; the stacks follow",

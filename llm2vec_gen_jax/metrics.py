@@ -18,7 +18,8 @@ class MetricsWriter:
             rows = [row for row in map(json.loads, whole.splitlines()) if row["step"] <= first_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = open(self.path, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+        # No limit to the queue: on a full disk the writing thread is gone, and whoever puts into a full queue hangs.
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10, max_queue=0)
 
     def write(self, record):
         """Writes a dict with `step` and numbers."""

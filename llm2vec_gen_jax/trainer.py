@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from llm2vec_gen_jax import data, distributed, optim, options, progress, sharding
+from llm2vec_gen_jax import data, distributed, optim, options, preemption, progress, sharding
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
@@ -21,7 +21,7 @@ from llm2vec_gen_jax.metrics import MetricsWriter
 # What may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
     "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"),
-    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite", "watchdog"),
+    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite", "watchdog", "remat"),
     "teacher": ("batch_size",),
     "mesh": ("data", "fsdp", "tensor"),
 }
@@ -152,29 +152,33 @@ class Run:
         Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
         """
         settings, state = self.settings, self.state
+        if distributed.stop_requested():
+            self.checkpoints.close()
+            raise distributed.Preempted(f"{self.output}: stopped as asked, at step {self.first_step}")
         writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
-        with bar, distributed.Watchdog(settings.watchdog) as watchdog:
+        with bar, distributed.Watchdog(settings.watchdog, self.checkpoints.check) as watchdog:
             pending = None
             for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
                 watchdog.beat(f"step {number}")
-                stopping = distributed.stop_requested() and number < settings.steps
-                due = stopping or number % settings.checkpoint_every == 0 or number == settings.steps
+                self.checkpoints.check()
+                due = number % settings.checkpoint_every == 0 or number == settings.steps
                 on_mesh = sharding.put_batch(batch, self.mesh)
                 real, computed = data.count_tokens(on_mesh if jax.process_count() > 1 else batch)
+                asked = self._asked_on_any()
                 # What goes over to the device unasked would wait there for the step under way, and the host with it.
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.task.step(state, on_mesh)
-                    self._finish(pending, window, writer, bar)
-                    pending = (number, metrics | {"tokens": real}, computed)
-                    if due or number == steps[0]:  # the first step compiles: its time is its own
-                        self._finish(pending, window, writer, bar)
+                    stopping = self._finish(pending, window, writer, bar)
+                    pending = (number, metrics | {"tokens": real, "asked": asked}, computed)
+                    if due or stopping or number == steps[0]:  # the first step compiles: its time is its own
+                        stopping |= self._finish(pending, window, writer, bar)
                         pending = None
-                if due:
+                if due or stopping:
                     self.checkpoints.save(number, state)
-                if stopping:
+                if stopping and number < settings.steps:
                     self.checkpoints.close()
                     raise distributed.Preempted(f"{self.output}: stopped as asked, and saved at step {number}")
         self.checkpoints.close()
@@ -182,10 +186,18 @@ class Run:
             writer.close()
         self.state = state
 
+    def _asked_on_any(self):
+        """Whether any process was asked to stop: read with the metrics of its step, so that nobody waits for it."""
+        asked = preemption.asked()
+        if jax.process_count() == 1:
+            return asked
+        rows = np.full(self.settings.batch_size // jax.process_count(), asked)
+        return jnp.max(sharding.put_batch(rows, self.mesh))
+
     def _finish(self, pending, window, writer, bar):
-        """Reads the metrics of a dispatched step; logs them when they are due."""
+        """Reads the metrics of a dispatched step; logs them when they are due. Returns whether to stop."""
         if pending is None:
-            return
+            return False
         number, metrics, computed = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
@@ -195,6 +207,7 @@ class Run:
                 f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
                 f"The batch is {self.task.where(number - 1)}"
             )
+        asked = bool(values.pop("asked"))
         window.add(values, computed)
         bar.update(1)
         bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
@@ -202,6 +215,7 @@ class Run:
             self.last_record = window.flush(number)
             if writer:
                 writer.write(self.last_record)
+        return asked
 
 
 class _Window:
