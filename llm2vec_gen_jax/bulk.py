@@ -68,7 +68,7 @@ class _Files:
         suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
         self.manifest = output / f"manifest{suffix}.json"
         self.journal = output / f"progress{suffix}.jsonl"
-        self.journal_record = output / f"{self.journal.name}.run.json"
+        self.journal_record, self.journal_sums = JsonlAppender.sidecars(self.journal)
         self.ranges = output / "ranges.npy"
 
     def shard(self, number):
@@ -136,8 +136,14 @@ class _Job:
             return None
         if self.corpus.streamed:
             raise InputError(f"output={files.output}: exists and is complete. Choose another, or remove it")
-        files.journal.unlink(missing_ok=True)  # what a kill at the very end left
-        files.journal_record.unlink(missing_ok=True)
+        whole = self._whole(manifest["shards"])
+        if len(whole) < len(manifest["shards"]):  # then it is as if the run had not come to its end
+            with JsonlAppender(files.journal, self.record, overwrite=True) as journal:
+                journal.append(whole)
+            files.manifest.unlink()
+            return None
+        for path in (files.journal, files.journal_record, files.journal_sums):
+            path.unlink(missing_ok=True)  # what a kill at the very end left
         files.remove_torn()
         return manifest
 
@@ -145,7 +151,7 @@ class _Job:
         """Encodes what is not there yet; returns the manifest."""
         with JsonlAppender(self.files.journal, self.record) as journal:
             self.files.remove_torn()
-            self.done = {row["shard"]: row for row in journal.rows if self._is_whole(row)}
+            self.done = {row["shard"]: row for row in self._whole(journal.rows)}
             try:
                 self._encode(journal)
                 manifest = self._manifest()
@@ -157,8 +163,23 @@ class _Job:
                     self.files.remove_if_empty()
         return manifest
 
-    def _is_whole(self, row):
-        return all((self.files.output / file).is_file() for file in (row["file"], row.get("soft_prompts", row["file"])))
+    def _whole(self, entries):
+        """Returns the entries of a journal or manifest whose files are what was written."""
+        whole = []
+        with progress.bar(len(entries), "shard", "check", enabled=bool(entries)) as bar:
+            for entry in entries:
+                whole += [entry] if self._is_whole(entry) else []
+                bar.update(1)
+        return whole
+
+    def _is_whole(self, entry):
+        digests = {"file": "sha256", "soft_prompts": "soft_prompts_sha256", "ranges": "ranges_sha256"}
+        for name, digest in digests.items():
+            path = self.files.output / entry.get(name, "")
+            if name in entry and not (path.is_file() and sha256_file(path) == entry[digest]):
+                print(f"{path}: missing, or not what was written; made again", flush=True)
+                return False
+        return True
 
     def _mine(self, shard):
         return shard % self.share.count == self.share.index
@@ -247,6 +268,8 @@ class _Job:
             with atomic_path(path) as temporary:
                 np.save(temporary, np.concatenate([part[2] for part in parts]))
             entry |= {"soft_prompts": path.name, "soft_prompts_sha256": sha256_file(path)}
+        if self.config.precision == "int8":
+            entry |= {"ranges": self.files.ranges.name, "ranges_sha256": sha256_file(self.files.ranges)}
         journal.append([entry])
         self.done[number] = entry
 

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import struct
 import tempfile
 import zlib
 
@@ -183,19 +184,19 @@ def parse_object(line, where):
 class JsonlAppender:
     """Appends objects to a JSONL file so that a kill at any moment loses and repeats nothing.
 
-    A last line without its newline (a kill in the middle of a write) is cut off on opening; `rows` holds the
-    objects that are already there. A sidecar `FILE.run.json` records what the file was made with: opening it
-    with another `run` raises InputError, because its lines would be a mixture; so does a file that another process
-    is appending to.
+    A last line without its newline (a kill in the middle of a write) is cut off on opening, and so is everything from
+    a line on that is not what was written (a damaged disk or copy), which is said; `rows` holds the objects that are
+    there. Sidecars: `FILE.run.json` records what the file was made with: opening it with another `run` raises
+    InputError, because its lines would be a mixture; so does a file that another process is appending to.
+    `FILE.crc32` holds a checksum of each line, 4 bytes, little-endian.
     """
 
     def __init__(self, path, run, overwrite=False):
         self.path = pathlib.Path(path)
-        self.sidecar = self.path.with_name(self.path.name + ".run.json")
+        self.sidecar, self.sums = self.sidecars(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            self.path.unlink(missing_ok=True)
-            self.sidecar.unlink(missing_ok=True)
+            self.remove()
         if self.path.exists():
             if not self.sidecar.exists():
                 raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
@@ -207,32 +208,58 @@ class JsonlAppender:
                 )
         else:
             write_json(self.sidecar, run)
+            self.sums.unlink(missing_ok=True)
         self.file = open(self.path, "ab+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.path}: another process is writing to it") from None
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        self._keep_what_is_whole()
         self.rows = [row for _, row in read_jsonl(self.path)]
+
+    @staticmethod
+    def sidecars(path):
+        """Returns the paths of the record and the checksums of a file."""
+        return path.with_name(f"{path.name}.run.json"), path.with_name(f"{path.name}.crc32")
+
+    def _keep_what_is_whole(self):
+        self.file.seek(0)
+        *lines, _ = self.file.read().split(b"\n")
+        known = self.sums.read_bytes() if self.sums.exists() else b""
+        # A kill may come between a line and its checksum: what has none yet is taken as it is.
+        for number, (line, (crc,)) in enumerate(zip(lines, struct.iter_unpack("<I", known[: len(known) // 4 * 4]))):
+            if zlib.crc32(line) != crc:
+                print(f"{self.path}, line {number + 1}: is not what was written; made again from there on", flush=True)
+                lines = lines[:number]
+                break
+        self.file.truncate(sum(len(line) + 1 for line in lines))
+        with open(self.sums, "wb") as file:
+            file.write(_crc32(lines))
 
     def append(self, rows):
         """Writes a list of objects in one piece and waits until they are on disk."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        self.file.write(b"".join(line + b"\n" for line in lines))
         self.file.flush()
         os.fsync(self.file.fileno())
+        with open(self.sums, "ab") as file:
+            file.write(_crc32(lines))
         self.rows.extend(rows)
 
     def remove(self):
-        """Removes the file and its sidecar."""
-        self.path.unlink(missing_ok=True)
-        self.sidecar.unlink(missing_ok=True)
+        """Removes the file and its sidecars."""
+        for path in (self.path, self.sidecar, self.sums):
+            path.unlink(missing_ok=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.file.close()
+
+
+def _crc32(lines):
+    return b"".join(struct.pack("<I", zlib.crc32(line)) for line in lines)
 
 
 def changes(old, new, prefix=""):

@@ -418,10 +418,42 @@ def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
         assert output.rows == ROWS
 
 
-def test_a_damaged_line_inside_is_an_error_not_a_loss(tmp_path):
+@hypothesis.given(st.integers(0, 10**6), st.sampled_from(["rows.jsonl", "rows.jsonl.crc32"]), st.binary(max_size=3))
+@hypothesis.settings(TMP_PATH, max_examples=200)
+def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
+    """Bytes overwritten, taken out or put in anywhere, in the lines or in their checksums."""
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN, overwrite=True) as output:
+        for batch in BATCHES:
+            output.append(batch)
+    whole = path.read_bytes()
+    damaged = tmp_path / name
+    content = damaged.read_bytes()
+    place %= len(content)
+    for end in (place, place + 1, place + len(bytes_there)):
+        damaged.write_bytes(content[:place] + bytes_there + content[end:])
+        with files.JsonlAppender(path, RUN) as output:
+            assert output.rows == ROWS[: len(output.rows)]
+            output.append(ROWS[len(output.rows) :])
+        assert path.read_bytes() == whole
+        assert len((tmp_path / "rows.jsonl.crc32").read_bytes()) == 4 * len(ROWS)
+
+
+def test_a_line_that_was_changed_is_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     with files.JsonlAppender(path, RUN) as output:
         output.append(ROWS)
+    path.write_bytes(path.read_bytes().replace(b'{"id": 1}', b'{"id": 7}'))
+    with files.JsonlAppender(path, RUN) as output:
+        assert output.rows == ROWS[:1]
+    assert f"{path}, line 2: is not what was written; made again from there on" in capsys.readouterr().out
+
+
+def test_without_checksums_a_damaged_line_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with files.JsonlAppender(path, RUN) as output:
+        output.append(ROWS)
+    (tmp_path / "rows.jsonl.crc32").unlink()  # as files of before have none
     damaged = path.read_bytes().replace(b'{"id": 1}', b'{"id": 1')
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="rows.jsonl, line 2: not valid JSON"):
