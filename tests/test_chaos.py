@@ -1,0 +1,23 @@
+"""A short run of the fault injection: every kind of fault once. The long runs are benchmarks.chaos and chaos_jobs."""
+
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def test_training_survives_every_kind_of_fault():
+    done = run("benchmarks.chaos", "--faults", "12", "--seed", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 of 12 survived" in done.stdout
+
+
+def test_encode_and_respond_survive_kills_and_damage():
+    done = run("benchmarks.chaos_jobs", "--kills", "3", "--damages", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| encode | 3 | 3 |" in done.stdout and "| respond | 3 | 3 |" in done.stdout
