@@ -53,22 +53,22 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
         lengths_B = np.full(size, soft_prompts_BKD.shape[1], np.int32)
         prompt = np.concatenate([soft_prompts_BKD, np.zeros((size - count, *soft_prompts_BKD.shape[1:]), np.float32)])
     prompt, lengths_B, row_ids = sharding.put_batch((prompt, lengths_B, row_ids), backbone.mesh)
-    stop = tuple(backbone.tokenizer.stop_ids)
-    out_BN, count_B = _generate(
-        backbone.architecture, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, np.uint32(seed % 2**32)
-    )
+    stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, mesh=backbone.mesh)
+    seed = np.uint32(seed % 2**32)
+    out_BN, count_B = _generate(model, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, seed)
     out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
     return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(architecture, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
-    """prompt: ids (B, P) or soft prompts (B, P, D). Returns (ids (B, max_new_tokens), number of ids before a stop).
+def _generate(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
+    """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D).
+
+    Returns (ids (B, max_new_tokens), number of ids before a stop).
 
     The cache has P slots for the right-padded prompts, then one for every new token; the gap between a short prompt
     and its first new token is never visible, and positions count real tokens only.
     """
-    model = Backbone(architecture)
     variables, N = {"params": frozen}, sampling.max_new_tokens
     x_BPD = prompt if prompt.ndim == 3 else model.apply(variables, prompt, method="embed")
     x_BPD = x_BPD.astype(frozen["embedding"].dtype)

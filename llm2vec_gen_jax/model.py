@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
-from llm2vec_gen_jax import lora
+from llm2vec_gen_jax import lora, sharding
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
@@ -43,12 +44,21 @@ class Model:
     embedding_size: int
     lora_rank: int = 0
     lora_scale: float = 0.0  # alpha / rank
+    remat: str = "dots"  # what the backward pass keeps: backbone.REMAT
+    mesh: Mesh | None = None  # where the arrays are, if on many devices
 
     @property
     def compressor(self):
         """The Linen module of the trainable tree."""
         a = self.architecture
         return Compressor(self.num_thought_tokens, self.num_tokens, a.hidden_size, self.embedding_size)
+
+    @property
+    def shapes(self):
+        """What makes two models' trees different: a dict of numbers."""
+        return {key: value for key, value in vars(self).items() if key not in ("architecture", "remat", "mesh")} | {
+            "architecture": dataclasses.asdict(self.architecture)
+        }
 
     @property
     def num_appended(self):
@@ -161,17 +171,21 @@ class Model:
 
     def head_VD(self, frozen):
         """The frozen LLM's output matrix (V, D)."""
-        return Backbone(self.architecture).apply({"params": frozen}, method="head_VD")
+        return self._backbone.apply({"params": frozen}, method="head_VD")
+
+    @property
+    def _backbone(self):
+        return Backbone(self.architecture, self.remat, self.mesh)
 
     def _embed(self, frozen, ids):
-        return Backbone(self.architecture).apply({"params": frozen}, ids, method="embed")
+        return self._backbone.apply({"params": frozen}, ids, method="embed")
 
     def _updates(self, trainable):
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
 
     def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
-        backbone = Backbone(self.architecture)
-        return backbone.apply({"params": frozen}, x_BTD, positions_BT, visibility, cache, updates, dropout)
+        x_BTD = sharding.over_batch(x_BTD, self.mesh)
+        return self._backbone.apply({"params": frozen}, x_BTD, positions_BT, visibility, cache, updates, dropout)
 
 
 def _positions(B, T):

@@ -77,6 +77,24 @@ def batch_shards(mesh):
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def over_batch(x, mesh):
+    """Inside jit: an array that is split as a batch is, and over nothing else.
+
+    Left to itself the compiler may follow the weights: then fsdp splits every activation by its width, every device
+    computes all rows, and activations are moved instead of weights. mesh: None, or of one device: nothing is said.
+    """
+    if mesh is None or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def over_vocabulary(head_VD, mesh):
+    """Inside jit: the output matrix, gathered over fsdp once and not for every chunk of logits."""
+    if mesh is None or mesh.size == 1 or head_VD.shape[0] % mesh.shape["tensor"]:
+        return head_VD
+    return jax.lax.with_sharding_constraint(head_VD, NamedSharding(mesh, jax.P("tensor")))
+
+
 def put_batch(tree, mesh):
     """Makes global arrays, split over the batch, from the rows that this process holds (numpy, leading B)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)

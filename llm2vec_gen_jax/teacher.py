@@ -104,12 +104,13 @@ def pool_rows(architecture, frozen, causal, ids, shape, mesh):
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
     arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), mesh)
-    return sharding.read(_mean_pool(architecture, frozen, causal, *arrays))[: len(ids)]
+    return sharding.read(_mean_pool(architecture, mesh, frozen, causal, *arrays))[: len(ids)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _mean_pool(architecture, frozen, causal, ids_BT, lengths_B):
-    return Model(architecture, 1, 0, architecture.hidden_size).mean_pool(frozen, ids_BT, lengths_B, causal)
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _mean_pool(architecture, mesh, frozen, causal, ids_BT, lengths_B):
+    model = Model(architecture, 1, 0, architecture.hidden_size, mesh=mesh)
+    return model.mean_pool(frozen, ids_BT, lengths_B, causal)
 
 
 def _by_sentence_transformers(config, answers, responses):

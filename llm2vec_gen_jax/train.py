@@ -1,6 +1,5 @@
 """Training of the method: one pure step, and the run that targets, trains and saves."""
 
-import dataclasses
 import functools
 import pathlib
 import shutil
@@ -102,6 +101,8 @@ class Method:
             examples.target.shape[1],
             config.lora.rank,
             config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
+            config.train.remat,
+            backbone.mesh,
         )
         self.plan = data.Plan(
             [len(ids) for ids in examples.query],
@@ -147,7 +148,7 @@ class Method:
         config = self.config.train
         if config.init_from:
             model, trainable = directory.to_model(directory.read(config.init_from), self.backbone, config.init_from)
-            if differing := changes(dataclasses.asdict(model), dataclasses.asdict(self.model)):
+            if differing := changes(model.shapes, self.model.shapes):
                 raise InputError(f"train.init_from={config.init_from}: is another model than this run's ({differing})")
             return trainable
         init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.backbone.mesh))

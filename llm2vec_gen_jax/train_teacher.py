@@ -103,7 +103,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
     loss, batches = stage
     train = config.train
     architecture, mesh, scale = backbone.architecture, backbone.mesh, settings.alpha / settings.rank
-    model = Model(architecture, 1, 0, architecture.hidden_size)
+    model = Model(architecture, 1, 0, architecture.hidden_size, mesh=mesh)
     optimizer = config_lib.OptimizerConfig(
         learning_rate=settings.learning_rate,
         schedule_steps=settings.schedule_steps or settings.steps,
