@@ -129,6 +129,11 @@ class TrainSettings:
     overwrite: bool = setting(False, "delete what is in the run directory first")
     watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
+    remat: str = setting(
+        "dots",
+        "the backward pass keeps all of a layer, its matrix products, or only its input",
+        ("none", "dots", "block"),
+    )
 
 
 @dataclasses.dataclass
@@ -174,6 +179,36 @@ class TrainConfig(DistributedConfig):
 @dataclasses.dataclass
 class AblateConfig(TrainConfig):
     """`python -m launch.ablate`: train several configs, each into train.output/NAME, and print one table of them."""
+
+
+@dataclasses.dataclass
+class PlanConfig:
+    """`python -m launch.plan`: what a training step and an encoding pass cost on devices that need not be here.
+
+    Compiles both for a mesh, runs nothing, and prints bytes per device, FLOPs, bytes that collectives move, and the
+    time that these need at least by the data sheets of the devices. A topology of TPUs is compiled by the real TPU
+    compiler (pip install libtpu); one of GPUs by the compiler for CPUs, whose memory is an estimate of theirs, and
+    lowered for CUDA.
+
+    topology=   v5e:4x4, v5p:2x2x1, v6e:2x4; h100:8, h200:8; cpu:4; null: the devices here
+    """
+
+    topology: str | None = setting(None, "devices, as above")
+    architecture: str | None = setting(
+        None, "config.json of a backbone that is not here (configs/architectures/); null: that of backbone.path"
+    )
+    answer_length: int = setting(512, "tokens of every answer", least=1)
+    query_length: int = setting(512, "tokens of every query, and of a row of texts to encode", least=1)
+    search: bool = setting(False, "try meshes and remat policies, cheapest first, until one fits")
+    measure: bool = setting(False, "run both here, on random weights, and print the measured peak beside the estimate")
+    output: str | None = setting(None, "JSONL to which every row is appended")
+    backbone: BackboneConfig = section(BackboneConfig)
+    compression: CompressionConfig = section(CompressionConfig)
+    lora: LoraConfig = section(LoraConfig)
+    loss: LossConfig = section(LossConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    train: TrainSettings = section(TrainSettings)
+    mesh: MeshConfig = section(MeshConfig)
 
 
 @dataclasses.dataclass

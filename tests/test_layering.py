@@ -20,7 +20,7 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "errors",
+    "collectives errors preemption",
     "architecture config files layers progress sharding supervised",
     "options",
     "attention corpus data distributed download instructions metrics tasks tokenizer vectors",
@@ -31,7 +31,7 @@ FLOORS = (
     "directory encode losses trainer",
     "generate teacher unsupervised",
     "export respond train",
-    "ablate api synthesize",
+    "ablate api plan synthesize",
     "bulk embedders train_teacher verify",
     "harness quickstart",
     "evaluate",
@@ -121,7 +121,8 @@ def test_imports_are_found():
     assert {"errors", "layers", "losses", "formats.torchzip"} <= reached("quickstart")
     assert own_imports("attention") == {"layers"}
     assert own_imports("formats.weights") == {"backbone", "errors", "sharding"}
-    assert reached("model") == {"model", "backbone", "lora", "heads", "attention", "layers", "architecture", "errors"}
+    below = {"backbone", "lora", "heads", "attention", "layers", "architecture", "sharding", "errors"}
+    assert reached("model") == {"model"} | below
 
 
 @pytest.mark.parametrize("module", sorted(module for module in FILES if module.startswith("formats.")))

@@ -1,0 +1,21 @@
+"""python -m launch.plan [CONFIG] [key=value ...]"""
+
+import os
+
+from launch import start
+from llm2vec_gen_jax.config import PlanConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.plan import plan
+
+    plan(config)
+
+
+if __name__ == "__main__":
+    # The TPU compiler alone, on a machine that is no TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    start.run(PlanConfig, main)

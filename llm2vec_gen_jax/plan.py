@@ -1,0 +1,393 @@
+"""What training and encoding cost on devices that need not be here: compiled for them, never run."""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import threading
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm2vec_gen_jax import architecture as architecture_lib
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import loading, optim, sharding
+from llm2vec_gen_jax.backbone import REMAT, abstract_params, compiled_for
+from llm2vec_gen_jax.collectives import moved_bytes
+from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax.model import Model, Packed
+from llm2vec_gen_jax.train import train_step
+from llm2vec_gen_jax.trainer import new_state
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device by its data sheet. flops: dense bfloat16, per second. memory: bytes. bandwidth: bytes per second of its
+    memory. link: bytes per second that it can send to others of its slice or node, one way."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+
+
+# cloud.google.com/tpu/docs (v5e, v5p, v6e: "bidirectional" figures halved); nvidia.com data sheets of H100 and H200 SXM
+# (dense, that is half of the sparse figure; NVLink 900 GB/s both ways together).
+CHIPS = {
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
+}
+_TPUS = ("v5e", "v5p", "v6e")
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled program. arguments, beside: bytes per device, of what it is given and of all that it makes (what is
+    donated counts once); moved: bytes that a device receives from others."""
+
+    compiled: Any
+    arguments: int
+    beside: int
+    moved: float
+
+    @property
+    def peak(self):
+        return self.arguments + self.beside
+
+
+def plan(config):
+    """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
+    jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
+    architecture = _architecture(config)
+    devices, chip, platform = _devices(config.topology)
+    meshes = _candidates(config, architecture, devices, chip) if config.search else [(config.mesh, config.train.remat)]
+    where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
+    B, T, S = config.train.batch_size, config.query_length, config.answer_length
+    print(
+        f"{architecture.num_parameters / 1e9:.2f} B parameters, {_dtype(config).name}; {where}; "
+        f"batch {B}, queries of {T} and answers of {S} tokens\n\nper device, GiB:\n"
+        f"{'mesh (data, fsdp, tensor), remat':<34}"
+        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}   a training step: FLOPs, bytes moved, at least",
+        flush=True,
+    )
+    rows = []
+    for mesh_config, remat in meshes:
+        mesh = sharding.make_mesh(mesh_config, devices)
+        with compiled_for(platform):
+            row = _row(config, architecture, mesh, remat, chip, where)
+        if platform == "cpu" and chip and row["fits"] is not None:
+            with compiled_for("cuda"):
+                _lower_for_cuda(config, architecture, mesh, remat)
+        rows.append(row)
+        print(_line(row), flush=True)
+        if config.measure:
+            _measure(config, architecture, mesh, remat)
+        if config.output:
+            with open(config.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if config.search and row["fits"]:
+            size = mesh.shape
+            print(
+                f"\nuse: mesh.data={size['data']} mesh.fsdp={size['fsdp']} mesh.tensor={size['tensor']} "
+                f"train.remat={remat}"
+            )
+            break
+    else:
+        if config.search:
+            print("\nnothing that was tried fits: more devices, a smaller batch, or shorter texts are needed")
+    return rows
+
+
+def _architecture(config):
+    if config.architecture:
+        return architecture_lib.from_hf_config(read_json(config.architecture), config.architecture)
+    return loading.open_backbone(config.backbone.path, None)[0].architecture
+
+
+def _dtype(config):
+    name = config.backbone.dtype
+    return jnp.dtype("bfloat16" if name == "auto" and config.topology else loading.resolve_dtype(name))
+
+
+def _devices(topology):
+    """Returns (devices, their Chip or None, the platform that programs are for) of a topology setting."""
+    if topology is None:
+        device = jax.devices()[0]
+        known = [chip for name, chip in CHIPS.items() if name in device.device_kind.lower().replace(" lite", "e")]
+        return jax.devices(), known[0] if known else None, device.platform
+    kind, _, shape = topology.partition(":")
+    if kind in _TPUS:
+        from jax.experimental import topologies
+
+        single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+        try:
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **single)
+        except Exception as error:  # whatever the plugin makes of it
+            hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
+            raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
+        return described.devices, CHIPS[kind], "tpu"
+    if kind not in (*CHIPS, "cpu") or not shape.isdigit() or int(shape) < 1:
+        raise InputError(f"topology={topology}: expected KIND:SHAPE{nearest(kind, [*CHIPS, 'cpu'])}, see --help")
+    count = int(shape)
+    with contextlib.suppress(RuntimeError):  # a program that has used its devices keeps them
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(f"topology={topology}: this process has {len(devices)} devices already")
+    return devices[:count], CHIPS.get(kind), "cpu"
+
+
+def _candidates(config, architecture, devices, chip):
+    """Returns [(MeshConfig, remat)] to try: as few pieces of the weights as can fit, the rest of the devices to data.
+
+    The backbone is frozen, so data parallel costs no more than a sum of small gradients.
+    """
+    count, weights = len(devices), architecture.num_parameters * _dtype(config).itemsize
+    found = []
+    for pieces in (pieces for pieces in range(1, count + 1) if count % pieces == 0):
+        for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
+            fsdp, data = pieces // tensor, count // pieces
+            divides = config.train.batch_size % (data * fsdp) == 0 and architecture.num_kv_heads % tensor == 0
+            if divides and (chip is None or weights / pieces < 0.9 * chip.memory):
+                found += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
+    if not found:
+        raise InputError(f"train.batch_size={config.train.batch_size}: no mesh of {count} devices divides it and fits")
+    return found
+
+
+def _inputs(config, architecture, mesh, remat):
+    """Returns (Model, abstract arguments by name) of everything that runs."""
+    a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
+    scale = config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
+    compression = config.compression
+    model = Model(
+        a, compression.num_tokens, compression.num_thought_tokens, a.hidden_size, config.lora.rank, scale, remat, mesh
+    )
+    if B % sharding.batch_shards(mesh):
+        raise InputError(f"train.batch_size={B} does not divide over {sharding.batch_shards(mesh)} data shards")
+
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+    def whole(tree):
+        put = sharding.replicated(mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), tree)
+
+    boxed = abstract_params(a)
+    frozen = jax.tree.map(
+        lambda x, put: jax.ShapeDtypeStruct(x.shape, _dtype(config), sharding=put),
+        nn.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+    trainable = jax.eval_shape(model.init, jax.random.key(0), frozen)
+    optimizer = optim.make_optimizer(config.optimizer)
+    batch = {
+        "query_lengths": rows(jnp.int32),
+        "answer": rows(jnp.int32, S),
+        "answer_lengths": rows(jnp.int32),
+        "target": rows(jnp.float32, a.hidden_size),
+    }
+    ids = rows(jnp.int32, T)
+    return model, {
+        "frozen": frozen,
+        "trainable": whole(trainable),
+        "state": whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)),
+        "ids": ids,
+        "batch": batch | ({"query": ids} if config.lora.rank else {}),
+        "packed": Packed(ids, ids, ids, rows(jnp.int32, max(T // model.num_appended, 1))),
+    }
+
+
+def _jitted(config, model):
+    """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optim.make_optimizer(config.optimizer),
+        weights=config.loss,
+        lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+    )
+    return {
+        "prefix": jax.jit(functools.partial(model.prefix, slots=config.query_length)),
+        "step": jax.jit(step, donate_argnums=0),
+        "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False)),
+    }
+
+
+def _compile(config, model, inputs):
+    """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass."""
+    functions, programs, cache = _jitted(config, model), {}, None
+
+    def compile_one(name, *arguments):
+        compiled = functions[name].lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        programs[name] = Program(compiled, memory.argument_size_in_bytes, beside, moved_bytes(compiled.as_text()))
+        return compiled
+
+    if not config.lora.rank:
+        put = compile_one("prefix", inputs["frozen"], inputs["ids"]).output_shardings
+        cache = jax.tree.map(
+            lambda x, put: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), _cache(functions, inputs), put
+        )
+    compile_one("step", inputs["state"], inputs["frozen"], cache, inputs["batch"])
+    compile_one("encode", inputs["trainable"], inputs["frozen"], inputs["packed"])
+    return programs
+
+
+def _cache(functions, inputs):
+    return jax.eval_shape(functions["prefix"], inputs["frozen"], inputs["ids"])
+
+
+def _lower_for_cuda(config, architecture, mesh, remat):
+    """Raises where something cannot be lowered for NVIDIA's GPUs."""
+    model, inputs = _inputs(config, architecture, mesh, remat)
+    functions = _jitted(config, model)
+    cache = None if config.lora.rank else _cache(functions, inputs)
+    arguments = {
+        "prefix": (inputs["frozen"], inputs["ids"]),
+        "step": (inputs["state"], inputs["frozen"], cache, inputs["batch"]),
+        "encode": (inputs["trainable"], inputs["frozen"], inputs["packed"]),
+    }
+    for name, function in functions.items():
+        jax.export.export(function, platforms=["cuda"])(*arguments[name])
+
+
+def flops(config, architecture):
+    """Returns the FLOPs of (a training step, an encoding pass), recomputation not counted.
+
+    2 for each weight and token forward and 2 backward (the frozen weights get no gradient): queries forward, appended
+    tokens and answers both. Attention: 4 for each pair of tokens, head and head dimension, half of it causal, three
+    times that with its backward pass. The output matrix twice for answer tokens.
+    """
+    a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
+    K, M = config.compression.num_tokens, config.compression.num_tokens + config.compression.num_thought_tokens
+    tables = (1 if a.tied_embeddings else 2) * a.vocab_size * a.hidden_size
+    weights, pair = a.num_parameters - tables, 4 * a.num_layers * a.num_heads * a.head_dim
+    reading = 2 * weights * T + pair * T * T / 2
+    backward = 2 if config.lora.rank else 1
+    compressing = 4 * weights * M + 3 * pair * M * (T + M / 2)
+    answering = 4 * weights * (K + S) + 3 * pair * (K + S) ** 2 / 2 + 4 * a.vocab_size * a.hidden_size * S
+    return B * (backward * reading + compressing + answering), B * reading
+
+
+def _row(config, architecture, mesh, remat, chip, where):
+    """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device."""
+    started = time.perf_counter()
+    model, inputs = _inputs(config, architecture, mesh, remat)
+    row = {"devices": where, "mesh": dict(mesh.shape), "remat": remat, "fits": None}
+    row |= {"weights": _per_device(inputs["frozen"]), "state": _per_device(inputs["state"])}
+    try:
+        programs = _compile(config, model, inputs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"fits": False, "reason": str(error).strip().splitlines()[0][:200]}
+    training = [programs[name] for name in ("prefix", "step") if name in programs]
+    row["train"] = programs["step"].peak
+    if "prefix" in programs:  # which runs beside the state
+        row["train"] = max(row["train"], programs["prefix"].peak + row["state"])
+    row["encode"] = programs["encode"].peak
+    row["moved"], row["encode_moved"] = sum(program.moved for program in training), programs["encode"].moved
+    row["flops"], row["encode_flops"] = flops(config, architecture)
+    row["seconds_to_compile"] = round(time.perf_counter() - started, 1)
+    if chip:
+        row["fits"] = max(row["train"], row["encode"]) < chip.memory
+        count = mesh.devices.size
+        # A device reads all of its tensor shard's weights in each of five passes, whoever keeps them.
+        read = 5 * architecture.num_parameters * _dtype(config).itemsize / mesh.shape["tensor"]
+        row["bounds"] = {
+            "compute": row["flops"] / count / chip.flops,
+            "memory": read / chip.bandwidth,
+            "links": row["moved"] / chip.link,
+        }
+    return row
+
+
+def _per_device(tree):
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _line(row):
+    size = row["mesh"]
+    text = f"{size['data']:>4} x{size['fsdp']:>4} x{size['tensor']:>3}  {row['remat']:<16}"
+    text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"
+    if "train" not in row:
+        return f"{text}   does not fit: {row['reason']}"
+    text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}   {row['flops'] / 1e12:,.1f} T, "
+    text += f"{row['moved'] / GIB:.2f} GiB"
+    if "bounds" in row:
+        bounds = row["bounds"]
+        text += f", {max(bounds.values()):.3f} s (" + ", ".join(f"{k} {v:.3f}" for k, v in bounds.items()) + ")"
+        text += "" if row["fits"] else "   does not fit"
+    return text
+
+
+def _measure(config, architecture, mesh, remat):
+    """Runs everything once on random weights; prints the peak of memory beside the arguments, and the estimate."""
+    model, inputs = _inputs(config, architecture, mesh, remat)
+    programs = _compile(config, model, inputs)
+
+    def fill(x):
+        value = 1 if x.dtype == jnp.int32 else 0.01
+        return jax.jit(lambda: jnp.full(x.shape, value, x.dtype), out_shardings=x.sharding)()
+
+    given = jax.block_until_ready(jax.tree.map(fill, inputs))
+    state, cache = given["state"], None
+    for name, program in programs.items():
+        with _Peak(mesh) as peak:
+            if name == "prefix":
+                cache = jax.block_until_ready(program.compiled(given["frozen"], given["ids"]))
+            elif name == "step":
+                state, _ = jax.block_until_ready(program.compiled(state, given["frozen"], cache, given["batch"]))
+            else:
+                jax.block_until_ready(program.compiled(given["trainable"], given["frozen"], given["packed"]))
+        print(f"    {name:<7} measured {peak.bytes / GIB:.3f} GiB, estimated {program.beside / GIB:.3f}", flush=True)
+
+
+class _Peak:
+    """The most memory that a device has in use inside the block, over what it had before: `bytes`.
+
+    On a CPU it is the process's, sampled, by number of devices.
+    """
+
+    def __init__(self, mesh):
+        self.devices = list(mesh.devices.flat)
+
+    def __enter__(self):
+        if self.devices[0].platform == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would count as before
+        self.before, self.most, self.done = self._now("bytes_in_use"), 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+        if self.devices[0].platform != "cpu":
+            self.most = self._now("peak_bytes_in_use")
+        self.bytes = self.most - self.before
+
+    def _watch(self):
+        while not self.done.wait(0.002):
+            self.most = max(self.most, self._now("bytes_in_use"))
+
+    def _now(self, key):
+        if self.devices[0].platform == "cpu":
+            status = pathlib.Path("/proc/self/status").read_text()
+            return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024 / len(self.devices)
+        return max(device.memory_stats()[key] for device in self.devices)

@@ -1,0 +1,153 @@
+"""What a plan says of memory, FLOPs and collectives, against what XLA itself counts and arithmetic on the shapes."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax import config, options, plan
+from llm2vec_gen_jax.architecture import from_hf_config
+from llm2vec_gen_jax.collectives import moved_bytes
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import read_json
+
+from .conftest import one_device_mesh
+
+SHAPES = pathlib.Path(__file__).parent.parent / "configs" / "architectures"
+SIZES = {"qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "llama3.1-8b": 8.03}
+SIZES["llama3-70b"] = 70.55  # billions of weights
+
+
+def planned(*words):
+    """The rows of a plan of the tiny architecture, or of another one."""
+    return plan.plan(options.load(config.PlanConfig, None, words))
+
+
+@pytest.fixture
+def tiny_words(tiny_folder):
+    """Words for a small plan on the tiny Qwen3 (2 key/value heads)."""
+    path = tiny_folder("qwen3") / "config.json"
+    return f"architecture={path}", "query_length=32", "answer_length=48", "train.batch_size=16"
+
+
+@pytest.fixture(autouse=True)
+def keep_the_cache():
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.parametrize("path", sorted(SHAPES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_known_architectures_have_their_sizes(path):
+    assert round(from_hf_config(read_json(path), path).num_parameters / 1e9, 2) == SIZES[path.stem]
+
+
+def compiled_over(mesh, function, *arguments):
+    """The HLO of a function of arrays given as (shape, spec)."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+        for shape, spec in arguments
+    ]
+    return jax.jit(function, out_shardings=jax.NamedSharding(mesh, jax.P())).lower(*shapes).compile().as_text()
+
+
+def test_bytes_of_collectives_are_those_of_arithmetic():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    size = 16 * 64 * 4
+    assert moved_bytes(compiled_over(mesh, lambda x: x, ((16, 64), ("b",)))) == size * 3 / 4  # gathered over 4
+    assert moved_bytes(compiled_over(mesh, lambda x: x, ((16, 64), ()))) == 0
+    product = compiled_over(mesh, jnp.matmul, ((16, 32), (None, "a")), ((32, 64), ("a",)))
+    assert moved_bytes(product) == 2 * size / 2  # summed over 2
+
+    def layers(x, weights):
+        def layer(x, weight):
+            return jnp.tanh(x @ weight), None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    looped = compiled_over(mesh, layers, ((4, 64), ()), ((5, 64, 64), (None, None, "b")))
+    assert moved_bytes(looped) == (5 + 1) * (4 * 64 * 4) * 3 / 4  # what goes into every round, and the result
+
+
+def test_flops_are_those_that_xla_counts(tiny_words):
+    """With one layer, where XLA counts a loop's body once, as it does with all loops."""
+    settings = options.load(config.PlanConfig, None, [*tiny_words, "loss.chunk_tokens=100000"])
+    shape = json.loads(pathlib.Path(settings.architecture).read_text()) | {"num_hidden_layers": 1}
+    shape |= {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048}
+    architecture = from_hf_config(shape, "here")
+    programs = plan._compile(settings, *plan._inputs(settings, architecture, one_device_mesh(), "none"))
+    found = {name: program.compiled.cost_analysis()["flops"] for name, program in programs.items()}
+    step, encode = plan.flops(settings, architecture)
+    np.testing.assert_allclose(found["prefix"] + found["step"], step, rtol=0.15)
+    np.testing.assert_allclose(found["encode"], encode, rtol=0.15)
+
+
+def test_a_mesh_divides_what_a_device_holds(tiny_words):
+    (whole,) = planned(*tiny_words, "topology=cpu:1")
+    (split,) = planned(*tiny_words, "topology=cpu:8", "mesh.fsdp=4", "mesh.data=1", "mesh.tensor=2")
+    assert whole["moved"] == 0 < split["moved"]
+    matrices = whole["weights"] - split["weights"]
+    assert whole["weights"] * 0.8 < matrices * 8 / 7 <= whole["weights"]  # all but the norms
+    assert split["train"] < whole["train"] / 3
+    (copied,) = planned(*tiny_words, "topology=cpu:8")
+    assert copied["weights"] == whole["weights"] and copied["moved"] < split["moved"]
+
+
+def test_activations_are_split_like_the_batch_and_never_by_their_width(tiny_words):
+    """With fsdp a device computes its rows: it gathers weights, and no sum of activations is left."""
+    settings = options.load(config.PlanConfig, None, [*tiny_words, "backbone.dtype=float32", "mesh.fsdp=8"])
+    architecture = plan._architecture(settings)
+    mesh = plan.sharding.make_mesh(settings.mesh, plan._devices("cpu:8")[0])
+    programs = plan._compile(settings, *plan._inputs(settings, architecture, mesh, "dots"))
+    gathered = architecture.num_parameters * 4 * 7 / 8
+    assert programs["prefix"].moved < 1.2 * gathered
+    assert "all-reduce" not in programs["prefix"].compiled.as_text()
+
+
+def test_remat_policies_trade_memory(tiny_words):
+    peaks = [planned(*tiny_words, "topology=cpu:1", f"train.remat={name}")[0]["train"] for name in plan.REMAT]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.2 * peaks[-1]
+
+
+def test_a_search_takes_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys, tmp_path):
+    words = (*tiny_words, "topology=h100:4", "search=true", f"output={tmp_path / 'rows.jsonl'}")
+    rows = planned(*words)
+    assert [row["fits"] for row in rows] == [True] and rows[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert "use: mesh.data=4 mesh.fsdp=1 mesh.tensor=1 train.remat=dots" in capsys.readouterr().out
+    small = plan.Chip(1e12, rows[0]["train"] * 0.7, 1e9, 1e9)
+    monkeypatch.setitem(plan.CHIPS, "h100", small)
+    rows += planned(*words)
+    assert [row["fits"] for row in rows[1:]] == [False] * (len(rows) - 2) + [True]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    monkeypatch.setitem(plan.CHIPS, "h100", plan.Chip(1e12, 0.8 * rows[-1]["weights"], 1e9, 1e9))
+    assert not any(row["fits"] for row in planned(*words))
+    assert "nothing that was tried fits" in capsys.readouterr().out
+
+
+def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
+    """Beside the arguments, on a CPU."""
+    words = ("topology=cpu:1", "query_length=128", "answer_length=256", "train.batch_size=64", "measure=true")
+    planned(tiny_words[0], *words)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "measured" in line]
+    found = {line[0]: (float(line[2]), float(line[5])) for line in lines}
+    assert set(found) == {"prefix", "step", "encode"}
+    np.testing.assert_allclose(*found["step"], rtol=0.4)  # the process needs memory for itself too
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["topology=h100"], "topology=h100: expected KIND:SHAPE"),
+        (["topology=h10:8"], "did you mean 'h100'"),
+        (["topology=cpu:0"], "expected KIND:SHAPE"),
+        (["topology=cpu:3"], "train.batch_size=16 does not divide over 3 data shards"),
+        (["topology=cpu:8", "mesh.tensor=8"], "kv_heads dimension of 2 does not divide over mesh.tensor=8"),
+        (["topology=v5e:2x2"], "topology=v5e:2x2: .*pip install libtpu"),
+        (["architecture=none.json"], "none.json: no such file"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(tiny_words, words, message):
+    with pytest.raises(InputError, match=message):
+        planned(*tiny_words, *words)
