@@ -7,19 +7,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 from llm2vec_gen_jax import config, sharding  # noqa: E402
 from llm2vec_gen_jax.download import cache_folder  # noqa: E402
 from llm2vec_gen_jax.loading import load_backbone  # noqa: E402
 
+from .tiny import tiny_tokenizer  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled-tests"))
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -33,27 +30,6 @@ FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
 def one_device_mesh():
     """The mesh (1, 1, 1)."""
     return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-
-
-def tiny_tokenizer(bos=False):
-    """A byte-level tokenizer of 260 ids with ChatML control tokens; one id per byte."""
-    from transformers import PreTrainedTokenizerFast
-
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(control + alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 3)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        bos_token="<|begin|>" if bos else None,
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def tiny_torch_model(family, **changes):
@@ -121,6 +97,24 @@ def tiny(tiny_folder):
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def embedder(tiny):
+    """An untrained embedder on the tiny Qwen3."""
+    from .embedders import embedder_on
+
+    return embedder_on(tiny("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(embedder, tmp_path_factory):
+    """Its model directory."""
+    from llm2vec_gen_jax import directory
+
+    path = tmp_path_factory.mktemp("embedder") / "model"
+    directory.save(path, embedder.model, embedder.trainable, embedder.backbone, {}, [])
+    return path
 
 
 @pytest.fixture(scope="session")

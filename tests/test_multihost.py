@@ -37,6 +37,13 @@ WORDS = (
 )
 
 
+def free_address():
+    """Returns HOST:PORT of this machine where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 class Cluster:
     """Processes of one run on this machine, `devices` fake ones each, in a folder of their own."""
 
@@ -44,9 +51,7 @@ class Cluster:
         """words: the command's name and what follows. different: more words, for all processes but the first."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = free_address()
         environment = os.environ | {
             "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

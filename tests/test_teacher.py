@@ -245,18 +245,19 @@ def test_a_missing_adapter_is_named(tiny, tiny_folder, responses, tmp_path):
             targets(tiny(FAMILY), tiny_folder, responses, f"teacher.adapters={path}")
 
 
-def test_the_default_backbones_teacher_knows_paraphrases(smollm2):
+def test_the_default_backbones_teacher_knows_paraphrases():
     """The adapters that come with the package, on pairs from nobody's data: (text, the same, words in common only)."""
     triples = (
         ("A child is playing the piano.", "A kid plays a keyboard instrument.", "A child is eating the pear."),
         ("The bank raised its interest rates.", "Borrowing became dearer.", "The river rose above its banks."),
         ("How can I get my money back?", "I want a refund.", "How can I get my monkey to sleep?"),
     )
-    causal = spread(smollm2, smollm2.frozen, True, triples)
-    frozen = smollm2.frozen
+    backbone = loading.load_backbone("smollm2-135m", "float32", one_device_mesh())  # merging takes its weights
+    causal = spread(backbone, backbone.frozen, True, triples)
+    frozen = backbone.frozen
     for adapter in loading.TEACHERS:
-        frozen = peft.merge(frozen, loading.resolve_adapter(adapter), smollm2.architecture)
-    trained = spread(smollm2, frozen, False, triples)
+        frozen = peft.merge(frozen, loading.resolve_adapter(adapter), backbone.architecture)
+    trained = spread(backbone, frozen, False, triples)
     assert (trained > causal).all() and (trained > 0).sum() >= 2
 
 
