@@ -32,6 +32,9 @@ def main(path, config):
             signal.signal(number, handler)
     written = sum(shard["rows"][1] - shard["rows"][0] for shard in manifest["shards"])
     print(f"written: {config.output} ({written} x {manifest['dimension']})")
+    for key, what in (("cut", f"longer than max_length={config.max_length} and were cut"), ("empty", "empty")):
+        if number := sum(shard.get(key, 0) for shard in manifest["shards"]):  # folders of before have no such counts
+            print(f"texts that are {what}: {number}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _exit_codes():
     except OSError as error:
         if error.strerror is None:
             raise
-        of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         end(f"error: {error.filename or 'writing'}: {error.strerror}", distributed.IO_FAILED if of_the_disk else 1)
     except KeyboardInterrupt:
         end("\ninterrupted; nothing is half written, repeat the command to go on", 130)

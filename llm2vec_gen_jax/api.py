@@ -159,12 +159,14 @@ class LLM2VecGen:
         """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string."""
         soft_prompts = np.asarray(soft_prompts)
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
-        numbers = np.issubdtype(soft_prompts.dtype, np.number)
-        if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3) or not numbers:
+        if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3) or soft_prompts.dtype.kind not in "fiu":
             found = f"{soft_prompts.dtype} {soft_prompts.shape}"
             raise InputError(f"soft prompts must be numbers (n, {K}, {D}) or ({K}, {D}), found {found}")
-        soft_prompts = soft_prompts.astype(np.float32)
+        with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
+            soft_prompts = soft_prompts.astype(np.float32)
         rows = soft_prompts.reshape(-1, K, D)
+        if not (sound := np.isfinite(rows).all(axis=(1, 2))).all():
+            raise InputError(f"soft prompts: row {np.argmin(sound)} (from 0) holds NaN or infinity")
         sampling = Sampling(max_new_tokens, temperature, top_p)
         texts = []
         for start in range(0, len(rows), batch_size):

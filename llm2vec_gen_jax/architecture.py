@@ -1,6 +1,7 @@
 """What a backbone is: the numbers and switches that its own config.json (or GGUF metadata) states."""
 
 import dataclasses
+import math
 
 from llm2vec_gen_jax.errors import InputError
 
@@ -72,35 +73,40 @@ def from_hf_config(config, source):
     Raises InputError naming `source` and the field for a family or a setting that the code does not implement.
     """
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if str(family) not in _FAMILIES:
         raise InputError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
     for key, allowed in _SUPPORTED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise InputError(f"{source}: {key}={config[key]!r} is not supported (only {allowed[0]!r})")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"{source}: layer_types with other than full_attention is not supported")
+    scaling = {}
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 keeps theta and scaling together, in the second
+        if not isinstance(config.get(key) or {}, dict):
+            raise InputError(f"{source}: {key}={config[key]!r} is not an object")
+        scaling |= config.get(key) or {}
 
-    def need(key):
-        if config.get(key) is None:
-            raise InputError(f"{source}: {key} is missing")
-        return config[key]
+    def size(key, default=None):
+        return _positive(config, key, int, source, default)
 
-    rope = config.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
-    scaling = {**(config.get("rope_scaling") or {}), **rope}
-    theta = scaling.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise InputError(f"{source}: rope_theta is missing")
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise InputError(
+            f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
+            f"head_dim={head_dim} of 2"
+        )
     return Architecture(
-        vocab_size=need("vocab_size"),
+        vocab_size=size("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=need("intermediate_size"),
-        num_layers=need("num_hidden_layers"),
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        norm_eps=need("rms_norm_eps"),
-        rope_theta=float(theta),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=_positive(config, "rms_norm_eps", (int, float), source),
+        rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
         rope_scaling=_rope_scaling(scaling, source),
         tied_embeddings=config.get("tie_word_embeddings", False),
         **_FAMILIES[family],
@@ -137,7 +143,19 @@ def _rope_scaling(scaling, source):
         return None
     if kind != "llama3":
         raise InputError(f"{source}: rope_type {kind!r} is not supported; supported: default, llama3")
-    try:
-        return RopeScaling(**{field.name: scaling[field.name] for field in dataclasses.fields(RopeScaling)})
-    except KeyError as error:
-        raise InputError(f"{source}: rope_scaling lacks {error.args[0]}") from None
+    return RopeScaling(
+        **{
+            field.name: _positive(scaling, field.name, (int, float), f"{source}: rope_scaling")
+            for field in dataclasses.fields(RopeScaling)
+        }
+    )
+
+
+def _positive(values, key, kinds, source, default=None):
+    """Returns a positive number of a config. Raises InputError naming `source` and the key for anything else."""
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise InputError(f"{source}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise InputError(f"{source}: {key}={value!r} is not a positive {'whole ' if kinds is int else ''}number")
+    return value

@@ -210,13 +210,13 @@ class _Job:
         with progress.bar(total, "text", "encode", initial=already) as bar:
             stream = self.model.encode_windows(self._windows(texts), config.batch_size, config.save_soft_prompts, bar)
             with contextlib.closing(stream):  # an interruption ends its thread
-                for rows, embeddings, soft_prompts in stream:
+                for (rows, cut), embeddings, soft_prompts in stream:
                     self.check()
                     embeddings = vectors.finish(embeddings, config.truncate_dim, config.normalize)
                     if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
                         self._write(journal, parts)
                         parts = []
-                    parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts))
+                    parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts, cut))
                     if (rows[-1].number + 1) % self.size == 0:
                         self._write(journal, parts)
                         parts = []
@@ -224,7 +224,7 @@ class _Job:
                 self._write(journal, parts)
 
     def _windows(self, texts):
-        """Yields (rows, their ids): consecutive rows of one shard that is to be written."""
+        """Yields `_tokenize` of consecutive rows of one shard that is to be written."""
         done, window = {shard: hashlib.sha256() for shard in self.done}, []
         for row in texts:
             shard = row.number // self.size
@@ -233,11 +233,11 @@ class _Job:
             if shard in done or not self._mine(shard):
                 continue
             if window and (len(window) == WINDOW or window[0].number // self.size != shard):
-                yield window, self._tokenize(window)
+                yield self._tokenize(window)
                 window = []
             window.append(row)
         if window:
-            yield window, self._tokenize(window)
+            yield self._tokenize(window)
 
     def _compare(self, digest, shard, row):
         """Raises InputError where standard input is not what a finished shard was made of."""
@@ -250,7 +250,10 @@ class _Job:
             )
 
     def _tokenize(self, rows):
-        return self.model.tokenize([row.text for row in rows], self.config.instruction, self.limit, rows[0].number)
+        """Returns ((rows, how many of their texts are too long), their ids, cut)."""
+        texts = [row.text for row in rows]
+        ids = self.model.tokenize(texts, self.config.instruction, self.limit + 1, rows[0].number)
+        return (rows, sum(len(text) > self.limit for text in ids)), [text[: self.limit] for text in ids]
 
     def _write(self, journal, parts):
         """Writes a shard and notes it in the journal."""
@@ -263,6 +266,7 @@ class _Job:
             vectors.write_shard(temporary, [row.id for row in rows], np.concatenate([part[1] for part in parts]))
         entry = {"shard": number, "file": path.name, "rows": [rows[0].number, rows[-1].number + 1]}
         entry |= {"sha256": sha256_file(path), "texts_sha256": digest.hexdigest()}
+        entry |= {"cut": sum(part[3] for part in parts), "empty": sum(not row.text.strip() for row in rows)}
         if self.config.save_soft_prompts:
             path = self.files.soft_prompts(number)
             with atomic_path(path) as temporary:
@@ -276,7 +280,7 @@ class _Job:
     def _write_ranges(self, rows):
         """Writes the int8 ranges (2, E) of the first texts; every share comes to the same."""
         with progress.bar(len(rows), "text", "int8 ranges") as bar:
-            windows = [(None, self._tokenize(rows))]
+            windows = [self._tokenize(rows)]
             [(_, embeddings, _)] = self.model.encode_windows(windows, self.config.batch_size, False, bar)
         ranges = vectors.ranges_of(vectors.finish(embeddings, self.config.truncate_dim, self.config.normalize))
         with atomic_path(self.files.ranges) as temporary:

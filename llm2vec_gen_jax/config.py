@@ -321,9 +321,9 @@ class EncodeConfig(DistributedConfig):
     """`python -m launch.encode MODEL`: texts to vectors, any number of them.
 
     Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in the order of the input, and at the end
-    OUTPUT/manifest.json: model, input, settings, and the rows and SHA-256 of every file. An interrupted run goes on
-    with the same command and ends with the same bytes; another model, input or setting is refused. Read the vectors
-    with llm2vec_gen_jax.load_embeddings(OUTPUT).
+    OUTPUT/manifest.json: model, input, settings, and of every file its rows, its SHA-256 and how many of its texts are
+    empty, or longer than max_length and so cut. An interrupted run goes on with the same command and ends with the same
+    bytes; another model, input or setting is refused. Read the vectors with llm2vec_gen_jax.load_embeddings(OUTPUT).
 
     Processes that share the work (shard.index, shard.count) each write every shard.count-th file, into one folder or
     folders to be merged, and a manifest of their own, manifest-00000-of-00004.json; nothing is gathered. The files do

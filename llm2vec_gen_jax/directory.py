@@ -40,7 +40,12 @@ def save(directory, model, trainable, backbone, extra, dtype=None, special_token
         tokens_MD=trainable["tokens"],
         **{head: dict(trainable[head]) for head in HEADS},
         lora=_lora_record(model, trainable),
-        extra={**extra, "version": __version__, "backbone_identity": backbone.identity},
+        extra={
+            **extra,
+            "version": __version__,
+            "backbone_identity": backbone.identity,
+            "tokenizer_identity": backbone.tokenizer.identity,
+        },
     )
     # The published generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
@@ -66,7 +71,7 @@ def read(path):
 def to_model(record, backbone, source):
     """Returns (Model, trainable tree on the backbone's mesh) of a PublishedModel.
 
-    Raises InputError when it was trained on another backbone than the one given.
+    Raises InputError when it was trained on another backbone than the one given, or with another tokenizer.
     """
     identity = record.extra.get("backbone_identity", backbone.identity)
     D = backbone.architecture.hidden_size
@@ -75,6 +80,8 @@ def to_model(record, backbone, source):
             f"{source}: was trained on another backbone than {backbone.name} (weights {identity}, hidden size "
             f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). It names {record.backbone}"
         )
+    if record.extra.get("tokenizer_identity", backbone.tokenizer.identity) != backbone.tokenizer.identity:
+        raise InputError(f"{source}: was trained with other tokenizer files than those of {backbone.name}")
     thought = len(record.tokens_MD) - record.num_tokens
     trainable = {"tokens": record.tokens_MD, **{head: dict(getattr(record, head)) for head in HEADS}}
     rank, scale = 0, 0.0

@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, and JSONL that survives a kill."""
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -13,8 +14,23 @@ import tempfile
 import zlib
 
 import numpy as np
+import yaml
 
 from llm2vec_gen_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Names `path` in an OSError of the block, which writes it: the system's names a temporary file or none at all."""
+    path = pathlib.Path(path)
+    try:
+        yield
+    except OSError as error:
+        parts = pathlib.Path(error.filename or f".{path.name}.").parts
+        if not any(part.startswith(f".{path.name}.") for part in parts):
+            raise
+        reason = error.strerror or f"cannot be written whole ({error})"  # numpy says no more than that
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -22,17 +38,18 @@ def atomic_path(path):
     """Yields a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield pathlib.Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        try:
+            yield pathlib.Path(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -40,18 +57,19 @@ def atomic_directory(path):
     """Yields a temporary directory beside `path`; on success it becomes `path`, on any error it is removed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with writing(path):
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            os.chmod(temporary, 0o755)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -93,6 +111,30 @@ def read_json(path):
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML of which no key is repeated: PyYAML would take the last and say nothing."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path, what="file"):
+    """Reads a YAML file. Raises InputError that names it (as `what`) when it is missing or malformed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.load(file, Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: not a readable {what} ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that there is not
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def read_array(path, key):
@@ -239,11 +281,12 @@ class JsonlAppender:
     def append(self, rows):
         """Writes a list of objects in one piece and waits until they are on disk."""
         lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-        self.file.write(b"".join(line + b"\n" for line in lines))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        with open(self.sums, "ab") as file:
-            file.write(_crc32(lines))
+        with writing(self.path):
+            self.file.write(b"".join(line + b"\n" for line in lines))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            with open(self.sums, "ab") as file:
+                file.write(_crc32(lines))
         self.rows.extend(rows)
 
     def remove(self):
@@ -255,7 +298,8 @@ class JsonlAppender:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        with writing(self.path):  # what could not be flushed is tried again
+            self.file.close()
 
 
 def _crc32(lines):

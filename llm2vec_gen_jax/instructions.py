@@ -3,9 +3,8 @@
 import dataclasses
 import pathlib
 
-import yaml
-
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import read_yaml
 
 PUBLISHED = pathlib.Path(__file__).parent.parent / "configs" / "evaluate" / "published.yaml"
 
@@ -30,12 +29,7 @@ class Instructions:
 
 def read(file=PUBLISHED):
     """Returns the Instructions of a YAML file. Raises InputError that names the file and the key."""
-    try:
-        values = yaml.safe_load(pathlib.Path(file).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"instructions={file}: not a readable file ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"instructions={file}: not valid YAML ({error})") from None
+    values = read_yaml(file, "file of instructions") or {}
     if not isinstance(values, dict):
         raise InputError(f"instructions={file}: expected `query:` and `document:`, found a {type(values).__name__}")
     kinds = {"query": dict, "document": str, "benchmarks": dict}

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from llm2vec_gen_jax.config import TrainConfig
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import is_broken, read_yaml
 
 
 def load(schema, file=None, overrides=()):
@@ -74,15 +75,7 @@ def help_text(schema):
 
 
 def _read_yaml(file):
-    try:
-        with open(file, encoding="utf-8") as handle:
-            values = yaml.safe_load(handle)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such config file") from None
-    except OSError as error:
-        raise InputError(f"{file}: not a readable config file ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML ({error})") from None
+    values = read_yaml(file, "config file")
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}
@@ -112,6 +105,8 @@ def _known(schema, values, source, prefix=""):
             known[key] = _known(field.type, value or {}, source, f"{name}.")
         elif isinstance(value, bool) and field.type is not bool:
             raise InputError(f"{source}: {name}: YAML takes this for {str(value).lower()}. Put text in quotes")
+        elif isinstance(value, str) and is_broken(value):
+            raise InputError(f"{source}: {name}={value!r} is no valid UTF-8")
         elif "???" in (value if isinstance(value, list) else [value]):
             raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
         elif typing.get_origin(field.type) is list and not _is_list_of_text(value):

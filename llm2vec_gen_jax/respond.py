@@ -54,11 +54,9 @@ def respond(config, backbone=None):
         "shard": [config.shard.index, config.shard.count],
     }
     mine = list(range(config.shard.index, len(records), config.shard.count))
+    prompts = {row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in mine}
+    mine.sort(key=lambda row: -len(prompts[row]))
     with JsonlAppender(path, run, config.overwrite) as output:
-        prompts = {
-            row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in mine
-        }
-        mine.sort(key=lambda row: -len(prompts[row]))
         done = {row["id"] for row in output.rows}
         with progress.bar(len(mine), "response", "respond", initial=len(done)) as bar:
             for start in range(0, len(mine), config.batch_size):

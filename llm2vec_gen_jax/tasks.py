@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import fingerprint, read_json, read_jsonl, read_lines, sha256_file
+from llm2vec_gen_jax.files import fingerprint, is_broken, read_json, read_jsonl, read_lines, sha256_file
 
 MAIN_METRIC = {
     "retrieval": "ndcg_at_10",
@@ -154,6 +154,8 @@ def _check_strings(file, number, values):
     for key, value in values.items():
         if not isinstance(value, str):
             raise InputError(f"{file}, line {number}: {key!r} must be a string, found {type(value).__name__}")
+        if is_broken(value):
+            raise InputError(f"{file}, line {number}: {key!r} holds half of a surrogate pair, which is no valid text")
 
 
 def score_safety(task, query, document, instructions):

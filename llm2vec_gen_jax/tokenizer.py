@@ -1,14 +1,17 @@
 """Text to ids and back: user text is always plain text, chat templates come from the backbone."""
 
+import functools
 import json
 
+import jinja2
 import tokenizers
 from transformers import AutoTokenizer
 
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import is_broken
+from llm2vec_gen_jax.files import fingerprint, is_broken
 
 _SENTINEL = "\ue000user text\ue001"  # private-use characters: no template contains them
+_PROBE = "It's 3,000 m² away; don't go!\n\tdef f(x): return x**2  # Größe, déjà vu, 你好, مرحبا, Привет, 🙂"
 _CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
 
 
@@ -34,11 +37,17 @@ class Tokenizer:
         try:
             # Never asks, never runs code that a folder brings along.
             hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"{folder}: no readable tokenizer ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # the libraries raise many types, bare Exception among them
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"{folder}: no readable tokenizer ({reason})") from None
         if not hf.is_fast:
             raise InputError(f"{folder}: needs a tokenizer.json (a fast tokenizer)")
         return cls(hf, stop_ids)
+
+    @functools.cached_property
+    def identity(self):
+        """16 hex digits: the same for tokenizers that give a text of words, numbers and many scripts the same ids."""
+        return fingerprint(self.plain.encode(_PROBE).ids)
 
     def check_fits(self, vocab_size, source):
         """Raises InputError if an id that the tokenizer can give has no row in the embedding table."""
@@ -120,12 +129,15 @@ class Tokenizer:
     def _render(self, content, generation):
         if not self.hf.chat_template:
             raise InputError("the backbone has no chat template: synthesize and respond need an instruct model")
-        return self.hf.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=generation,
-            tokenize=False,
-            enable_thinking=False,  # Qwen3; other templates have no such switch
-        )
+        try:
+            return self.hf.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=generation,
+                tokenize=False,
+                enable_thinking=False,  # Qwen3; other templates have no such switch
+            )
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: not even text
+            raise InputError(f"{self.hf.name_or_path}: the chat template cannot be used ({error})") from None
 
 
 def _bare_copy(hf):

@@ -173,6 +173,45 @@ hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(name, *words) runs `python -m launch.NAME WORDS` in this process, in an empty directory.
+
+    Returns (exit code, standard output, standard error).
+    """
+    import runpy
+    import sys
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+
+    def run(name, *words):
+        name, *action = name.split()
+        monkeypatch.setattr(sys, "argv", [f"launch.{name}", *action, *map(str, words)])
+        monkeypatch.delitem(sys.modules, f"launch.{name}", raising=False)  # run afresh, whoever imported it
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_module(f"launch.{name}", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def check_error(result, *expected, code=2):
+    """A user's mistake: exit code 2 and one line that names the thing."""
+    found, _, errors = result
+    assert found == code, errors
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in errors
+    assert errors.count("error: ") == 1 and errors.rstrip().endswith(line)
+    for part in expected:
+        assert str(part) in line
+
+
+@pytest.fixture
 def launch():
     """launch(folder, name, *words) starts `python -m launch.NAME WORDS` there, on one device; returns its Popen.
 

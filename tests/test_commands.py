@@ -3,10 +3,8 @@
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import signal
-import sys
 import time
 
 import hypothesis
@@ -23,7 +21,7 @@ from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.respond import respond
 from llm2vec_gen_jax.synthesize import synthesize
 
-from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
+from .conftest import check_error, one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "start", "convert"}
@@ -36,31 +34,6 @@ def schema_of(command):
     """The config dataclass whose docstring describes `python -m launch.COMMAND`."""
     schemas = [value for name, value in vars(config).items() if name.endswith("Config")]
     return next(value for value in schemas if f"launch.{command}" in value.__doc__.replace("`", " ").split(":")[0])
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """command(name, *words) runs `python -m launch.NAME WORDS` in this process, in an empty directory.
-
-    Returns (exit code, standard output, standard error).
-    """
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-
-    def run(name, *words):
-        name, *action = name.split()
-        monkeypatch.setattr(sys, "argv", [f"launch.{name}", *action, *map(str, words)])
-        monkeypatch.delitem(sys.modules, f"launch.{name}", raising=False)  # run afresh, whoever imported it
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_module(f"launch.{name}", run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -114,17 +87,6 @@ def test_help_says_what_the_command_does_and_lists_every_key(command, name):
     assert f"usage: python -m launch.{name} " in out and about[1:] in out
     assert options.help_text(schema) in out
     assert command(name, "-h", "nonsense=1")[:2] == (0, out)
-
-
-def check_error(result, *expected):
-    """A user's mistake: exit code 2 and one line that names the thing."""
-    code, _, errors = result
-    line = errors.strip().splitlines()[-1]
-    assert code == 2, errors
-    assert line.startswith("error: ") and "Traceback" not in errors
-    assert errors.count("error: ") == 1 and errors.rstrip().endswith(line)
-    for part in expected:
-        assert str(part) in line
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -452,7 +414,7 @@ def test_encode_leaves_nothing_behind_after_an_error(command, model_folder, tmp_
     assert os.listdir() == []
     (tmp_path / "file").touch()
     code, _, errors = command("encode", model_folder, words[0], f"output={tmp_path / 'file/out'}")
-    assert (code, errors) == (1, f"error: {tmp_path / 'file'}: File exists\n")
+    assert (code, errors) == (74, f"error: {tmp_path / 'file'}: File exists\n")
 
 
 # LLM2VecGen.encode, by the conventions of sentence-transformers

@@ -40,28 +40,42 @@ _SPLITS = {
 _LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1, Llama 3.2
 
 
+def _damage_named(function):
+    """Decorates what reads a GGUFSource: whatever damage makes of the reader becomes an InputError that names it."""
+
+    @functools.wraps(function)
+    def read(source, *arguments):
+        try:
+            return function(source, *arguments)
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{source}: no such file") from None
+        except Exception as error:
+            raise InputError(f"{source}: not a whole GGUF file ({error})") from None
+
+    return read
+
+
 class GGUFSource:
     """A GGUF file as a source of weights (see weights.py)."""
 
+    @_damage_named
     def __init__(self, path):
         self.path = path
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise InputError(f"{path}: not a whole GGUF file ({error})") from None
+        self.reader = gguf.GGUFReader(path)
         self.family = self.field("general.architecture")
         self.tensors = {}
         for tensor in self.reader.tensors:
             name = _hf_name(tensor.name)
             if name is None and tensor.name != "rope_freqs.weight":
-                raise InputError(f"{path}: tensor {tensor.name} is not supported")
+                raise InputError(f"{self}: tensor {tensor.name} is not supported")
             self.tensors[name or tensor.name] = tensor
 
     def __str__(self):
         return str(self.path)
 
+    @_damage_named
     def field(self, key, default=None):
         """Returns a metadata value; "{}" in the key stands for the architecture."""
         key = key.format(getattr(self, "family", ""))
@@ -75,6 +89,7 @@ class GGUFSource:
         """Returns a tensor's shape in Hugging Face order."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
+    @_damage_named
     def read(self, name, slices):
         """Returns a dequantised float32 slice in Hugging Face layout."""
         tensor = self.tensors[name]
@@ -93,6 +108,7 @@ class GGUFSource:
         return np.asarray(gguf.dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
 
 
+@_damage_named
 def read_architecture(source):
     """Returns (Architecture, Hugging Face config dict) of a GGUFSource."""
     f = functools.partial(source.field)
@@ -140,6 +156,7 @@ def _llama3_scaling(source, architecture):
     raise InputError(f"{source}: rope_freqs.weight is not a known Llama 3 scaling")
 
 
+@_damage_named
 def read_tokenizer(source):
     """Returns the transformers tokenizer that the metadata describes (byte-level BPE)."""
     f = source.field
@@ -183,6 +200,7 @@ def read_tokenizer(source):
     )
 
 
+@_damage_named
 def stop_ids(source):
     """Returns the ids that end a turn."""
     ids = [source.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]

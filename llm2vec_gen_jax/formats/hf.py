@@ -19,6 +19,7 @@ from llm2vec_gen_jax.formats import weights
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 MAX_FILE_BYTES = 5_000_000_000  # of weights in one file
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_READABLE_DTYPES = (*_SAFETENSORS_DTYPES.values(), "F64")  # others are quantised: numbers without their scales
 
 
 class SafetensorsSource:
@@ -33,8 +34,8 @@ class SafetensorsSource:
             expected = None
         elif index.exists():
             expected = read_json(index).get("weight_map")
-            if not isinstance(expected, dict):
-                raise InputError(f"{index}: no weight_map")
+            if not isinstance(expected, dict) or not all(isinstance(name, str) for name in expected.values()):
+                raise InputError(f"{index}: no weight_map of tensors to file names")
             self.files = [self._inside(name, index) for name in sorted(set(expected.values()))]
         else:
             raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
@@ -50,7 +51,7 @@ class SafetensorsSource:
         return str(self.folder)
 
     def _inside(self, name, index):
-        if pathlib.PurePath(name).name != name:
+        if pathlib.PurePath(name).name != name or name == "..":
             raise InputError(f"{index}: names {name}, which is outside its folder")
         return self.folder / name
 
@@ -73,7 +74,10 @@ class SafetensorsSource:
 
     def read(self, name, slices):
         """Returns a slice of a tensor in its stored dtype."""
-        return self.handles[name].get_slice(name)[slices]
+        tensor = self.handles[name].get_slice(name)
+        if tensor.get_dtype() not in _READABLE_DTYPES:
+            raise InputError(f"{self}: {name} is {tensor.get_dtype()}; supported: {', '.join(_READABLE_DTYPES)}")
+        return tensor[slices]
 
 
 def read_config(folder):
@@ -83,9 +87,15 @@ def read_config(folder):
 
 def stop_ids(folder, config):
     """Returns the ids that end a turn: those of generation_config.json, else of config.json."""
-    generation = pathlib.Path(folder) / "generation_config.json"
-    ids = (read_json(generation) if generation.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+    file = pathlib.Path(folder) / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    if "eos_token_id" not in generation:
+        file, generation = file.with_name("config.json"), config
+    ids = generation.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(number, int) for number in ids):
+        raise InputError(f"{file}: eos_token_id={ids!r} is not a token's number or a list of them")
+    return ids
 
 
 def read_license(folder):

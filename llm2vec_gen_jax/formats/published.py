@@ -169,7 +169,7 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys() if not IGNORED_KEY.fullmatch(key)}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, AttributeError) as error:  # AttributeError: a type numpy has not
         raise InputError(f"{path}: not a readable safetensors file: {error}. Fetch it again") from None
 
 

@@ -106,8 +106,10 @@ def fingerprint_values(source, architecture):
 
 
 def _check_names(source, architecture):
-    expected = layout(architecture)
     found = set(source.names())
+    if architecture.num_layers > len(found):  # else a number of layers without end would fill the memory
+        raise InputError(f"{source}: holds {len(found)} weights, the config says {architecture.num_layers} layers")
+    expected = layout(architecture)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings:
         ignored.add("lm_head.weight")  # some exporters write the tied head as well
