@@ -253,6 +253,7 @@ def test_a_run_is_not_resumed_with_another_corpus(place, tiny_folder):
         run(tiny_folder, "simcse.steps=0")
 
 
+@pytest.mark.slow
 def test_without_a_corpus_the_backbone_writes_it(place):
     """The real backbone, a handful of responses: what it writes is what it is trained on."""
     words = ("corpus.queries=8", "corpus.max_new_tokens=24", "mntp.steps=1", "mntp.batch_size=8", "mntp.max_length=16")
