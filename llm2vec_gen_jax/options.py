@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` words to a config, checked against its schema (config.py).
+"""From a YAML file and `key=value` words to a config, checked against its schema (config/).
 
 A YAML file (configs/) holds what differs from the defaults and serves every command; the command line overrides
 it with `section.key=value`. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.

@@ -13,15 +13,16 @@ ROOT = pathlib.Path(llm2vec_gen_jax.__file__).parent
 PACKAGE = ROOT.name
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for folder in (ROOT, ROOT / "formats")
+    for folder in (ROOT, ROOT / "config", ROOT / "formats")
     for path in folder.glob("*.py")
     if path.name != "__init__.py"
-}
+} | {"config": ROOT / "config" / "__init__.py"}
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "collectives errors preemption",
-    "architecture config files layers progress sharding supervised",
+    "collectives config.common errors preemption",
+    "architecture config.inference config.training files layers progress sharding supervised",
+    "config",
     "options",
     "attention corpus data distributed download instructions metrics tasks tokenizer vectors",
     "backbone card checkpoint heads optim",
@@ -92,7 +93,7 @@ def own_imports(module):
     for name in imported(FILES[module].read_text()):
         if under(name, [PACKAGE]):
             inside = name.removeprefix(PACKAGE).removeprefix(".")
-            found |= {other for other in FILES if under(inside, [other])}
+            found |= set(sorted((other for other in FILES if under(inside, [other])), key=len)[-1:])
     return found
 
 

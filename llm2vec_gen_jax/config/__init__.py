@@ -1,0 +1,76 @@
+"""What can be configured: one dataclass tree per command, which is the schema, the defaults and the help.
+
+options.py reads them. The architecture of a backbone is never configured: it is read from the backbone itself.
+"""
+
+from llm2vec_gen_jax.config.common import (
+    DTYPES,
+    BackboneConfig,
+    DistributedConfig,
+    MeshConfig,
+    ShardConfig,
+    section,
+    setting,
+)
+from llm2vec_gen_jax.config.inference import (
+    DecodeConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    FromPytorchConfig,
+    RespondConfig,
+    SynthesizeConfig,
+    ToPytorchConfig,
+    VerifyConfig,
+)
+from llm2vec_gen_jax.config.training import (
+    AblateConfig,
+    CompressionConfig,
+    CorpusConfig,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MntpConfig,
+    OptimizerConfig,
+    PlanConfig,
+    QuickstartConfig,
+    SimcseConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TeacherTrainConfig,
+    TrainConfig,
+    TrainSettings,
+)
+
+__all__ = [
+    "AblateConfig",
+    "BackboneConfig",
+    "CompressionConfig",
+    "CorpusConfig",
+    "DTYPES",
+    "DataConfig",
+    "DecodeConfig",
+    "DistributedConfig",
+    "EncodeConfig",
+    "EvaluateConfig",
+    "FromPytorchConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MeshConfig",
+    "MntpConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "QuickstartConfig",
+    "RespondConfig",
+    "ShardConfig",
+    "SimcseConfig",
+    "SynthesizeConfig",
+    "TeacherConfig",
+    "TeacherSettings",
+    "TeacherTrainConfig",
+    "ToPytorchConfig",
+    "TrainConfig",
+    "TrainSettings",
+    "VerifyConfig",
+    "section",
+    "setting",
+]

