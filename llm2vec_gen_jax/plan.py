@@ -21,35 +21,13 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import loading, optim, sharding
 from llm2vec_gen_jax.backbone import REMAT, abstract_params, compiled_for
 from llm2vec_gen_jax.collectives import moved_bytes
+from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.files import read_json
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import train_step
 from llm2vec_gen_jax.trainer import new_state
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device by its data sheet. flops: dense bfloat16, per second. memory: bytes. bandwidth: bytes per second of its
-    memory. link: bytes per second that it can send to others of its slice or node, one way."""
-
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-
-
-# cloud.google.com/tpu/docs (v5e, v5p, v6e: "bidirectional" figures halved); nvidia.com data sheets of H100 and H200 SXM
-# (dense, that is half of the sparse figure; NVLink 900 GB/s both ways together).
-CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
-}
 _TPUS = ("v5e", "v5p", "v6e")
 
 
@@ -126,8 +104,7 @@ def _devices(topology):
     """Returns (devices, their Chip or None, the platform that programs are for) of a topology setting."""
     if topology is None:
         device = jax.devices()[0]
-        known = [chip for name, chip in CHIPS.items() if name in device.device_kind.lower().replace(" lite", "e")]
-        return jax.devices(), known[0] if known else None, device.platform
+        return jax.devices(), chip_of(device), device.platform
     kind, _, shape = topology.partition(":")
     if kind in _TPUS:
         from jax.experimental import topologies
@@ -267,21 +244,20 @@ def _lower_for_cuda(config, architecture, mesh, remat):
 
 
 def flops(config, architecture):
-    """Returns the FLOPs of (a training step, an encoding pass), recomputation not counted.
-
-    2 for each weight and token forward and 2 backward (the frozen weights get no gradient): queries forward, appended
-    tokens and answers both. Attention: 4 for each pair of tokens, head and head dimension, half of it causal, three
-    times that with its backward pass. The output matrix twice for answer tokens.
-    """
-    a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
-    K, M = config.compression.num_tokens, config.compression.num_tokens + config.compression.num_thought_tokens
-    tables = (1 if a.tied_embeddings else 2) * a.vocab_size * a.hidden_size
-    weights, pair = a.num_parameters - tables, 4 * a.num_layers * a.num_heads * a.head_dim
-    reading = 2 * weights * T + pair * T * T / 2
-    backward = 2 if config.lora.rank else 1
-    compressing = 4 * weights * M + 3 * pair * M * (T + M / 2)
-    answering = 4 * weights * (K + S) + 3 * pair * (K + S) ** 2 / 2 + 4 * a.vocab_size * a.hidden_size * S
-    return B * (backward * reading + compressing + answering), B * reading
+    """Returns the FLOPs of (a training step, an encoding pass), on full rows of the longest texts."""
+    B, compression = config.train.batch_size, config.compression
+    queries, answers = [config.query_length] * B, [config.answer_length] * B
+    return (
+        training_flops(
+            architecture,
+            queries,
+            answers,
+            compression.num_tokens,
+            compression.num_thought_tokens,
+            bool(config.lora.rank),
+        ),
+        reading_flops(architecture, queries),
+    )
 
 
 def _row(config, architecture, mesh, remat, chip, where):

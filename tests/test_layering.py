@@ -20,7 +20,7 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "collectives config.common errors preemption",
+    "collectives config.common costs errors preemption",
     "architecture config.inference config.training files layers progress sharding supervised",
     "config",
     "options",

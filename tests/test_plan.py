@@ -11,6 +11,7 @@ import pytest
 from llm2vec_gen_jax import config, options, plan
 from llm2vec_gen_jax.architecture import from_hf_config
 from llm2vec_gen_jax.collectives import moved_bytes
+from llm2vec_gen_jax.costs import CHIPS, Chip
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_json
 
@@ -116,12 +117,12 @@ def test_a_search_takes_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys
     rows = planned(*words)
     assert [row["fits"] for row in rows] == [True] and rows[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert "use: mesh.data=4 mesh.fsdp=1 mesh.tensor=1 train.remat=dots" in capsys.readouterr().out
-    small = plan.Chip(1e12, rows[0]["train"] * 0.7, 1e9, 1e9)
-    monkeypatch.setitem(plan.CHIPS, "h100", small)
+    small = Chip(1e12, rows[0]["train"] * 0.7, 1e9, 1e9)
+    monkeypatch.setitem(CHIPS, "h100", small)
     rows += planned(*words)
     assert [row["fits"] for row in rows[1:]] == [False] * (len(rows) - 2) + [True]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    monkeypatch.setitem(plan.CHIPS, "h100", plan.Chip(1e12, 0.8 * rows[-1]["weights"], 1e9, 1e9))
+    monkeypatch.setitem(CHIPS, "h100", Chip(1e12, 0.8 * rows[-1]["weights"], 1e9, 1e9))
     assert not any(row["fits"] for row in planned(*words))
     assert "nothing that was tried fits" in capsys.readouterr().out
 
