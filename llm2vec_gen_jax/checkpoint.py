@@ -73,7 +73,7 @@ class Checkpoints:
             if record.pop("digest", None) != fingerprint(record):
                 return None, "its record does not have its digest"
         except Exception as error:  # whatever a damaged file makes of a reader
-            return None, _first_line(error)
+            return None, _damage(error)
         if differing := changes(record["of"], self.record):
             raise InputError(
                 f"{self.folder / str(step)}: is of another run ({differing}). Use what it was made with, choose "
@@ -83,7 +83,7 @@ class Checkpoints:
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         except Exception as error:
-            return None, _first_line(error)
+            return None, _damage(error)
         found = _digests(state["state"])
         wrong = [name for name, digest in record["digests"].items() if found.get(name) != digest]
         return (state["state"], None) if not wrong else (None, f"{wrong[0]} does not have its digest")
@@ -149,6 +149,13 @@ def _digests(state):
     paths, leaves = zip(*jax.tree.leaves_with_path(state))
     digests = jax.device_get(_digest_leaves(leaves))
     return {jax.tree_util.keystr(path): int(digest) for path, digest in zip(paths, digests, strict=True)}
+
+
+def _damage(error):
+    """Returns what a reader's exception says. Raises it where a process that reads as well has ended: no damage."""
+    if distributed.names_a_peer(error):
+        raise error
+    return _first_line(error)
 
 
 def _first_line(error):

@@ -113,9 +113,13 @@ def agree(values):
 
 def is_loss_of_peer(error):
     """Whether an exception is what a process meets when another one of its run has ended."""
+    return names_a_peer(error) or (jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError))
+
+
+def names_a_peer(error):
+    """Whether an exception says itself that another process of this run has ended."""
     signs = ("Gloo ", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection ")
-    found = isinstance(error, jax.errors.JaxRuntimeError) or any(sign in str(error) for sign in signs)
-    return jax.process_count() > 1 and found
+    return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
 
 
 def wait_for_all(name):

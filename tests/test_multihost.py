@@ -48,8 +48,9 @@ def free_address():
 class Cluster:
     """Processes of one run on this machine, `devices` fake ones each, in a folder of their own."""
 
-    def __init__(self, folder, processes, devices, *words, different=()):
-        """words: the command's name and what follows. different: more words, for all processes but the first."""
+    def __init__(self, folder, processes, devices, *words, different=(), script=""):
+        """words: the command's name and what follows. different: more words, for all processes but the first; script:
+        Python that they run before."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
         address = free_address()
@@ -63,7 +64,9 @@ class Cluster:
         for index in range(processes):
             own = [f"distributed={address}", f"num_processes={processes}", f"process_id={index}"]
             own = [*(own if processes > 1 else []), *(different if index else ())]
-            command = [sys.executable, "-m", f"launch.{words[0]}", *words[1:], *own]
+            first = script if index else ""
+            run = f"{first}\nimport runpy; runpy.run_module('launch.{words[0]}', run_name='__main__')"
+            command = [sys.executable, "-c", run, *words[1:], *own]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             self.processes.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
 
@@ -96,7 +99,7 @@ def cluster(tmp_path, tiny_folder):
         first = ("train", f"backbone.path={tiny_folder('qwen3')}", *WORDS)
         return start(name, processes, devices, *first, *words, **options)
 
-    train.start = start
+    train.start, train.folder = start, tmp_path
     yield train
     for each in started:
         for process in each.processes:
@@ -146,6 +149,21 @@ def test_processes_that_do_not_agree_say_so(cluster):
         assert "do not agree: config.train.seed: 42 -> 7 (process 0 -> process 1)" in err
     for code, _, err in cluster("missing", 2, 1, "train.steps=2", "teacher.kind=file", "teacher.path=no.npy").wait():
         assert code == 2 and "no.npy" in err
+
+
+def test_a_peer_that_dies_in_the_restore_is_no_damage(cluster):
+    words = ("train.checkpoint_every=2", "train.watchdog=20")
+    cluster("lost", 2, 1, *words, "train.steps=4").succeed()
+    script = """
+import os, signal
+from llm2vec_gen_jax.checkpoint import ocp
+ocp.args.StandardRestore = lambda abstract: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (code, out, err), _ = cluster("lost", 2, 1, *words, "train.steps=6", script=script).wait()
+    assert code in (75, -6), out + err
+    assert "sound" not in err and not list((cluster.folder / "lost" / "run").rglob("_damaged"))
+    resumed = cluster("lost", 2, 1, *words, "train.steps=6").succeed()
+    assert [row["step"] for row in read_metrics(resumed)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_joined_processes_encode_a_share_each(cluster, tmp_path):
