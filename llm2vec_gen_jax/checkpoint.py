@@ -107,6 +107,20 @@ class Checkpoints:
         with self._failures_named():
             self.manager.wait_until_finished()
 
+    @contextlib.contextmanager
+    def settled(self):
+        """Lets a save that is under way come to its end when the block fails: Python cannot end in the midst of one.
+
+        Not in a run of several processes: the others may be gone, and its processes end without any ado.
+        """
+        try:
+            yield
+        except BaseException:
+            if jax.process_count() == 1:
+                with contextlib.suppress(Exception):
+                    self.manager.wait_until_finished()
+            raise
+
     def close(self):
         """Waits, then frees what orbax holds."""
         self.wait()

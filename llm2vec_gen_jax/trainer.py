@@ -23,6 +23,7 @@ FREE_KEYS = {
     "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"),
     "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite", "watchdog", "remat"),
     "teacher": ("batch_size",),
+    "kernels": ("attention",),
     "mesh": ("data", "fsdp", "tensor"),
 }
 
@@ -159,7 +160,8 @@ class Run:
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
-        with bar, distributed.Watchdog(settings.watchdog, self.checkpoints.check) as watchdog:
+        watchdog = distributed.Watchdog(settings.watchdog, self.checkpoints.check)
+        with bar, watchdog, self.checkpoints.settled():
             pending = None
             for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
                 watchdog.beat(f"step {number}")

@@ -50,7 +50,7 @@ class Cluster:
 
     def __init__(self, folder, processes, devices, *words, different=(), script=""):
         """words: the command's name and what follows. different: more words, for all processes but the first; script:
-        Python that they run before."""
+        Python that these (or a single one) run before."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
         address = free_address()
@@ -64,7 +64,7 @@ class Cluster:
         for index in range(processes):
             own = [f"distributed={address}", f"num_processes={processes}", f"process_id={index}"]
             own = [*(own if processes > 1 else []), *(different if index else ())]
-            first = script if index else ""
+            first = script if index or processes == 1 else ""
             run = f"{first}\nimport runpy; runpy.run_module('launch.{words[0]}', run_name='__main__')"
             command = [sys.executable, "-c", run, *words[1:], *own]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -164,6 +164,27 @@ ocp.args.StandardRestore = lambda abstract: os.kill(os.getpid(), signal.SIGKILL)
     assert "sound" not in err and not list((cluster.folder / "lost" / "run").rglob("_damaged"))
     resumed = cluster("lost", 2, 1, *words, "train.steps=6").succeed()
     assert [row["step"] for row in read_metrics(resumed)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failure_beside_a_save_ends_the_process(cluster):
+    """On a disk so slow that a save is under way when the reading of data fails."""
+    script = """
+import asyncio, time
+from llm2vec_gen_jax import data
+
+def slowly(self, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
+    time.sleep(0.2)
+    return run(self, *arguments)
+
+def broken(self, step, read=data.Batches.__getitem__):
+    return read(self, step) if step < 12 else 1 / 0
+
+asyncio.BaseEventLoop.run_in_executor, data.Batches.__getitem__ = slowly, broken
+"""
+    words = ("train.steps=40", "train.checkpoint_every=10")
+    ((code, out, err),) = cluster("failing", 1, 1, *words, script=script).wait(timeout=60)
+    assert code == 1 and "ZeroDivisionError" in err
+    assert cluster("failing", 1, 1, *words).succeed()
 
 
 def test_joined_processes_encode_a_share_each(cluster, tmp_path):
