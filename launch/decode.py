@@ -20,7 +20,7 @@ def main(path, config):
         soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
         texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
-    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)
+    model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
     if texts is not None:
         _, soft_prompts = model.encode(
             texts, batch_size=config.batch_size, max_length=config.max_length, return_soft_prompts=True

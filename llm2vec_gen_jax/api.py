@@ -31,19 +31,19 @@ class LLM2VecGen:
         self.max_seq_length = max_seq_length
 
     @classmethod
-    def from_pretrained(cls, path, dtype="auto", backbone=None, mesh=None, prompts=None):
+    def from_pretrained(cls, path, dtype="auto", backbone=None, mesh=None, prompts=None, attention="auto"):
         """Loads a model directory (ours or the published package's) or a hub repository of that layout.
 
         dtype: of the backbone (auto | float32 | bfloat16 | float16). backbone: where it is, if not where the
         directory says. mesh: a Mesh, a MeshConfig of the devices of all processes, or by default this process's own
-        devices on the data axis.
+        devices on the data axis. attention: which kernel computes it (auto | xla | cudnn | pallas).
         Raises InputError that names what is missing or does not fit.
         """
         record = directory.read(str(path))
         if not isinstance(mesh, jax.sharding.Mesh):
             own = None if mesh else jax.local_devices()
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), own)
-        loaded = load_backbone(str(backbone or record.backbone), dtype, mesh)
+        loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention)
         model, trainable = directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)
 

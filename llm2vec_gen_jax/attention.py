@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llm2vec_gen_jax import kernels
 from llm2vec_gen_jax.layers import drop, product
 
 
@@ -40,12 +41,34 @@ CAUSAL = Visibility(causal=True)
 _LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # queries that are scored together, and how many such blocks a pass may have
 
 
-def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key=None, dropout=0.0):
+def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropout=0.0):
     """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
 
     Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
     Queries of padding are defined and unread.
     """
+    T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
+    kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
+    if kernel == "xla":
+        return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key, dropout)
+    causal, lengths_B, segments = visibility.causal, None, None
+    if visibility.segments_BT is not None:
+        segments = (visibility.segments_BT, visibility.segments_BT)
+    if cached:  # which slots of the cache are real is data, so they are a segment
+        own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+        segments = own_BT, jnp.concatenate([visibility.cache_BS.astype(jnp.int32), own_BT], axis=1)
+        k_BTGH = jnp.concatenate([cache.k_LBSGH, k_BTGH], axis=1)
+        v_BTGH = jnp.concatenate([cache.v_LBSGH, v_BTGH], axis=1)
+    if not causal:
+        lengths_B = jnp.maximum(visibility.lengths_B, 1)
+    if kernel == "cudnn":
+        return kernels.cudnn(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments)
+    interpret = execution.target != "tpu"
+    return kernels.splash(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments, execution.mesh, interpret)
+
+
+def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key, dropout):
+    """The reference, for every platform."""
     T = q_BTNH.shape[1]
     # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
     blocked = visibility.causal and cache is None and key is None

@@ -1,52 +1,32 @@
 """The frozen LLM: embeddings in, last hidden states and keys/values out."""
 
-import contextlib
-import contextvars
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
 from llm2vec_gen_jax import layers
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, attend
+from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.sharding import over_batch, over_vocabulary
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # what a LoRA may update
 
-# What the backward pass keeps of a layer. none: everything is kept. dots: the results of its matrix products, no more;
-# norms, rotations, the attention weights (the largest of all) and activations are computed again, which costs next to
-# nothing. block: only what goes into a layer is kept, and the layer is computed again.
-REMAT = ("none", "dots", "block")
-_KEPT = "kept"
-_keep_products = jax.checkpoint_policies.save_only_these_names(_KEPT)
-
-
-_platform = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def compiled_for(platform):
-    """What is traced inside is for another platform than this process's own ("cpu", "tpu", "cuda")."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+KEPT = "kept"  # the name of what a backward pass may keep
+_keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def kept(x):
     """Marks an array that the backward pass keeps."""
-    return checkpoint_name(x, _KEPT)
+    return checkpoint_name(x, KEPT)
 
 
 class Block(nn.Module):
     """One pre-norm transformer layer. Written for `scan`: returns (carry, keys and values of this pass)."""
 
     architecture: Architecture
-    mesh: Mesh | None = None
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BTD, cache, lora, dropout, rope, visibility):
@@ -69,7 +49,7 @@ class Block(nn.Module):
         def norm(name, axis):
             return layers.RMSNorm(a.norm_eps, axis, name=name)
 
-        x_BTD = over_batch(x_BTD, self.mesh)
+        x_BTD = over_batch(x_BTD, self.execution.mesh)
         y_BTD = norm("attention_norm", "norm")(x_BTD)
         q_BTNH = heads("query", y_BTD, N, "heads")
         k_BTGH = heads("key", y_BTD, G, "kv_heads")
@@ -78,9 +58,9 @@ class Block(nn.Module):
             q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
             k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
         q_BTNH, k_BTGH = layers.rotate(q_BTNH, rope), layers.rotate(k_BTGH, rope)
-        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, attention_key, rate)
+        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, self.execution, attention_key, rate)
         output_BTD = project("output", mixed_BTNH, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"))
-        x_BTD = kept(over_batch(x_BTD + output_BTD, self.mesh))
+        x_BTD = kept(over_batch(x_BTD + output_BTD, self.execution.mesh))
 
         y_BTD = norm("mlp_norm", "norm")(x_BTD)
         gate_BTF = kept(project("gate", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
@@ -94,12 +74,10 @@ class Backbone(nn.Module):
     """A causal LM as functions of its parameters: `Backbone(a).apply({"params": frozen}, ..., method="embed")`.
 
     The layers are stacked on a leading axis and run by a scan, so that compile time does not grow with depth.
-    remat: what a backward pass finds of a layer: one of REMAT. mesh: where the arrays are, if on many devices.
     """
 
     architecture: Architecture
-    remat: str = "dots"
-    mesh: Mesh | None = None
+    execution: Execution = Execution()
 
     def setup(self):
         a = self.architecture
@@ -108,10 +86,10 @@ class Backbone(nn.Module):
         if not a.tied_embeddings:
             self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
         # XLA's CPU compiler cannot slice bfloat16: it would make a float32 copy of all layers first. It slices bits.
-        as_bits = (_platform.get() or jax.default_backend()) == "cpu" and not self.is_initializing()
+        as_bits = self.execution.target == "cpu" and not self.is_initializing()
         block = nn.map_variables(Block, "params", _to_floats) if as_bits else Block
-        if self.remat != "none":
-            policy = _keep_products if self.remat == "dots" else None
+        if self.execution.remat != "none":
+            policy = _keep_products if self.execution.remat == "dots" else None
             block = nn.remat(block, policy=policy, prevent_cse=False)
         scan = nn.scan(
             block,
@@ -121,12 +99,12 @@ class Backbone(nn.Module):
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(a, self.mesh)
+        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(a, self.execution)
         self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
 
     def embed(self, ids):
         """Returns the input embeddings (..., D) of token ids (...)."""
-        return over_batch(jnp.take(self.embedding, ids, axis=0), self.mesh)
+        return over_batch(jnp.take(self.embedding, ids, axis=0), self.execution.mesh)
 
     def __call__(self, x_BTD, positions_BT, visibility, cache=None, lora=None, dropout=None):
         """Runs every layer over embeddings x_BTD.
@@ -138,12 +116,12 @@ class Backbone(nn.Module):
         a = self.architecture
         rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
         x_BTD, own = self.layers(x_BTD, cache, lora, dropout, rope, visibility)
-        return self.final_norm(over_batch(x_BTD, self.mesh)), own
+        return self.final_norm(over_batch(x_BTD, self.execution.mesh)), own
 
     def head_VD(self):
         """Returns the output matrix (V, D); the embedding table when they are tied."""
         head_VD = self.embedding if self.architecture.tied_embeddings else self.head
-        return over_vocabulary(head_VD, self.mesh)
+        return over_vocabulary(head_VD, self.execution.mesh)
 
     def logits(self, hidden):
         """Returns float32 logits (..., V) of last hidden states (..., D)."""

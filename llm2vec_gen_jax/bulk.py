@@ -39,7 +39,7 @@ def encode_corpus(path, config, check=lambda: None):
     files.check()
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
-    model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=mesh)
+    model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
     job = _Job(model, corpus, config, files, _run_record(model, identity, config), check)
     return job.finished_manifest() or job.run()
 

@@ -95,7 +95,7 @@ def to_model(record, backbone, source):
         trainable["lora"] = peft.read(tensors, config, backbone.architecture, source, folded=False)
         rank, scale = config["r"], peft.scale_of(config, config["r"], config["lora_alpha"])
     E = record.alignment["kernel"].shape[1]
-    model = Model(backbone.architecture, record.num_tokens, thought, E, rank, scale, mesh=backbone.mesh)
+    model = Model(backbone.architecture, record.num_tokens, thought, E, rank, scale, backbone.execution)
     trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
     return model, sharding.put_replicated(trainable, backbone.mesh)
 

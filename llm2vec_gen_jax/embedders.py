@@ -50,8 +50,8 @@ class Teacher:
 
     def encode(self, texts, instruction=""):
         ids = self.backbone.tokenizer.encode([_join(instruction, text) for text in texts], self.max_length)
-        architecture, mesh = self.backbone.architecture, self.backbone.mesh
-        shards = sharding.batch_shards(mesh)
+        architecture, execution = self.backbone.architecture, self.backbone.execution
+        shards = sharding.batch_shards(execution.mesh)
         height = -(-self.batch_size // shards) * shards
         order = np.argsort([-len(row) for row in ids], kind="stable")
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
@@ -60,7 +60,7 @@ class Teacher:
                 rows = order[start : start + height]
                 shape = (height, ladder(len(ids[rows[0]])))
                 batch = [ids[row] for row in rows]
-                embeddings[rows] = teacher.pool_rows(architecture, self.frozen, self.causal, batch, shape, mesh)
+                embeddings[rows] = teacher.pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
                 bar.update(len(rows))
         return embeddings
 
@@ -136,17 +136,21 @@ def load(path, config):
     if config.kind == "student":
         if config.adapters:
             raise InputError("adapters are merged for kind=teacher and kind=hyde; a student has its own LoRA, if any")
-        model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=mesh)
+        model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
         student = Student(model, **sizes)
         return student, student, _identity(config, model.backbone) | {"model": model.identity}
     adapters, causal = [resolve_adapter(adapter) for adapter in config.adapters], teacher.is_causal(config)
-    backbone = load_backbone(path, config.dtype, mesh)
+    backbone = load_backbone(path, config.dtype, mesh, config.kernels.attention)
     identity = _identity(config, backbone) | {
         "adapters": [peft.identity(adapter) for adapter in adapters],
         "attention": "causal" if causal else "bidirectional",
     }
     # Merging donates the weights that it changes; HyDE needs them as they were, to write.
-    merged = load_backbone(path, config.dtype, mesh).frozen if adapters and config.kind == "hyde" else backbone.frozen
+    merged = (
+        load_backbone(path, config.dtype, mesh, config.kernels.attention).frozen
+        if adapters and config.kind == "hyde"
+        else backbone.frozen
+    )
     for adapter in adapters:
         merged = peft.merge(merged, adapter, backbone.architecture)
     document = Teacher(backbone, merged, causal, **sizes)

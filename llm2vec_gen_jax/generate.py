@@ -53,7 +53,7 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
         lengths_B = np.full(size, soft_prompts_BKD.shape[1], np.int32)
         prompt = np.concatenate([soft_prompts_BKD, np.zeros((size - count, *soft_prompts_BKD.shape[1:]), np.float32)])
     prompt, lengths_B, row_ids = sharding.put_batch((prompt, lengths_B, row_ids), backbone.mesh)
-    stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, mesh=backbone.mesh)
+    stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, backbone.execution)
     seed = np.uint32(seed % 2**32)
     out_BN, count_B = _generate(model, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, seed)
     out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from llm2vec_gen_jax import download
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.files import fingerprint
 from llm2vec_gen_jax.formats import gguf, hf, weights
 from llm2vec_gen_jax.tokenizer import Tokenizer
@@ -37,8 +37,13 @@ class LoadedBackbone:
     frozen: Any
     tokenizer: Tokenizer
     identity: str
-    mesh: Mesh
+    execution: Execution
     license: str | None = None
+
+    @property
+    def mesh(self):
+        """The mesh that the parameters are on."""
+        return self.execution.mesh
 
 
 def resolve_dtype(name):
@@ -48,17 +53,18 @@ def resolve_dtype(name):
     return jnp.dtype(name)
 
 
-def load_backbone(path, dtype, mesh):
+def load_backbone(path, dtype, mesh, attention="auto"):
     """Loads a backbone: the default's name, a .gguf file, a local folder or a hub id.
 
-    dtype: a config name (auto | float32 | bfloat16 | float16). Raises InputError for what is missing or unsupported.
+    dtype: a config name (auto | float32 | bfloat16 | float16). attention: of kernels.attention.
+    Raises InputError for what is missing or unsupported.
     """
-    backbone, source = open_backbone(path, mesh)
+    backbone, source = open_backbone(path, Execution(mesh, attention))
     backbone.frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
     return backbone
 
 
-def open_backbone(path, mesh):
+def open_backbone(path, execution):
     """Returns (LoadedBackbone without its parameters, the source of its weights): cheap, whatever its size."""
     where = resolve_path(path)
     if where.suffix == ".gguf":
@@ -77,7 +83,7 @@ def open_backbone(path, mesh):
     tokenizer.check_fits(architecture.vocab_size, where)
     digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
     identity = fingerprint([dataclasses.asdict(architecture), digest])
-    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, mesh, license), source
+    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license), source
 
 
 def resolve_path(path):

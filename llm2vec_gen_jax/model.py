@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 
 from llm2vec_gen_jax import lora, sharding
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
+from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.heads import Compressor, init_trainable
 
 
@@ -44,8 +44,7 @@ class Model:
     embedding_size: int
     lora_rank: int = 0
     lora_scale: float = 0.0  # alpha / rank
-    remat: str = "dots"  # what the backward pass keeps: backbone.REMAT
-    mesh: Mesh | None = None  # where the arrays are, if on many devices
+    execution: Execution = Execution()
 
     @property
     def compressor(self):
@@ -56,7 +55,7 @@ class Model:
     @property
     def shapes(self):
         """What makes two models' trees different: a dict of numbers."""
-        return {key: value for key, value in vars(self).items() if key not in ("architecture", "remat", "mesh")} | {
+        return {key: value for key, value in vars(self).items() if key not in ("architecture", "execution")} | {
             "architecture": dataclasses.asdict(self.architecture)
         }
 
@@ -175,7 +174,7 @@ class Model:
 
     @property
     def _backbone(self):
-        return Backbone(self.architecture, self.remat, self.mesh)
+        return Backbone(self.architecture, self.execution)
 
     def _embed(self, frozen, ids):
         return self._backbone.apply({"params": frozen}, ids, method="embed")
@@ -184,7 +183,7 @@ class Model:
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
 
     def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
-        x_BTD = sharding.over_batch(x_BTD, self.mesh)
+        x_BTD = sharding.over_batch(x_BTD, self.execution.mesh)
         return self._backbone.apply({"params": frozen}, x_BTD, positions_BT, visibility, cache, updates, dropout)
 
 

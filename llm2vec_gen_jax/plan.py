@@ -19,10 +19,11 @@ import numpy as np
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import loading, optim, sharding
-from llm2vec_gen_jax.backbone import REMAT, abstract_params, compiled_for
+from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import train_step
@@ -50,7 +51,7 @@ def plan(config):
     """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
     jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
-    devices, chip, platform = _devices(config.topology)
+    devices, chip = _devices(config.topology)
     meshes = _candidates(config, architecture, devices, chip) if config.search else [(config.mesh, config.train.remat)]
     where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
@@ -64,15 +65,15 @@ def plan(config):
     rows = []
     for mesh_config, remat in meshes:
         mesh = sharding.make_mesh(mesh_config, devices)
-        with compiled_for(platform):
-            row = _row(config, architecture, mesh, remat, chip, where)
-        if platform == "cpu" and chip and row["fits"] is not None:
-            with compiled_for("cuda"):
-                _lower_for_cuda(config, architecture, mesh, remat)
+        execution = Execution(mesh, config.kernels.attention, remat)
+        row = _row(config, architecture, execution, chip, where)
+        if execution.target == "cpu" and chip and row["fits"] is not None:
+            # cuDNN's attention cannot be asked for where there is none.
+            _lower_for_cuda(config, architecture, Execution(mesh, "xla", remat, platform="gpu"))
         rows.append(row)
         print(_line(row), flush=True)
         if config.measure:
-            _measure(config, architecture, mesh, remat)
+            _measure(config, architecture, execution)
         if config.output:
             with open(config.output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -92,7 +93,7 @@ def plan(config):
 def _architecture(config):
     if config.architecture:
         return architecture_lib.from_hf_config(read_json(config.architecture), config.architecture)
-    return loading.open_backbone(config.backbone.path, None)[0].architecture
+    return loading.open_backbone(config.backbone.path, Execution())[0].architecture
 
 
 def _dtype(config):
@@ -101,10 +102,9 @@ def _dtype(config):
 
 
 def _devices(topology):
-    """Returns (devices, their Chip or None, the platform that programs are for) of a topology setting."""
+    """Returns (devices, their Chip or None) of a topology setting."""
     if topology is None:
-        device = jax.devices()[0]
-        return jax.devices(), chip_of(device), device.platform
+        return jax.devices(), chip_of(jax.devices()[0])
     kind, _, shape = topology.partition(":")
     if kind in _TPUS:
         from jax.experimental import topologies
@@ -115,7 +115,7 @@ def _devices(topology):
         except Exception as error:  # whatever the plugin makes of it
             hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
             raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
-        return described.devices, CHIPS[kind], "tpu"
+        return described.devices, CHIPS[kind]
     if kind not in (*CHIPS, "cpu") or not shape.isdigit() or int(shape) < 1:
         raise InputError(f"topology={topology}: expected KIND:SHAPE{nearest(kind, [*CHIPS, 'cpu'])}, see --help")
     count = int(shape)
@@ -124,7 +124,7 @@ def _devices(topology):
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(f"topology={topology}: this process has {len(devices)} devices already")
-    return devices[:count], CHIPS.get(kind), "cpu"
+    return devices[:count], CHIPS.get(kind)
 
 
 def _candidates(config, architecture, devices, chip):
@@ -145,13 +145,14 @@ def _candidates(config, architecture, devices, chip):
     return found
 
 
-def _inputs(config, architecture, mesh, remat):
+def _inputs(config, architecture, execution):
     """Returns (Model, abstract arguments by name) of everything that runs."""
+    mesh = execution.mesh
     a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
     compression = config.compression
     model = Model(
-        a, compression.num_tokens, compression.num_thought_tokens, a.hidden_size, config.lora.rank, scale, remat, mesh
+        a, compression.num_tokens, compression.num_thought_tokens, a.hidden_size, config.lora.rank, scale, execution
     )
     if B % sharding.batch_shards(mesh):
         raise InputError(f"train.batch_size={B} does not divide over {sharding.batch_shards(mesh)} data shards")
@@ -229,9 +230,9 @@ def _cache(functions, inputs):
     return jax.eval_shape(functions["prefix"], inputs["frozen"], inputs["ids"])
 
 
-def _lower_for_cuda(config, architecture, mesh, remat):
+def _lower_for_cuda(config, architecture, execution):
     """Raises where something cannot be lowered for NVIDIA's GPUs."""
-    model, inputs = _inputs(config, architecture, mesh, remat)
+    model, inputs = _inputs(config, architecture, execution)
     functions = _jitted(config, model)
     cache = None if config.lora.rank else _cache(functions, inputs)
     arguments = {
@@ -260,11 +261,11 @@ def flops(config, architecture):
     )
 
 
-def _row(config, architecture, mesh, remat, chip, where):
+def _row(config, architecture, execution, chip, where):
     """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device."""
-    started = time.perf_counter()
-    model, inputs = _inputs(config, architecture, mesh, remat)
-    row = {"devices": where, "mesh": dict(mesh.shape), "remat": remat, "fits": None}
+    started, mesh = time.perf_counter(), execution.mesh
+    model, inputs = _inputs(config, architecture, execution)
+    row = {"devices": where, "mesh": dict(mesh.shape), "remat": execution.remat, "fits": None}
     row |= {"weights": _per_device(inputs["frozen"]), "state": _per_device(inputs["state"])}
     try:
         programs = _compile(config, model, inputs)
@@ -312,9 +313,9 @@ def _line(row):
     return text
 
 
-def _measure(config, architecture, mesh, remat):
+def _measure(config, architecture, execution):
     """Runs everything once on random weights; prints the peak of memory beside the arguments, and the estimate."""
-    model, inputs = _inputs(config, architecture, mesh, remat)
+    model, inputs = _inputs(config, architecture, execution)
     programs = _compile(config, model, inputs)
 
     def fill(x):
@@ -324,7 +325,7 @@ def _measure(config, architecture, mesh, remat):
     given = jax.block_until_ready(jax.tree.map(fill, inputs))
     state, cache = given["state"], None
     for name, program in programs.items():
-        with _Peak(mesh) as peak:
+        with _Peak(execution.mesh) as peak:
             if name == "prefix":
                 cache = jax.block_until_ready(program.compiled(given["frozen"], given["ids"]))
             elif name == "step":

@@ -15,7 +15,7 @@ from llm2vec_gen_jax.loading import load_backbone
 def open_backbone(config, devices=None):
     """Loads the backbone of a command's config on its mesh over `devices`, default this process's own."""
     mesh = sharding.make_mesh(config.mesh, devices or jax.local_devices())
-    return load_backbone(config.backbone.path, config.backbone.dtype, mesh)
+    return load_backbone(config.backbone.path, config.backbone.dtype, mesh, config.kernels.attention)
 
 
 def shard_path(output, shard):

@@ -95,6 +95,19 @@ def over_vocabulary(head_VD, mesh):
     return jax.lax.with_sharding_constraint(head_VD, NamedSharding(mesh, jax.P("tensor")))
 
 
+def on_shards(function, mesh, *arrays):
+    """Inside jit: `function` of arrays (B, T, heads, size), (B, T) or None, run by each device on its rows and heads.
+
+    For kernels that the compiler cannot split. What it returns is as the first array.
+    """
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    rows = BATCH_AXES if arrays[0].shape[0] % batch_shards(mesh) == 0 else None
+    specs = [jax.P(rows, None, "tensor") if x is not None and x.ndim == 4 else jax.P(rows) for x in arrays]
+    # check_vma: kernels do not say over which axes their results vary.
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+
+
 def put_batch(tree, mesh):
     """Makes global arrays, split over the batch, from the rows that this process holds (numpy, leading B)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)

@@ -61,10 +61,10 @@ def targets_of(backbone, config, answers, responses):
 
 def _by_llm2vec(backbone, config, answers, responses):
     """Mean-pooled last hidden states: E is the width D of the teacher's backbone."""
-    path, mesh = config.teacher.path, backbone.mesh
+    path, mesh, attention = config.teacher.path, backbone.mesh, backbone.execution.attention
     adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
-    reader = open_backbone(path, mesh)[0] if path else backbone
+    reader = open_backbone(path, backbone.execution)[0] if path else backbone
     dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
     ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
     key = {
@@ -82,35 +82,35 @@ def _by_llm2vec(backbone, config, answers, responses):
     def make():
         if path:
             backbone.frozen = None
-        frozen = load_backbone(path, dtype, mesh).frozen if path else backbone.frozen
+        frozen = load_backbone(path, dtype, mesh, attention).frozen if path else backbone.frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, reader.architecture)
 
         def embed(rows):
             batch = [ids[row] for row in rows]
             width = edges[np.searchsorted(edges, max(map(len, batch)))]
-            return pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), mesh)
+            return pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), backbone.execution)
 
         return embed, reader.architecture.hidden_size
 
     targets, computed = _kept(responses, key, [len(row) for row in ids], batch_size, make, together=True)
     if computed and replaced:
         backbone.frozen = None
-        backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh)
+        backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh, attention)
     return targets, backbone
 
 
-def pool_rows(architecture, frozen, causal, ids, shape, mesh):
+def pool_rows(architecture, frozen, causal, ids, shape, execution):
     """Returns the llm2vec teacher's vectors (n, D), float32, of n id lists, padded to `shape` rows and tokens."""
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
-    arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), mesh)
-    return sharding.read(_mean_pool(architecture, mesh, frozen, causal, *arrays))[: len(ids)]
+    arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), execution.mesh)
+    return sharding.read(_mean_pool(architecture, execution, frozen, causal, *arrays))[: len(ids)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _mean_pool(architecture, mesh, frozen, causal, ids_BT, lengths_B):
-    model = Model(architecture, 1, 0, architecture.hidden_size, mesh=mesh)
+def _mean_pool(architecture, execution, frozen, causal, ids_BT, lengths_B):
+    model = Model(architecture, 1, 0, architecture.hidden_size, execution=execution)
     return model.mean_pool(frozen, ids_BT, lengths_B, causal)
 
 

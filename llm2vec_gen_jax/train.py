@@ -1,5 +1,6 @@
 """Training of the method: one pure step, and the run that targets, trains and saves."""
 
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -45,7 +46,7 @@ def train(config, show_progress=True, backbone=None):
     records = data.read_records(
         config.data.responses, supervised.columns(config.loss), config.data.split, key="data.responses"
     )
-    backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh)
+    backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh, config.kernels.attention)
     extra = supervised.texts(config.loss)
     examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
     distributed.agree({"data": examples.digest_ids(), "backbone": backbone.identity})
@@ -101,8 +102,7 @@ class Method:
             examples.target.shape[1],
             config.lora.rank,
             config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
-            config.train.remat,
-            backbone.mesh,
+            dataclasses.replace(backbone.execution, remat=config.train.remat),
         )
         self.plan = data.Plan(
             [len(ids) for ids in examples.query],

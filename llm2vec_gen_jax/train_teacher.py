@@ -53,7 +53,12 @@ def corpus(config, output, backbone):
     if source.path is not None:
         texts = [text.strip() for text in data.read_texts(source.path, source.field)]
     else:
-        common = {"backbone": config.backbone, "mesh": config.mesh, "seed": config.train.seed}
+        common = {
+            "backbone": config.backbone,
+            "kernels": config.kernels,
+            "mesh": config.mesh,
+            "seed": config.train.seed,
+        }
         print(f"no corpus.path: {backbone.name} writes {source.queries} queries and responds to them", flush=True)
         queries = config_lib.SynthesizeConfig(**common, output=str(output / "queries.jsonl"), count=source.queries)
         responses = config_lib.RespondConfig(
@@ -103,7 +108,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
     loss, batches = stage
     train = config.train
     architecture, mesh, scale = backbone.architecture, backbone.mesh, settings.alpha / settings.rank
-    model = Model(architecture, 1, 0, architecture.hidden_size, mesh=mesh)
+    model = Model(architecture, 1, 0, architecture.hidden_size, execution=backbone.execution)
     optimizer = config_lib.OptimizerConfig(
         learning_rate=settings.learning_rate,
         schedule_steps=settings.schedule_steps or settings.steps,

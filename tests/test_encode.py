@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from llm2vec_gen_jax import config, encode, sharding
 from llm2vec_gen_jax.attention import Visibility, attend
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.loading import load_backbone
 
 from .conftest import one_device_mesh
@@ -99,7 +100,7 @@ def test_blocks_and_segments_are_a_masked_softmax(T):
     k_BTGH, v_BTGH = random.normal(size=(2, 2, T, 2, 8)).astype(np.float32)
     segments_BT = np.sort(random.integers(1, 5, (2, T)))
     visibility = Visibility(causal=True, segments_BT=segments_BT)
-    found = attend(q_BTNH, k_BTGH, v_BTGH, visibility, None)
+    found = attend(q_BTNH, k_BTGH, v_BTGH, visibility, None, Execution())
     scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BTGH.repeat(2, axis=2)) / 8**0.5
     seen = np.tril(np.ones((T, T), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])
     weights = np.where(seen[:, None], np.exp(scores), 0)

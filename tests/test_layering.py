@@ -21,10 +21,10 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "collectives config.common costs errors preemption",
-    "architecture config.inference config.training files layers progress sharding supervised",
-    "config",
-    "options",
-    "attention corpus data distributed download instructions metrics tasks tokenizer vectors",
+    "architecture config.inference config.training execution files layers progress sharding supervised",
+    "config kernels",
+    "attention options",
+    "corpus data distributed download instructions metrics tasks tokenizer vectors",
     "backbone card checkpoint heads optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
@@ -120,9 +120,20 @@ def test_imports_go_down_only(module):
 def test_imports_are_found():
     """The table says something: the lowest and the highest module meet, and the seams are there."""
     assert {"errors", "layers", "losses", "formats.torchzip"} <= reached("quickstart")
-    assert own_imports("attention") == {"layers"}
+    assert own_imports("attention") == {"kernels", "layers"}
     assert own_imports("formats.weights") == {"backbone", "errors", "sharding"}
-    below = {"backbone", "lora", "heads", "attention", "layers", "architecture", "sharding", "errors"}
+    below = {
+        "backbone",
+        "lora",
+        "heads",
+        "attention",
+        "execution",
+        "kernels",
+        "layers",
+        "architecture",
+        "sharding",
+        "errors",
+    }
     assert reached("model") == {"model"} | below
 
 

@@ -13,6 +13,7 @@ from llm2vec_gen_jax.architecture import from_hf_config
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, Chip
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json
 
 from .conftest import one_device_mesh
@@ -78,7 +79,9 @@ def test_flops_are_those_that_xla_counts(tiny_words):
     shape = json.loads(pathlib.Path(settings.architecture).read_text()) | {"num_hidden_layers": 1}
     shape |= {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048}
     architecture = from_hf_config(shape, "here")
-    programs = plan._compile(settings, *plan._inputs(settings, architecture, one_device_mesh(), "none"))
+    programs = plan._compile(
+        settings, *plan._inputs(settings, architecture, Execution(one_device_mesh(), remat="none"))
+    )
     found = {name: program.compiled.cost_analysis()["flops"] for name, program in programs.items()}
     step, encode = plan.flops(settings, architecture)
     np.testing.assert_allclose(found["prefix"] + found["step"], step, rtol=0.15)
@@ -101,14 +104,14 @@ def test_activations_are_split_like_the_batch_and_never_by_their_width(tiny_word
     settings = options.load(config.PlanConfig, None, [*tiny_words, "backbone.dtype=float32", "mesh.fsdp=8"])
     architecture = plan._architecture(settings)
     mesh = plan.sharding.make_mesh(settings.mesh, plan._devices("cpu:8")[0])
-    programs = plan._compile(settings, *plan._inputs(settings, architecture, mesh, "dots"))
+    programs = plan._compile(settings, *plan._inputs(settings, architecture, Execution(mesh)))
     gathered = architecture.num_parameters * 4 * 7 / 8
     assert programs["prefix"].moved < 1.2 * gathered
     assert "all-reduce" not in programs["prefix"].compiled.as_text()
 
 
 def test_remat_policies_trade_memory(tiny_words):
-    peaks = [planned(*tiny_words, "topology=cpu:1", f"train.remat={name}")[0]["train"] for name in plan.REMAT]
+    peaks = [planned(*tiny_words, "topology=cpu:1", f"train.remat={name}")[0]["train"] for name in REMAT]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.2 * peaks[-1]
 
 

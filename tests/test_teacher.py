@@ -264,7 +264,7 @@ def test_the_default_backbones_teacher_knows_paraphrases():
 def spread(backbone, frozen, causal, triples):
     """Cosine of each first text with the second less that with the third."""
     ids = backbone.tokenizer.encode([text for triple in triples for text in triple], 64)
-    pooled = teacher.pool_rows(backbone.architecture, frozen, causal, ids, (len(ids), 16), backbone.mesh)
+    pooled = teacher.pool_rows(backbone.architecture, frozen, causal, ids, (len(ids), 16), backbone.execution)
     pooled = (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).reshape(len(triples), 3, -1)
     return (pooled[:, 0] * (pooled[:, 1] - pooled[:, 2])).sum(axis=1)
 

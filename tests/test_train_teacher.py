@@ -187,7 +187,7 @@ def test_the_adapters_load_in_peft_with_the_same_vectors(place, tiny, tiny_folde
     backbone = load_backbone(str(tiny_folder("qwen3")), "float32", one_device_mesh())
 
     def pooled(ids):
-        return pool_rows(backbone.architecture, backbone.frozen, False, ids, (len(ids), 9), backbone.mesh)
+        return pool_rows(backbone.architecture, backbone.frozen, False, ids, (len(ids), 9), backbone.execution)
 
     before = pooled([[9] * 6])
     theirs = transformers.AutoModel.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")

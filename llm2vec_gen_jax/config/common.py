@@ -34,6 +34,15 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass
+class KernelsConfig:
+    attention: str = setting(
+        "auto",
+        "xla: the reference; cudnn: NVIDIA, half precision; pallas: TPU (slowly on a CPU); auto: the fastest",
+        ("auto", "xla", "cudnn", "pallas"),
+    )
+
+
+@dataclasses.dataclass
 class MeshConfig:
     data: int = setting(-1, "devices over which a batch is split; -1: the rest", least=-1)
     fsdp: int = setting(1, "devices over which batch and backbone weights are split", least=-1)

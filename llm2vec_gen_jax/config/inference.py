@@ -6,6 +6,7 @@ from llm2vec_gen_jax.config.common import (
     DTYPES,
     BackboneConfig,
     DistributedConfig,
+    KernelsConfig,
     MeshConfig,
     ShardConfig,
     section,
@@ -27,6 +28,7 @@ class SynthesizeConfig(DistributedConfig):
     seed: int = setting(0, "of the sampling")
     overwrite: bool = setting(False, "start anew where output holds another run")
     shard: ShardConfig = section(ShardConfig)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -48,6 +50,7 @@ class RespondConfig(DistributedConfig):
     seed: int = setting(0, "of the sampling")
     overwrite: bool = setting(False, "start anew where output holds another run")
     shard: ShardConfig = section(ShardConfig)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -89,6 +92,7 @@ class EncodeConfig(DistributedConfig):
     warmup: bool = setting(False, "compile every shape before the first text, not when it is first needed")
     dtype: str = setting("auto", "of the backbone", DTYPES)
     shard: ShardConfig = section(ShardConfig)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -108,6 +112,7 @@ class DecodeConfig:
     top_p: float = setting(1.0, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
     dtype: str = setting("auto", "of the backbone", DTYPES)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -139,6 +144,7 @@ class EvaluateConfig:
     max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
     overwrite: bool = setting(False, "start anew where output holds another evaluation")
     dtype: str = setting("auto", "of the backbone", DTYPES)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 

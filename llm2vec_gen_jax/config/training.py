@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from llm2vec_gen_jax.config.common import BackboneConfig, DistributedConfig, MeshConfig, section, setting
+from llm2vec_gen_jax.config.common import (
+    BackboneConfig,
+    DistributedConfig,
+    KernelsConfig,
+    MeshConfig,
+    section,
+    setting,
+)
 
 
 @dataclasses.dataclass
@@ -117,6 +124,7 @@ class TrainConfig(DistributedConfig):
     loss: LossConfig = section(LossConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainSettings = section(TrainSettings)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -152,6 +160,7 @@ class PlanConfig:
     loss: LossConfig = section(LossConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainSettings = section(TrainSettings)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -219,6 +228,7 @@ class TeacherTrainConfig(DistributedConfig):
     mntp: MntpConfig = section(MntpConfig)
     simcse: SimcseConfig = section(SimcseConfig)
     train: TeacherSettings = section(TeacherSettings)
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
@@ -235,4 +245,5 @@ class QuickstartConfig:
     learning_rate: float = setting(1e-3, "peak; high, because the run is short")
     seed: int = setting(0, "of everything")
     overwrite: bool = setting(False, "start anew")
+    kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
