@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax import supervised
+from llm2vec_gen_jax import memory, supervised
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -63,9 +63,11 @@ def _scan_chunks(hidden_BSD, head_VD, labels_BS, weights_BS, chunks, with_gradie
 def reconstruction(model, frozen, soft_prompts_BKD, answer_BS, lengths_B, chunk_tokens):
     """Mean next-token cross-entropy over all answer tokens of the batch, float32.
 
-    A batch without any answer token has loss 0. chunk_tokens: tokens whose logits are in memory at a time.
+    A batch without any answer token has loss 0. chunk_tokens: tokens whose logits are in memory at a time; None: as
+    many as suit the device.
     """
     B, S = answer_BS.shape
+    chunk_tokens = chunk_tokens or memory.chunk_tokens(model.architecture, model.execution)
     hidden_BSD = model.predict_answer(frozen, soft_prompts_BKD, answer_BS)
     weights_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.float32)
     total = fused_cross_entropy(hidden_BSD, model.head_VD(frozen), answer_BS, weights_BS, -(-B * S // chunk_tokens))

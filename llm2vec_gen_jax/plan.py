@@ -18,7 +18,7 @@ import numpy as np
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import loading, optim, sharding
+from llm2vec_gen_jax import loading, memory, optim, sharding
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
@@ -26,7 +26,7 @@ from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json
 from llm2vec_gen_jax.model import Model, Packed
-from llm2vec_gen_jax.train import train_step
+from llm2vec_gen_jax.train import jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
 
 _TPUS = ("v5e", "v5p", "v6e")
@@ -52,7 +52,11 @@ def plan(config):
     jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
     devices, chip = _devices(config.topology)
-    meshes = _candidates(config, architecture, devices, chip) if config.search else [(config.mesh, config.train.remat)]
+    policies = REMAT if config.train.remat == "auto" else (config.train.remat,)
+    if config.search:
+        meshes = _candidates(config, architecture, devices, chip)
+    else:  # where there is no limit, the policy that training takes
+        meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:2][-1:])]
     where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
     print(
@@ -77,7 +81,7 @@ def plan(config):
         if config.output:
             with open(config.output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if config.search and row["fits"]:
+        if row["fits"] and len(meshes) > 1:
             size = mesh.shape
             print(
                 f"\nuse: mesh.data={size['data']} mesh.fsdp={size['fsdp']} mesh.tensor={size['tensor']} "
@@ -85,7 +89,7 @@ def plan(config):
             )
             break
     else:
-        if config.search:
+        if len(meshes) > 1:
             print("\nnothing that was tried fits: more devices, a smaller batch, or shorter texts are needed")
     return rows
 
@@ -191,16 +195,9 @@ def _inputs(config, architecture, execution):
 
 def _jitted(config, model):
     """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optim.make_optimizer(config.optimizer),
-        weights=config.loss,
-        lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
-    )
     return {
-        "prefix": jax.jit(functools.partial(model.prefix, slots=config.query_length)),
-        "step": jax.jit(step, donate_argnums=0),
+        "prefix": jit_prefix(model, config.query_length),
+        "step": jit_step(config, model),
         "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False)),
     }
 
@@ -211,30 +208,27 @@ def _compile(config, model, inputs):
 
     def compile_one(name, *arguments):
         compiled = functions[name].lower(*arguments).compile()
-        memory = compiled.memory_analysis()
-        beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        programs[name] = Program(compiled, memory.argument_size_in_bytes, beside, moved_bytes(compiled.as_text()))
-        return compiled
+        programs[name] = Program(compiled, *memory.taken(compiled), moved_bytes(compiled.as_text()))
 
     if not config.lora.rank:
-        put = compile_one("prefix", inputs["frozen"], inputs["ids"]).output_shardings
-        cache = jax.tree.map(
-            lambda x, put: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), _cache(functions, inputs), put
-        )
+        compile_one("prefix", inputs["frozen"], inputs["ids"])
+        cache = _cache(functions, inputs, model.execution.mesh)
     compile_one("step", inputs["state"], inputs["frozen"], cache, inputs["batch"])
     compile_one("encode", inputs["trainable"], inputs["frozen"], inputs["packed"])
     return programs
 
 
-def _cache(functions, inputs):
-    return jax.eval_shape(functions["prefix"], inputs["frozen"], inputs["ids"])
+def _cache(functions, inputs, mesh):
+    put = sharding.cache_sharding(mesh)
+    cache = jax.eval_shape(functions["prefix"], inputs["frozen"], inputs["ids"])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
 
 
 def _lower_for_cuda(config, architecture, execution):
     """Raises where something cannot be lowered for NVIDIA's GPUs."""
     model, inputs = _inputs(config, architecture, execution)
     functions = _jitted(config, model)
-    cache = None if config.lora.rank else _cache(functions, inputs)
+    cache = None if config.lora.rank else _cache(functions, inputs, execution.mesh)
     arguments = {
         "prefix": (inputs["frozen"], inputs["ids"]),
         "step": (inputs["state"], inputs["frozen"], cache, inputs["batch"]),

@@ -72,6 +72,11 @@ def batch_sharding(mesh, axis=0):
     return NamedSharding(mesh, jax.P(*[None] * axis, BATCH_AXES))
 
 
+def cache_sharding(mesh):
+    """The sharding of keys and values (L, B, S, G, H)."""
+    return NamedSharding(mesh, jax.P(None, BATCH_AXES, None, "tensor"))
+
+
 def batch_shards(mesh):
     """Number of pieces that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -111,6 +116,16 @@ def on_shards(function, mesh, *arrays):
 def put_batch(tree, mesh):
     """Makes global arrays, split over the batch, from the rows that this process holds (numpy, leading B)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)
+
+
+def abstract_batch(tree, mesh):
+    """The ShapeDtypeStructs of what `put_batch` makes of the rows that this process holds."""
+    sharding, processes = batch_sharding(mesh), jax.process_count()
+
+    def describe(x):
+        return jax.ShapeDtypeStruct((processes * x.shape[0], *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, tree)
 
 
 def put_rows(tree, mesh):

@@ -7,13 +7,27 @@ import shutil
 
 import jax
 
-from llm2vec_gen_jax import data, directory, distributed, losses, optim, options, sharding, supervised, teacher
+from llm2vec_gen_jax import (
+    data,
+    directory,
+    distributed,
+    losses,
+    memory,
+    optim,
+    options,
+    progress,
+    sharding,
+    supervised,
+    teacher,
+)
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import REMAT
 from llm2vec_gen_jax.files import changes
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.programs import Programs
 from llm2vec_gen_jax.trainer import FREE_KEYS, Run, Task, claim, update
 
 
@@ -27,6 +41,28 @@ def train_step(state, frozen, cache, batch, *, model, optimizer, weights, lora_d
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         dropout = Dropout(jax.random.split(key, model.architecture.num_layers), lora_dropout, 0.0)
     return update(state, lambda t: losses.total(t, model, frozen, cache, batch, weights, dropout), optimizer)
+
+
+def jit_step(config, model):
+    """The one place where a step of a config with `lora`, `loss`, `optimizer` and `train` becomes a program.
+
+    The state is donated, and is whole on every device; the frozen backbone stays where it is.
+    """
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optim.make_optimizer(config.optimizer),
+        weights=config.loss,
+        lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+        seed=config.train.seed,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(model.execution.mesh))
+
+
+def jit_prefix(model, slots, prefix=Model.prefix):
+    """`prefix` of a model, padded to a number of slots, as a program of (frozen, ids)."""
+    cached = sharding.cache_sharding(model.execution.mesh)
+    return jax.jit(functools.partial(prefix, model, slots=slots), out_shardings=cached)
 
 
 def train(config, show_progress=True, backbone=None):
@@ -86,6 +122,10 @@ def train(config, show_progress=True, backbone=None):
     return final
 
 
+def _first_remat(config):
+    return REMAT[1] if config.train.remat == "auto" else config.train.remat
+
+
 def _num_appended(config):
     return config.compression.num_tokens + config.compression.num_thought_tokens
 
@@ -102,7 +142,7 @@ class Method:
             examples.target.shape[1],
             config.lora.rank,
             config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
-            dataclasses.replace(backbone.execution, remat=config.train.remat),
+            dataclasses.replace(backbone.execution, remat=_first_remat(config)),
         )
         self.plan = data.Plan(
             [len(ids) for ids in examples.query],
@@ -113,21 +153,13 @@ class Method:
             config.data.seed,
             [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
+        self.batches = data.Batches(examples, self.plan, jax.process_index(), jax.process_count())
         # Every batch's keys and values are padded to the same slots: the step compiles once per answer length,
         # the prefix once per query length, instead of once per pair of them.
-        self.prefix = jax.jit(functools.partial(self.model.prefix, slots=self.plan.query_edges[-1]))
+        self.prefix = Programs(jit_prefix(self.model, self.plan.query_edges[-1]))
         if examples.extra:
-            slots = self.plan.extra_edges[-1]
-            self.extra_prefix = jax.jit(functools.partial(supervised.prefix, self.model, slots=slots))
-        step = functools.partial(
-            train_step,
-            model=self.model,
-            optimizer=optim.make_optimizer(config.optimizer),
-            weights=config.loss,
-            lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
-            seed=config.train.seed,
-        )
-        self.jitted = jax.jit(step, donate_argnums=0)
+            self.extra_prefix = Programs(jit_prefix(self.model, self.plan.extra_edges[-1], supervised.prefix))
+        self.update = Programs(jit_step(config, self.model))
 
     def task(self):
         """Returns the Task."""
@@ -140,8 +172,7 @@ class Method:
                 "lora": self.model.lora_rank,
             },
         }
-        batches = data.Batches(self.examples, self.plan, jax.process_index(), jax.process_count())
-        return Task(self.init, self.step, batches, record, self.where)
+        return Task(self.init, self.step, self.batches, record, self.where, self.compile)
 
     def init(self):
         """Returns the trainable tree to start from: that of train.init_from, or a fresh one."""
@@ -161,7 +192,48 @@ class Method:
             cache = self.prefix(frozen, batch.pop("query"))
             if "extra" in batch:
                 batch["extra_cache"] = self.extra_prefix(frozen, batch.pop("extra"))
-        return self.jitted(state, frozen, cache, batch)
+        return self.update(state, frozen, cache, batch)
+
+    def compile(self, state, steps, show_progress):
+        """Compiles every program that the batches of `steps` need, the largest first; so what does not fit is known
+        before anything is begun, and train.remat=auto is settled by it."""
+        batches = {(batch.S, batch.T, batch.extra): step for step in reversed(steps) for batch in [self.plan[step]]}
+        order = sorted(batches, reverse=True)
+        frozen, lora = self.backbone.frozen, self.model.lora_rank
+        with progress.bar(len(order), "batch shape", "compile", enabled=show_progress and len(order) > 0) as bar:
+            for number, shape in enumerate(order):
+                batch = sharding.abstract_batch(self.batches[batches[shape]], self.backbone.mesh)
+                cache = None
+                if not lora:
+                    cache = self._compile_prefix(self.prefix, batch.pop("query"))
+                    if "extra" in batch:
+                        batch["extra_cache"] = self._compile_prefix(self.extra_prefix, batch.pop("extra"))
+                if number == 0 and self.config.train.remat == "auto":
+                    self._choose_remat(state, cache, batch)
+                self.update.compile(state, frozen, cache, batch)
+                bar.update(1)
+
+    def _compile_prefix(self, prefix, ids):
+        """Compiles a prefix. Returns the abstract cache that it makes."""
+        compiled = prefix.compile(self.backbone.frozen, ids)
+        return jax.tree.map(
+            lambda x, put: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put),
+            jax.eval_shape(prefix.jitted, self.backbone.frozen, ids),
+            compiled.output_shardings,
+        )
+
+    def _choose_remat(self, state, cache, batch):
+        """Makes the model, and its step, that of the policy that fits the largest batch."""
+
+        def compile_with(policy):
+            execution = dataclasses.replace(self.model.execution, remat=policy)
+            self.model = dataclasses.replace(self.model, execution=execution)
+            self.update = Programs(jit_step(self.config, self.model))
+            return self.update.compile(state, self.backbone.frozen, cache, batch)
+
+        policy = memory.choose_remat(compile_with, REMAT, self.backbone.mesh)
+        if policy != REMAT[1]:
+            print(f"train.remat={policy}, chosen by the memory of the largest batch", flush=True)
 
     def where(self, step):
         """Names the records of a step."""

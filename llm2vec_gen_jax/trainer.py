@@ -1,5 +1,6 @@
 """What all training shares: the update, run directories, and the loop that feeds, logs, checkpoints and resumes."""
 
+import collections
 import dataclasses
 import shutil
 import time
@@ -21,7 +22,17 @@ from llm2vec_gen_jax.metrics import MetricsWriter
 # What may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
     "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"),
-    "train": ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "output", "overwrite", "watchdog", "remat"),
+    "train": (
+        "steps",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "output",
+        "overwrite",
+        "watchdog",
+        "remat",
+        "profile",
+    ),
     "teacher": ("batch_size",),
     "kernels": ("attention",),
     "mesh": ("data", "fsdp", "tensor"),
@@ -110,7 +121,8 @@ class Task:
     init() gives the trainable tree on the mesh. step(state, batch) gives (state, metrics) of a batch put on the mesh.
     batches: padded numpy batches by step from 0, this process's rows of each; `NAME` beside `NAME_lengths` are
     counted as tokens. record: JSON of what a checkpoint only fits. where(step): which rows of which file a step
-    (from 0) reads, for the error about a loss that is not finite.
+    (from 0) reads, for the error about a loss that is not finite. compile(state, steps, show_progress): makes ready
+    the programs that a range of steps (from 0) needs, where that is not left to the first call of each.
     """
 
     init: Callable
@@ -118,6 +130,7 @@ class Task:
     batches: Sequence
     record: dict
     where: Callable
+    compile: Callable | None = None
 
 
 class Run:
@@ -156,18 +169,21 @@ class Run:
         if distributed.stop_requested():
             self.checkpoints.close()
             raise distributed.Preempted(f"{self.output}: stopped as asked, at step {self.first_step}")
+        if self.task.compile:
+            self.task.compile(state, range(self.first_step, settings.steps), show_progress)
         writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
         watchdog = distributed.Watchdog(settings.watchdog, self.checkpoints.check)
-        with bar, watchdog, self.checkpoints.settled():
+        batches = data.iterate(self.task.batches, self.first_step, settings.steps)
+        with bar, watchdog, self.checkpoints.settled(), _Profile(settings.profile, self.output) as profile:
             pending = None
-            for number, batch in zip(steps, data.iterate(self.task.batches, self.first_step, settings.steps)):
+            for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
                 watchdog.beat(f"step {number}")
                 self.checkpoints.check()
+                profile.before(number)
                 due = number % settings.checkpoint_every == 0 or number == settings.steps
-                on_mesh = sharding.put_batch(batch, self.mesh)
                 real, computed = data.count_tokens(on_mesh if jax.process_count() > 1 else batch)
                 asked = self._asked_on_any()
                 # What goes over to the device unasked would wait there for the step under way, and the host with it.
@@ -175,9 +191,10 @@ class Run:
                     state, metrics = self.task.step(state, on_mesh)
                     stopping = self._finish(pending, window, writer, bar)
                     pending = (number, metrics | {"tokens": real, "asked": asked}, computed)
-                    if due or stopping or number == steps[0]:  # the first step compiles: its time is its own
+                    if due or stopping or number in (steps[0], profile.last):  # the first has a time of its own
                         stopping |= self._finish(pending, window, writer, bar)
                         pending = None
+                profile.after(number)
                 if due or stopping:
                     self.checkpoints.save(number, state)
                 if stopping and number < settings.steps:
@@ -218,6 +235,51 @@ class Run:
             if writer:
                 writer.write(self.last_record)
         return asked
+
+
+def _ahead(batches, mesh, depth=2):
+    """Yields (batch, batch on the mesh): what the next steps read goes over while the device computes."""
+    waiting = collections.deque()
+    for batch in batches:
+        waiting.append((batch, sharding.put_batch(batch, mesh)))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+class _Profile:
+    """Writes a trace of the steps START:STOP to output/profile, which TensorBoard and xprof show."""
+
+    def __init__(self, steps, output):
+        self.folder, self.first, self.last, self.running = output / "profile", None, None, False
+        if steps is not None:
+            first, _, last = steps.partition(":")
+            if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+                raise InputError(f"train.profile={steps}: expected START:STOP, the first and the last step of a trace")
+            self.first, self.last = int(first), int(last)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.running:
+            self._stop()
+
+    def before(self, number):
+        if number == self.first:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, number):
+        """Call it when the metrics of step `last` have been read: then the device is done with it."""
+        if self.running and number == self.last:
+            self._stop()
+
+    def _stop(self):
+        self.running = False
+        jax.profiler.stop_trace()
+        if jax.process_index() == 0:
+            print(f"profile: {self.folder}", flush=True)
 
 
 class _Window:

@@ -20,12 +20,12 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "collectives config.common costs errors preemption",
+    "collectives config.common costs errors preemption programs",
     "architecture config.inference config.training execution files layers progress sharding supervised",
     "config kernels",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
-    "backbone card checkpoint heads optim",
+    "backbone card checkpoint heads memory optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",

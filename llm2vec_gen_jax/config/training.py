@@ -80,7 +80,9 @@ class LossConfig:
     contrastive_hardness: float = setting(
         0.0, "alpha: a question's own negative weighs exp(alpha * similarity) in the contrastive loss"
     )
-    chunk_tokens: int = setting(512, "answer tokens whose logits are in memory at a time", least=1)
+    chunk_tokens: int | None = setting(
+        None, "answer tokens whose logits are in memory at a time; null: by the device's memory", least=1
+    )
 
 
 @dataclasses.dataclass
@@ -106,10 +108,11 @@ class TrainSettings:
     watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
     remat: str = setting(
-        "dots",
-        "the backward pass keeps all of a layer, its matrix products, or only its input",
-        ("none", "dots", "block"),
+        "auto",
+        "the backward pass keeps all of a layer, its matrix products or only its input; auto: the most that fits",
+        ("auto", "none", "dots", "block"),
     )
+    profile: str | None = setting(None, "START:STOP: steps of which a trace for TensorBoard is written to profile/")
 
 
 @dataclasses.dataclass
