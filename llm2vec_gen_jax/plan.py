@@ -104,7 +104,7 @@ def _devices(topology):
     """Returns (devices, their Chip or None, the platform that programs are for) of a topology setting."""
     if topology is None:
         device = jax.devices()[0]
-        return jax.devices(), chip_of(device), device.platform
+        return jax.devices(), chip_of(device.device_kind), device.platform
     kind, _, shape = topology.partition(":")
     if kind in _TPUS:
         from jax.experimental import topologies
