@@ -8,7 +8,8 @@ With --task: the default backbone's own weights and real texts of FOLDER (querie
 each, BEIR's layout), tokenised by both sides in their time, and the vectors are compared. The peer encodes batches
 sorted by length, as its evaluation does. Every side is a process of its own, and they take turns.
 
---preset cpu (the default): SmolLM2-135M, 48 texts, float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts, bfloat16.
+--preset cpu (the default): SmolLM2-135M, 32 texts in batches of 8 (so that few texts, sorted, hold as
+little padding as many would), float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts in batches of 64, bfloat16.
 """
 
 import pathlib
@@ -23,7 +24,7 @@ from llm2vec_gen_jax.files import read_jsonl
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
 
-CPU = {"model": ["smollm2-135m"], "batch_size": [32], "rounds": 5, "texts": 48, "dtypes": ["float32", "bfloat16"]}
+CPU = {"model": ["smollm2-135m"], "batch_size": [8], "rounds": 5, "texts": 32, "dtypes": ["float32", "bfloat16"]}
 GPU = {"model": ["qwen3-8b"], "batch_size": [64], "rounds": 5, "texts": 8192, "dtypes": ["bfloat16"]}
 
 
@@ -120,4 +121,4 @@ def write_model(folder):
 
 
 if __name__ == "__main__":
-    main()
+    side.run(main)

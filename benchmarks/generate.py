@@ -123,4 +123,4 @@ def read_bandwidth():
 
 
 if __name__ == "__main__":
-    main()
+    side.run(main)

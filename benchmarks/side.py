@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import architecture, costs
+from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_json
 from tests import peer
 
@@ -51,12 +52,21 @@ def parse(doc, defaults, add=lambda parser: None):
     return arguments
 
 
+def run(main):
+    """Runs a benchmark; bad input ends it with its message."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
 def shapes(arguments):
     """Yields (name, config.json as a dict, Architecture) of the models asked for."""
     files = arguments.architecture or [SHAPES / f"{name}.json" for name in arguments.model]
     for path in map(pathlib.Path, files):
         if not path.exists():
-            sys.exit(f"{path}: no such file; known models: {', '.join(sorted(f.stem for f in SHAPES.glob('*.json')))}")
+            known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+            raise InputError(f"{path}: no such file; known models: {known}")
         config = read_json(path)
         yield path.stem, config, architecture.from_hf_config(config, path)
 
@@ -168,7 +178,7 @@ def ratio(ours, theirs, more=0.0, seconds=lambda answer: answer["seconds"]):
 def speed_row(side, works, peak, ours, hours_of=None):
     """Returns the figures of a side that did `works`, one dict of samples, tokens, computed_tokens, flops a round.
 
-    peak: of peak_flops. ours: the side that it is compared with. hours_of: samples of a whole run, whose hours are told.
+    peak: of peak_flops. ours: the side that it is compared with. hours_of: samples of a run whose hours are told.
     """
     row = {"side": side.name}
     if side.failed:

@@ -7,7 +7,7 @@ Both sides train on the same pairs, in turn, each in a process of its own: ours 
 answers a log-normal one of mean 300. The peer runs its teacher in every step, as it always does; we compute each
 target once, before training, and its cost is told apart.
 
---preset cpu (the default): SmolLM2-135M, float32 and bfloat16, five rounds of one step. --preset gpu: Qwen3-8B,
+--preset cpu (the default): SmolLM2-135M, batch 4, float32 and bfloat16, five rounds of one step. --preset gpu: Qwen3-8B,
 bfloat16, batch 32, five rounds of ten steps, and each side has the card for itself: it is started for every round.
 """
 
@@ -18,7 +18,7 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import costs, data, options
 
 PAIRS, WHOLE_RUN = 16_384, 160_000
-CPU = {"model": ["smollm2-135m"], "batch_size": [8], "rounds": 5, "steps": 1, "dtypes": ["float32", "bfloat16"]}
+CPU = {"model": ["smollm2-135m"], "batch_size": [4], "rounds": 5, "steps": 1, "dtypes": ["float32", "bfloat16"]}
 HOURS = {"hours": (f"h for {WHOLE_RUN:,}", "{:,.1f}")}
 GPU = {"model": ["qwen3-8b"], "batch_size": [32], "rounds": 5, "steps": 10, "dtypes": ["bfloat16"]}
 
@@ -121,4 +121,4 @@ def shapes_of(batches):
 
 
 if __name__ == "__main__":
-    main()
+    side.run(main)
