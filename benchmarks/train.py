@@ -7,8 +7,9 @@ Both sides train on the same pairs, in turn, each in a process of its own: ours 
 answers a log-normal one of mean 300. The peer runs its teacher in every step, as it always does; we compute each
 target once, before training, and its cost is told apart.
 
---preset cpu (the default): SmolLM2-135M, batch 4, float32 and bfloat16, five rounds of one step. --preset gpu: Qwen3-8B,
-bfloat16, batch 32, five rounds of ten steps, and each side has the card for itself: it is started for every round.
+--preset cpu (the default): SmolLM2-135M, float32 and bfloat16, batch 4, five rounds of one step. --preset gpu:
+Qwen3-8B, bfloat16, batch 32, five rounds of ten steps, and each side has the card for itself: it is started for every
+round.
 """
 
 import numpy as np
