@@ -3,9 +3,9 @@
     python -m benchmarks.generate [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
 
 Ours is the decoding of launch.respond, the peer transformers' `generate` in the published package's environment: both
-greedy, on the same prompts in one batch, a fixed number of new tokens. Each step must at least read all weights and
-the keys and values so far, so its memory's bandwidth bounds the rate; the ratio to that bound is told. Decoding is the
-time of all tokens less that of the first, in which the prompts are read.
+greedy, on the same prompts in one batch (of similar lengths, as respond sorts them), a fixed number of new tokens. Each
+step must at least read all weights and the keys and values so far, so its memory's bandwidth bounds the rate; the ratio
+to that bound is told. Decoding is the time of all tokens less that of the first, in which the prompts are read.
 
 --preset cpu (the default): SmolLM2-135M, batches of 8 and 32. --preset gpu: Qwen3-8B, a batch of 256.
 """
@@ -23,6 +23,7 @@ from llm2vec_gen_jax import costs
 CPU = {"model": ["smollm2-135m"], "batch_size": [8, 32], "rounds": 5, "new_tokens": 32, "dtypes": ["float32"]}
 GPU = {"model": ["qwen3-8b"], "batch_size": [256], "rounds": 5, "new_tokens": 256, "dtypes": ["bfloat16"]}
 TEMPLATE = 32  # tokens of a chat template around a query, as SmolLM2's
+AROUND = 16  # batches of queries, of which one is taken
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 COLUMNS = {
@@ -52,8 +53,11 @@ def main():
 
 def compare(name, shape, architecture, batch_size, dtype, arguments):
     """Runs ours and the peer in turn, and prints a table of them."""
-    queries, where = lengths.queries(np.random.default_rng(0), batch_size, arguments.queries)
-    prompts, N = queries + TEMPLATE, arguments.new_tokens
+    queries, where = lengths.queries(np.random.default_rng(0), AROUND * batch_size, arguments.queries)
+    # launch.respond sorts its queries by length: this is the batch of them around the mean.
+    queries.sort()
+    middle = min(int(np.searchsorted(queries, queries.mean())), len(queries) - batch_size // 2)
+    prompts, N = queries[middle - batch_size // 2 :][:batch_size] + TEMPLATE, arguments.new_tokens
     spec = {"kind": "generate", "architecture": shape, "dtype": dtype, "batch_size": batch_size}
     spec |= {"num_tokens": side.NUM_TOKENS, "prompts": prompts.tolist()}
     command = {"new_tokens": N}
@@ -75,8 +79,9 @@ def compare(name, shape, architecture, batch_size, dtype, arguments):
         each |= {"bandwidth": bandwidth, "bytes_read": read}
     account = "by its data sheet" if chip else "measured: all cores reading a large array"
     notes = [
-        f"prompts: {where}, with {TEMPLATE} tokens of a chat template, {prompts.mean():.0f} on average; {N} new tokens "
-        f"each; medians of {arguments.rounds} rounds",
+        f"prompts: {where}, sorted, a batch around the mean, with {TEMPLATE} tokens of a chat template: "
+        f"{prompts.min()} to {prompts.max()}, {prompts.mean():.0f} on average; {N} new tokens each; medians of "
+        f"{arguments.rounds} rounds",
         f"bound: {read / (N - 1) / 2**30:.2f} GiB of weights, keys and values a step; memory reads "
         f"{bandwidth / 1e9:,.1f} GB/s, {account}",
     ]
