@@ -1,54 +1,104 @@
-"""Encoding against the published PyTorch package, side by side on this machine's CPU.
+"""Encoding beside the published PyTorch package's.
 
-    python -m benchmarks.encode TASK_FOLDER [--questions 200] [--paragraphs 100] [--rounds 5] [--dtypes float32]
+    python -m benchmarks.encode [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
+    python -m benchmarks.encode --task FOLDER [--questions 400] [--paragraphs 200]
 
-TASK_FOLDER holds queries.jsonl and corpus.jsonl with a `text` each (BEIR's layout), for example SQuAD's development
-set: questions of a dozen words mixed with paragraphs of a hundred; the whole corpus is --questions 2000 --paragraphs
-1000. The model is SmolLM2-135M with ten compression tokens as they are before training. The peer encodes batches of
-32 texts sorted by length, as its evaluation does. Every side is a process of its own; in each round each encodes all
-texts in turn, so that a slow spell of the machine meets all. Prints medians over the rounds; the first run of every
-side (compilation, first touch of memory) is not counted. Vectors are compared too.
+By itself: random weights of real shapes, on a mixed corpus of queries and passages, given as ids (nobody tokenises).
+With --task: the default backbone's own weights and real texts of FOLDER (queries.jsonl and corpus.jsonl with a `text`
+each, BEIR's layout), tokenised by both sides in their time, and the vectors are compared. The peer encodes batches
+sorted by length, as its evaluation does. Every side is a process of its own, and they take turns.
+
+--preset cpu (the default): SmolLM2-135M, 32 texts in batches of 8 (so that few texts, sorted, hold as
+little padding as many would), float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts in batches of 64, bfloat16.
 """
 
-import argparse
-import json
 import pathlib
-import statistics
-import sys
 import tempfile
 
 import jax
 import numpy as np
 
-from benchmarks.train_step import Side, print_row
-from llm2vec_gen_jax import config, directory, export, sharding
+from benchmarks import lengths, side
+from llm2vec_gen_jax import config, costs, directory, export, sharding
 from llm2vec_gen_jax.files import read_jsonl
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.model import Model
-from tests import peer
 
-HERE = pathlib.Path(__file__).parent
+CPU = {"model": ["smollm2-135m"], "batch_size": [8], "rounds": 5, "texts": 32, "dtypes": ["float32", "bfloat16"]}
+GPU = {"model": ["qwen3-8b"], "batch_size": [64], "rounds": 5, "texts": 8192, "dtypes": ["bfloat16"]}
+
+
+def add_options(parser):
+    parser.add_argument("--texts", type=int, help="of the mixed corpus")
+    parser.add_argument("--task", type=pathlib.Path, help="a task folder, for real weights and texts")
+    parser.add_argument("--questions", type=int, default=200, help="of the task")
+    parser.add_argument("--paragraphs", type=int, default=100, help="of the task")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", type=pathlib.Path)
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--paragraphs", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of both sides")
-    parser.add_argument("--batch-size", type=int, default=32, help="of ours; the peer's is 32")
-    arguments = parser.parse_args()
+    arguments = side.parse(__doc__, {"cpu": CPU, "gpu": GPU}, add_options)
+    if arguments.task:
+        return encode_task(arguments)
+    corpus, where = lengths.mixed(np.random.default_rng(0), arguments.texts, arguments.queries)
+    for name, shape, architecture in side.shapes(arguments):
+        for batch_size in arguments.batch_size:
+            for dtype in arguments.dtypes:
+                spec = {"architecture": shape, "num_tokens": side.NUM_TOKENS, "lengths": corpus.tolist()}
+                spec |= {"batch_size": batch_size, "dtype": dtype}
+                title = f"{name}, batch {batch_size}, {dtype}"
+                compare(title, architecture, spec, spec, corpus + side.NUM_TOKENS, [where], arguments)
+    return None
+
+
+def encode_task(arguments):
+    """Compares on a task's texts, vectors too."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        texts = read_texts(arguments)
-        (folder / "texts.json").write_text(json.dumps(texts))
-        write_model(folder)
-        print(f"{len(texts)} texts, medians of {arguments.rounds} rounds, in turn")
-        print(f"{'':<34} {'texts/s':>10} {'tokens/s':>9} {'padding':>8} {'peak MB':>8} {'ours is':>8}", flush=True)
-        for dtype in arguments.dtypes.split(","):
-            compare(dtype, folder, arguments)
+        texts, backbone = read_texts(arguments), write_model(folder)
+        ids = backbone.tokenizer.encode(texts, lengths.QUERY_LIMIT)
+        real = np.array([len(row) + side.NUM_TOKENS for row in ids])
+        for dtype in arguments.dtypes:
+            spec = {"folder": str(folder / "model"), "texts": texts, "batch_size": 32, "dtype": dtype}
+            ours, theirs = (spec | {"vectors": str(folder / f"{name}.npy")} for name in ("ours", "theirs"))
+            where = [f"the first {arguments.questions} queries and {arguments.paragraphs} documents of the task"]
+
+            def differ():
+                if arguments.no_peer:
+                    return []
+                a, b = (np.load(given["vectors"]) for given in (ours, theirs))  # noqa: B023
+                cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+                return [f"vectors: least cosine {cosine.min():.6f}, largest difference {np.abs(a - b).max():.1e}"]
+
+            title = f"smollm2-135m, {arguments.task.name}, {dtype}"
+            compare(title, backbone.architecture, ours, theirs, real, where, arguments, differ)
+
+
+def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, more_notes=list):
+    """Runs ours and the peer in turn, and prints a table of them. real: lengths, the compression tokens included."""
+    dtype = ours_spec["dtype"]
+    ours = side.Side(f"ours, {dtype}", ours_spec | {"kind": "encode"}, {}, arguments, ours=True)
+    sides = [ours]
+    if not arguments.no_peer:
+        own = {"kind": "encode"} | side.of_peer(arguments)
+        sides.append(side.Side(f"published, {dtype}", peer_spec | own, {}, arguments))
+    try:
+        side.take_turns(sides, [[{}] * len(sides)] * arguments.rounds)
+    finally:
+        for each in sides:
+            each.quit()
+    work = {"samples": len(real), "tokens": int(real.sum()), "flops": costs.reading_flops(architecture, real)}
+    peak, table = side.peak_flops(sides), []
+    for each in sides:
+        works = [work | {"computed_tokens": result["computed_tokens"]} for result in each.results]
+        table.append(side.speed_row(each, works, peak, ours))
+    notes = [
+        *notes,
+        f"medians of {arguments.rounds} rounds over {len(real):,} texts of {real.mean():.0f} tokens on average, the "
+        f"{side.NUM_TOKENS} compression tokens included",
+        f"MFU: FLOPs of one causal pass over the real tokens, the same for both sides; of {side.told(peak)}",
+        *more_notes(),
+    ]
+    side.show(f"Encoding, {title}", side.SPEED | side.OURS_IS, table, notes, arguments)
 
 
 def read_texts(arguments):
@@ -60,37 +110,15 @@ def read_texts(arguments):
 
 
 def write_model(folder):
-    """Writes folder/backbone and folder/model, which both packages read."""
-    mesh = sharding.make_mesh(config.MeshConfig())
+    """Writes folder/backbone and folder/model, which both packages read, untrained. Returns the backbone."""
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     export.save_backbone(load_backbone("smollm2-135m", "float32", mesh), folder / "backbone")
     backbone = load_backbone(str(folder / "backbone"), "float32", mesh)
-    model = Model(backbone.architecture, 10, 0, backbone.architecture.hidden_size)
+    model = Model(backbone.architecture, side.NUM_TOKENS, 0, backbone.architecture.hidden_size)
     trainable = model.init(jax.random.key(0), backbone.frozen)
     directory.save(folder / "model", model, trainable, backbone, {})
-
-
-def compare(dtype, folder, arguments):
-    """Runs ours and the peer in turn, both in one dtype, and prints a row of each."""
-    files = [str(folder / "model"), str(folder / "texts.json")]
-    ours_out, theirs_out = folder / "ours.npy", folder / "theirs.npy"
-    batch = ["--dtype", dtype, "--batch-size", str(arguments.batch_size)]
-    ours = Side([sys.executable, "-m", "benchmarks.our_encode", *files, "--output", str(ours_out), *batch])
-    command = [peer.python(), str(HERE / "peer_encode.py"), *files, "--output", str(theirs_out), "--dtype", dtype]
-    theirs = Side([*command, "--threads", str(arguments.threads)])
-    ours.run(1)
-    theirs.run(1)
-    for _ in range(arguments.rounds):
-        for side in (theirs, ours):
-            side.results.append(side.run(1))
-    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours.results, theirs.results))
-    print_row(f"peer {dtype}", theirs, f"{ratio:.2f}x")
-    print_row(f"ours {dtype}", ours, "")
-    a, b = np.load(ours_out), np.load(theirs_out)
-    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    print(f"  vectors: least cosine {cosine.min():.6f}, largest difference {np.abs(a - b).max():.1e}", flush=True)
-    for side in (ours, theirs):
-        side.quit()
+    return backbone
 
 
 if __name__ == "__main__":
-    main()
+    side.run(main)

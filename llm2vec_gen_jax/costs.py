@@ -29,9 +29,9 @@ CHIPS = {
 }
 
 
-def chip_of(device):
-    """Returns the Chip of a jax device (by its device_kind), or None where its data sheet is not known."""
-    kind = device.device_kind.lower().replace(" lite", "e")
+def chip_of(kind):
+    """Returns the Chip of a device's own name for its kind, or None where its data sheet is not known."""
+    kind = kind.lower().replace(" lite", "e")
     return next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
@@ -57,6 +57,17 @@ def training_flops(architecture, queries, answers, num_tokens, num_thought_token
     compressing = 4 * weights * M + 3 * pair * M * (T + M / 2)
     answering = 4 * weights * (K + S) + 3 * pair * (K + S) ** 2 / 2 + 4 * a.vocab_size * a.hidden_size * S
     return (2 if lora else 1) * reading_flops(a, T) + float(np.sum(compressing + answering))
+
+
+def decoding_bytes(architecture, prompts, new_tokens, itemsize):
+    """Returns the bytes that decoding reads at least: all weights in every step, and the keys and values so far.
+
+    prompts: lengths of one batch, decoded together; new_tokens of each. itemsize: bytes of a number.
+    """
+    a, T, N = architecture, np.asarray(prompts, np.float64), new_tokens
+    tables = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size  # of the input table, only the tokens' rows
+    cached = float(np.sum(N * T + N * (N - 1) / 2)) * 2 * a.num_layers * a.num_kv_heads * a.head_dim
+    return itemsize * (N * (a.num_parameters - tables) + cached)
 
 
 def layer_weights(architecture):

@@ -16,7 +16,7 @@ def limit(mesh):
     if device.platform == "cpu":
         return None
     stats = device.memory_stats() if device in jax.devices() else None  # a described device has none
-    found = stats["bytes_limit"] if stats else getattr(chip_of(device), "memory", None)
+    found = stats["bytes_limit"] if stats else getattr(chip_of(device.device_kind), "memory", None)
     return found and _USABLE * found
 
 

@@ -108,7 +108,7 @@ def _dtype(config):
 def _devices(topology):
     """Returns (devices, their Chip or None) of a topology setting."""
     if topology is None:
-        return jax.devices(), chip_of(jax.devices()[0])
+        return jax.devices(), chip_of(jax.devices()[0].device_kind)
     kind, _, shape = topology.partition(":")
     if kind in _TPUS:
         from jax.experimental import topologies

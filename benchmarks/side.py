@@ -1,0 +1,255 @@
+"""What the benchmarks share: their options, the worker processes that take turns, the printed table."""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from llm2vec_gen_jax import architecture, costs
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.files import read_json
+from tests import peer
+
+HERE = pathlib.Path(__file__).parent
+SHAPES = HERE.parent / "configs" / "architectures"
+NUM_TOKENS = 10  # compression tokens
+
+
+def parse(doc, defaults, add=lambda parser: None):
+    """Parses a benchmark's command line.
+
+    defaults: {preset: {option: value}}. add(parser) adds the benchmark's own options.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(defaults), default="cpu", help="where to run, and how much")
+    parser.add_argument("--model", nargs="+", help="shapes, by name in configs/architectures")
+    parser.add_argument("--architecture", nargs="+", default=[], help="config.json of other shapes, instead")
+    parser.add_argument("--queries", help=".jsonl[.gz] of questions whose lengths are taken")
+    parser.add_argument("--batch-size", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, help="of which medians are taken")
+    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16")
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the peer, on a CPU")
+    parser.add_argument("--together", action=argparse.BooleanOptionalAction, help="both sides on the device at once")
+    parser.add_argument("--output", help=".jsonl file that the rows are added to")
+    add(parser)
+    arguments = parser.parse_args()
+    for name, value in defaults[arguments.preset].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.together is None:
+        arguments.together = arguments.preset == "cpu"
+    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the workers
+    return arguments
+
+
+def run(main):
+    """Runs a benchmark; bad input ends it with its message."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def shapes(arguments):
+    """Yields (name, config.json as a dict, Architecture) of the models asked for."""
+    files = arguments.architecture or [SHAPES / f"{name}.json" for name in arguments.model]
+    for path in map(pathlib.Path, files):
+        if not path.exists():
+            known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
+            raise InputError(f"{path}: no such file; known models: {known}")
+        config = read_json(path)
+        yield path.stem, config, architecture.from_hf_config(config, path)
+
+
+class Side:
+    """A worker process that runs what it is told to, timed by itself.
+
+    It gets the path of a JSON specification, prints one line of JSON when it is ready, and answers each line of JSON
+    with another: at least seconds and peak_bytes, or error. alone: it has the device for itself, so it is started for
+    every round. warmup: a command that is run first and not counted, in which all compiles.
+    """
+
+    def __init__(self, name, spec, warmup, arguments, ours=False):
+        self.name, self.spec, self.warmup, self.ours = name, spec, warmup, ours
+        self.alone, self.cpu = not arguments.together, arguments.preset == "cpu"
+        self.process, self.failed, self.ready = None, None, {}
+        self.compile_seconds, self.peak_bytes, self.results = 0.0, 0, []
+        self.folder = tempfile.TemporaryDirectory()
+
+    def run(self, command):
+        """Returns the answer to a command, or None when it, or an earlier one, failed: `failed` says how."""
+        if self.failed:
+            return None
+        if self.process is None:
+            self._start()
+        answer = None if self.failed else self._ask(command)
+        if self.alone or self.failed:
+            self.quit()
+        return answer
+
+    def quit(self):
+        """Ends the worker."""
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+    def _start(self):
+        env = dict(os.environ)
+        if self.ours and self.cpu:
+            env["JAX_PLATFORMS"] = "cpu"
+        if self.ours and not self.alone:
+            env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        path = pathlib.Path(self.folder.name) / "spec.json"
+        path.write_text(json.dumps(self.spec | {"cache": self.folder.name if self.alone else None}))
+        command = [sys.executable, "-m", "benchmarks.ours"] if self.ours else [peer.python(), str(HERE / "peer.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([*command, str(path)], env=env, **pipes)
+        self.ready = self._answer() or self.ready
+        if not self.failed:
+            self._ask(self.warmup)
+
+    def _ask(self, command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"ended with {self.process.wait()}"}
+        self.failed = answer.get("error")
+        self.peak_bytes = max(self.peak_bytes, answer.get("peak_bytes", 0))
+        # Of the first start: later ones find what it compiled.
+        self.compile_seconds = max(self.compile_seconds, answer.get("compile_seconds", 0.0))
+        return None if self.failed else answer
+
+
+def take_turns(sides, rounds):
+    """Runs rounds, lists of one command for each side: a slow spell of the machine meets all sides."""
+    for number, commands in enumerate(rounds):
+        turn = list(zip(sides, commands))
+        for side, command in turn if number % 2 else turn[::-1]:
+            if (answer := side.run(command)) is not None:
+                side.results.append(answer)
+    for side in sides:
+        side.quit()
+
+
+def of_peer(arguments):
+    """Returns what a peer's specification says of the machine."""
+    return {"device": "cpu" if arguments.preset == "cpu" else "cuda", "threads": arguments.threads}
+
+
+def peak_flops(sides):
+    """Returns (FLOPs per second that the sides' one device can do, in words by which account)."""
+    ready = [side.ready for side in sides if side.ready]
+    chip = next((chip for told in ready if (chip := costs.chip_of(told["device"]))), None)
+    if chip:
+        return chip.flops, "by its data sheet (dense bfloat16)"
+    best = max((told["matmul_flops"] for told in ready), default=float("nan"))
+    return best, "measured in this dtype: a large matrix product, timed in each side's process, the best of them"
+
+
+def told(peak):
+    """A peak in words."""
+    return f"the device's {peak[0] / 1e12:,.3f} TFLOP/s {peak[1]}"
+
+
+def ratio(ours, theirs, more=0.0, seconds=lambda answer: answer["seconds"]):
+    """Returns how many times the peer's time ours is shorter, by the median over rounds; None where one failed.
+
+    more: seconds that are added to every round of ours.
+    """
+    if ours.failed or theirs.failed:
+        return None
+    return statistics.median(seconds(b) / (seconds(a) + more) for a, b in zip(ours.results, theirs.results))
+
+
+def speed_row(side, works, peak, ours, hours_of=None):
+    """Returns the figures of a side that did `works`, one dict of samples, tokens, computed_tokens, flops a round.
+
+    peak: of peak_flops. ours: the side that it is compared with. hours_of: samples of a run whose hours are told.
+    """
+    row = {"side": side.name}
+    if side.failed:
+        return row | {"error": side.failed}
+
+    def rate(key):
+        return statistics.median(work[key] / result["seconds"] for work, result in zip(works, side.results))
+
+    row |= {
+        "device": side.ready["device"],
+        "rounds": len(works),
+        "samples": sum(work["samples"] for work in works),
+        "tokens": sum(work["tokens"] for work in works),
+        "flops": sum(work["flops"] for work in works),
+        "samples_per_second": rate("samples"),
+        "tokens_per_second": rate("tokens"),
+        "padding": 1 - sum(work["tokens"] for work in works) / sum(work["computed_tokens"] for work in works),
+        "mfu": rate("flops") / peak[0],
+        "peak_flops": peak[0],
+        "peak_by": peak[1],
+        "peak_bytes": side.peak_bytes,
+        "compile_seconds": side.compile_seconds,
+        "attention": side.ready.get("attention"),
+        "seconds": [result["seconds"] for result in side.results],
+    }
+    if hours_of:
+        row["hours"] = hours_of / row["samples_per_second"] / 3600
+    return row | ({} if side is ours else {"ours_is": ratio(ours, side)})
+
+
+SPEED = {
+    "side": ("", "{}"),
+    "samples_per_second": ("samples/s", "{:,.2f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "padding": ("padding", "{:.1%}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "peak_bytes": ("peak GiB", lambda x: f"{x / 2**30:.2f}"),
+    "compile_seconds": ("compile s", lambda x: f"{x:.0f}" if x else "-"),
+}
+OURS_IS = {"ours_is": ("ours is", "{:.2f}x")}
+
+
+def show(title, columns, rows, notes, arguments):
+    """Prints a Markdown table, and adds its rows to arguments.output. columns: {key: (header, format)}."""
+    command = " ".join(["python -m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    host = f"{platform.machine()}, {os.cpu_count()} cores"
+    date = datetime.date.today().isoformat()
+    print(f"\n**{title}** ({date}, {host}), `{command}`\n")
+    print("| " + " | ".join(header for header, _ in columns.values()) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = []
+        for key, (_, form) in columns.items():
+            value = row.get(key)
+            cells.append("" if value is None else form(value) if callable(form) else form.format(value))
+        if "error" in row:
+            cells[1] = row["error"]
+        print("| " + " | ".join(cells) + " |")
+    print()
+    for note in notes:
+        print(f"- {note}")
+    sys.stdout.flush()
+    if arguments.output:
+        with open(arguments.output, "a", encoding="utf-8") as file:
+            for row in rows:
+                told = {"date": date, "command": command, "host": host, "title": title}
+                file.write(json.dumps(told | row, default=_plain) + "\n")
+
+
+def _plain(value):
+    """numpy's numbers as JSON's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(type(value))
