@@ -15,10 +15,13 @@ from llm2vec_gen_jax.layers import drop, product
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of tokens already read, rotated. Inside a layer without the leading L."""
+    """Keys and values of tokens already read, rotated. Inside a layer without the leading L.
 
-    k_LBSGH: jax.Array
-    v_LBSGH: jax.Array
+    Heads come before slots: the products of a token with a cache then need no copy of it in another order.
+    """
+
+    k_LBGSH: jax.Array
+    v_LBGSH: jax.Array
 
 
 @struct.dataclass
@@ -57,8 +60,10 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
     if cached:  # which slots of the cache are real is data, so they are a segment
         own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
         segments = own_BT, jnp.concatenate([visibility.cache_BS.astype(jnp.int32), own_BT], axis=1)
-        k_BTGH = jnp.concatenate([cache.k_LBSGH, k_BTGH], axis=1)
-        v_BTGH = jnp.concatenate([cache.v_LBSGH, v_BTGH], axis=1)
+        k_BTGH, v_BTGH = (
+            jnp.concatenate([jnp.swapaxes(slots, 1, 2), own], axis=1)
+            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
+        )
     if not causal:
         lengths_B = jnp.maximum(visibility.lengths_B, 1)
     if kernel == "cudnn":
@@ -93,11 +98,11 @@ def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, key, dropout):
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
         seen = cache_BS[:, None, None, None, :]
-        cached = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, cache.k_LBSGH) * scale, -jnp.inf)
+        cached = jnp.where(seen, product("btgrh,bgsh->bgrts", q_BTGRH, cache.k_LBGSH) * scale, -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
         weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
-        mixed_BTGRH = product("bgrts,bsgh->btgrh", cached, cache.v_LBSGH) + product("bgrts,bsgh->btgrh", own, v_BSGH)
+        mixed_BTGRH = product("bgrts,bgsh->btgrh", cached, cache.v_LBGSH) + product("bgrts,bsgh->btgrh", own, v_BSGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 

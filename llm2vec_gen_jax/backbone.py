@@ -67,7 +67,7 @@ class Block(nn.Module):
         up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
         active_BTF = nn.silu(gate_BTF.astype(jnp.float32)).astype(x_BTD.dtype)  # exp of bfloat16 is slow on a CPU
         x_BTD = x_BTD + project("down", active_BTF * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
-        return x_BTD, KVCache(k_BTGH, v_BTGH)
+        return x_BTD, KVCache(jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2))
 
 
 class Backbone(nn.Module):
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
 
         cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
         pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
-        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B T G H).
+        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H).
         """
         a = self.architecture
         rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)

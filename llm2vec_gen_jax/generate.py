@@ -86,7 +86,7 @@ def _generate(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, s
         ).astype(jnp.int32)
 
     hidden_BPD, prefix = model.apply(variables, x_BPD, jnp.broadcast_to(jnp.arange(P), (B, P)), CAUSAL)
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, N), (0, 0), (0, 0))), prefix)
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, N), (0, 0))), prefix)
     last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     slot = jnp.arange(P + N)
 
@@ -106,7 +106,7 @@ def _generate(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, s
         )
         cache = KVCache(
             *(
-                jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=2)
+                jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=3)
                 for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(own))
             )
         )

@@ -117,7 +117,7 @@ class Model:
         """
         B, T = ids_BT.shape
         _, cache = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), CAUSAL)
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - T), (0, 0), (0, 0))), cache)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))), cache)
 
     def compress(self, trainable, frozen, cache, lengths_B):
         """`encode` when the queries have been read: only the appended tokens run, so only they are differentiated.
@@ -125,8 +125,8 @@ class Model:
         Returns (embedding_BE, soft_prompts_BKD), float32.
         """
         cache = jax.lax.stop_gradient(cache)
-        slots = cache.k_LBSGH.shape[2]
-        x_MD = trainable["tokens"].astype(cache.k_LBSGH.dtype)
+        slots = cache.k_LBGSH.shape[3]
+        x_MD = trainable["tokens"].astype(cache.k_LBGSH.dtype)
         x_BMD = jnp.broadcast_to(x_MD, (len(lengths_B), *x_MD.shape))
         positions_BM = lengths_B[:, None] + jnp.arange(self.num_appended)
         visibility = Visibility(causal=True, cache_BS=jnp.arange(slots) < lengths_B[:, None])

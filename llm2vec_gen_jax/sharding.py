@@ -73,8 +73,8 @@ def batch_sharding(mesh, axis=0):
 
 
 def cache_sharding(mesh):
-    """The sharding of keys and values (L, B, S, G, H)."""
-    return NamedSharding(mesh, jax.P(None, BATCH_AXES, None, "tensor"))
+    """The sharding of keys and values (L, B, G, S, H)."""
+    return NamedSharding(mesh, jax.P(None, BATCH_AXES, "tensor"))
 
 
 def batch_shards(mesh):

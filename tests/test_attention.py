@@ -33,7 +33,7 @@ def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32):
 
     arrays = [normal(batch, T, heads, head_dim) for heads in (groups * G, G, G)]
     if mask == "prefix":
-        arrays += [normal(batch, S, G, head_dim), normal(batch, S, G, head_dim)]
+        arrays += [normal(batch, G, S, head_dim), normal(batch, G, S, head_dim)]
         lengths_B = jnp.asarray(random.integers(0, S + 1, batch))
         return arrays, Visibility(causal=True, cache_BS=jnp.arange(S) < lengths_B[:, None]), T
     if mask == "packed":

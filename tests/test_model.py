@@ -14,6 +14,7 @@ from llm2vec_gen_jax import config, heads, losses, optim
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.train import train_step
 from llm2vec_gen_jax.trainer import new_state
@@ -287,9 +288,11 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     assert sizes((0, 1)) >= kernels
 
 
-def test_training_step_does_not_copy_the_frozen_weights():
+@pytest.mark.parametrize("remat", REMAT)
+def test_training_step_does_not_copy_the_frozen_weights(remat):
     """Beside its arguments a step takes a layer's memory or so; with the weights' gradients, that of all."""
     model, state, frozen, cache, batch, optimizer = abstract_training(LARGE, B=1, S=2, num_tokens=2)
+    model = dataclasses.replace(model, execution=Execution(remat=remat))
     weights = config.LossConfig()
     frozen_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen))
     step = functools.partial(train_step, model=model, optimizer=optimizer, weights=weights)
