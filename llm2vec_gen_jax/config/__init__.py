@@ -22,6 +22,13 @@ from llm2vec_gen_jax.config.inference import (
     ToPytorchConfig,
     VerifyConfig,
 )
+from llm2vec_gen_jax.config.lens import (
+    BuildIndexConfig,
+    GenerationsConfig,
+    LogitLensConfig,
+    QueryIndexConfig,
+    ReportConfig,
+)
 from llm2vec_gen_jax.config.training import (
     AblateConfig,
     CompressionConfig,
@@ -44,6 +51,7 @@ from llm2vec_gen_jax.config.training import (
 __all__ = [
     "AblateConfig",
     "BackboneConfig",
+    "BuildIndexConfig",
     "CompressionConfig",
     "CorpusConfig",
     "DTYPES",
@@ -53,13 +61,17 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "FromPytorchConfig",
+    "GenerationsConfig",
+    "LogitLensConfig",
     "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "MntpConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "QueryIndexConfig",
     "QuickstartConfig",
+    "ReportConfig",
     "RespondConfig",
     "ShardConfig",
     "SimcseConfig",
