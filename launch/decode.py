@@ -19,8 +19,10 @@ def main(path, config):
         raise InputError(f"give one of text=, input= and soft_prompts=, found {' and '.join(given) or 'none'}")
     texts = None
     if config.soft_prompts is not None:
-        folder = os.path.isdir(config.soft_prompts)
-        soft_prompts = load_soft_prompts(config.soft_prompts) if folder else read_array(config.soft_prompts, "soft_prompts")
+        if os.path.isdir(config.soft_prompts):
+            soft_prompts = load_soft_prompts(config.soft_prompts)
+        else:
+            soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
         texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
     model = LLM2VecGen.from_pretrained(path, dtype=config.dtype, mesh=config.mesh)

@@ -60,7 +60,7 @@ class BuildIndexConfig:
 
 @dataclasses.dataclass
 class QueryIndexConfig(TextsConfig):
-    """`python -m launch.lens query MODEL`: the contexts of an index nearest to each compression token, layer by layer."""
+    """`python -m launch.lens query MODEL`: an index's contexts nearest to each compression token, in each layer."""
 
     index: str | None = setting(None, "a folder that build_index wrote")
     layers: list[str] = setting([], "of the compression tokens; default those of the index")

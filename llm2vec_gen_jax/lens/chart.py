@@ -23,6 +23,20 @@ class Panel:
     cosine: float
     first: int
 
+    @property
+    def pairs(self):
+        """[(x, y, x, y)]: the line from each query to its response."""
+        return [(*query, *response) for query, response in zip(self.queries, self.responses)]
+
+    @property
+    def labels(self):
+        """[(x, y, number)] beside the queries, of those that would not lie on an earlier one."""
+        placed = []
+        for number, (x, y) in enumerate(self.queries, 1):
+            if all(abs(x - other[0]) > 13 or abs(y - other[1]) > 11 for other in placed):
+                placed.append((x, y, number))
+        return [(round(x + 6, 1), round(y - 5, 1), number) for x, y, number in placed]
+
 
 def panel(queries_NE, responses_NE, projection="pca"):
     """Returns the Panel of the vectors of queries and of their responses, both of unit length first."""

@@ -5,7 +5,7 @@ import pathlib
 import jinja2
 import numpy as np
 
-from llm2vec_gen_jax import directory, embedders, teacher
+from llm2vec_gen_jax import embedders, teacher
 from llm2vec_gen_jax.config import EvaluateConfig
 from llm2vec_gen_jax.files import write_text
 from llm2vec_gen_jax.lens import chart

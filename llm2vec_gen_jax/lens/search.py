@@ -91,7 +91,7 @@ class Index:
 
 @jax.jit
 def _nearer(best, states_QD, chunk_CD, start, real):
-    """Merges the best (cosines, rows), (Q, k) each, with the first `real` contexts of a chunk that begins at `start`."""
+    """Merges the best (cosines, rows), (Q, k) each, with the `real` contexts of a chunk that begins at row `start`."""
     cosines_QC = jnp.einsum("qd,cd->qc", states_QD, chunk_CD.astype(jnp.float32), precision="highest")
     cosines_QC = jnp.where(jnp.arange(cosines_QC.shape[1]) < real, cosines_QC, -jnp.inf)
     top_Qk, at_Qk = jax.lax.top_k(cosines_QC, min(best[0].shape[1], cosines_QC.shape[1]))
