@@ -21,7 +21,7 @@ STOP_WORDS = frozenset(
     can could did do does doing don down during each few for from further had has have having he her here hers him his
     how however if in into is it its itself just let ll may me might more most must my no nor not now of off on once
     only or other our ours out over own re same shall she should so some such than that the their theirs them then
-    there these they this those through to too under until up us ve very was we were what when where which while who
+    there these they this those through to too under until up ve very was we were what when where which while who
     whom whose why will with within without would you your yours""".split()
 )
 
