@@ -99,7 +99,7 @@ def choose_contexts(ids, limit, per_token, seed):
     Left out are the first two tokens of a text, all but one of the tokens that follow equal beginnings (their states
     are equal), and what goes beyond per_token of the same token.
     """
-    lengths = np.array([len(row) for row in ids])
+    lengths = np.array([len(row) for row in ids], np.int64)
     starts = np.cumsum(lengths) - lengths
     flat = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.uint64)
     text = np.repeat(np.arange(len(ids)), lengths)
