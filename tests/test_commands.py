@@ -35,7 +35,7 @@ TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>",
 def schema_of(command):
     """The config dataclass whose docstring describes `python -m launch.COMMAND`."""
     schemas = [value for name, value in vars(config).items() if name.endswith("Config")]
-    return next(value for value in schemas if f"launch.{command}" in value.__doc__.replace("`", " ").split(":")[0])
+    return next(value for value in schemas if f"launch.{command} " in value.__doc__.replace("`", " ").split(":")[0])
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def gather(model, texts, config, index=None):
         for state in ("hidden", "soft_prompts")
     }
     neighbours = latent_lens(model, index, texts, config.top_k, **reading) if index else [{}] * len(texts)
-    reader, missing = _teacher(model, config)
+    reader, adapters, missing = _teacher(model, config)
     answers = embedders.Hyde(
         model.backbone, reader, config.max_new_tokens, config.batch_size, config.max_length, True
     ).answers(texts)
@@ -61,6 +61,7 @@ def gather(model, texts, config, index=None):
         ],
         "panels": panels,
         "no_map": missing,
+        "teacher": ", ".join([reader.backbone.name, "causal" if reader.causal else "bidirectional", *adapters]),
         "projection": config.projection,
         "size": {"width": chart.WIDTH, "height": chart.HEIGHT},
     }
@@ -92,7 +93,7 @@ def _nearest(cosines, row, count):
 
 
 def _teacher(model, config):
-    """Returns (embedders.Teacher, why its vectors cannot be compared with the model's, or None)."""
+    """Returns (embedders.Teacher, its adapters, why its vectors cannot be compared with the model's, or None)."""
     trained = {"kind": "llm2vec", "path": None, "adapters": [], "attention": "auto"}
     if model.record:
         trained |= model.record.extra.get("config", {}).get("teacher", {})
@@ -100,7 +101,7 @@ def _teacher(model, config):
     own = embedders.Teacher(model.backbone, model.backbone.frozen, True, **sizes)
     given = bool(config.adapters) or config.attention != "auto"
     if trained["kind"] != "llm2vec" and not given:
-        return own, f"the model's teacher was of the kind {trained['kind']}, which is not at hand here"
+        return own, [], f"the model's teacher was of the kind {trained['kind']}, which is not at hand here"
     used = {key: getattr(config, key) if given else trained[key] for key in ("adapters", "attention")}
     place = None if given else trained["path"]
     if place or used["adapters"]:
@@ -111,4 +112,5 @@ def _teacher(model, config):
         causal = teacher.is_causal(EvaluateConfig(**used))
         found = embedders.Teacher(model.backbone, model.backbone.frozen, causal, **sizes)
     width, expected = found.backbone.architecture.hidden_size, model.get_embedding_dimension()
-    return found, None if width == expected else f"the teacher's vectors have {width} numbers, the model's {expected}"
+    missing = None if width == expected else f"the teacher's vectors have {width} numbers, the model's {expected}"
+    return found, used["adapters"], missing
