@@ -1,12 +1,14 @@
-"""python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy [key=value ...]"""
+"""python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy|FOLDER [key=value ...]"""
 
 import json
+import os
 
 from launch import start
 from llm2vec_gen_jax.config import DecodeConfig
 from llm2vec_gen_jax.data import read_texts
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_array, write_text
+from llm2vec_gen_jax.vectors import load_soft_prompts
 
 
 def main(path, config):
@@ -17,7 +19,10 @@ def main(path, config):
         raise InputError(f"give one of text=, input= and soft_prompts=, found {' and '.join(given) or 'none'}")
     texts = None
     if config.soft_prompts is not None:
-        soft_prompts = read_array(config.soft_prompts, "soft_prompts")
+        if os.path.isdir(config.soft_prompts):
+            soft_prompts = load_soft_prompts(config.soft_prompts)
+        else:
+            soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
         texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
     model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
@@ -25,9 +30,8 @@ def main(path, config):
         _, soft_prompts = model.encode(
             texts, batch_size=config.batch_size, max_length=config.max_length, return_soft_prompts=True
         )
-    decoded = model.decode(
-        soft_prompts, config.max_new_tokens, config.temperature, config.top_p, config.seed, config.batch_size
-    )
+    sampling = config.max_new_tokens, config.temperature, config.top_p, config.seed, config.batch_size
+    decoded = model.decode(soft_prompts, *sampling, show_progress_bar=config.text is None)
     decoded = [decoded] if isinstance(decoded, str) else decoded
     rows = [{"decoded": text} for text in decoded]
     if texts is not None:

@@ -12,6 +12,7 @@ from llm2vec_gen_jax import directory, export, progress, sharding, vectors
 from llm2vec_gen_jax.encode import WINDOW, encode_windows, warmup
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.lens import logit
 from llm2vec_gen_jax.loading import load_backbone
 
 _TOKENIZED = 512  # texts of one call of the tokenizer, whose own records of them are large
@@ -155,7 +156,16 @@ class LLM2VecGen:
         """`encode` with the prompt named "document", "passage" or "corpus", the first that there is."""
         return self.encode(inputs, **self._default_prompt(options, "document", "passage", "corpus"))
 
-    def decode(self, soft_prompts, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, batch_size=16):
+    def decode(
+        self,
+        soft_prompts,
+        max_new_tokens=128,
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
+        batch_size=16,
+        show_progress_bar=False,
+    ):
         """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string."""
         soft_prompts = np.asarray(soft_prompts)
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
@@ -169,12 +179,21 @@ class LLM2VecGen:
             raise InputError(f"soft prompts: row {np.argmin(sound)} (from 0) holds NaN or infinity")
         sampling = Sampling(max_new_tokens, temperature, top_p)
         texts = []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            numbers = np.arange(start, start + len(part))
-            ids = generate_from_soft_prompts(self.backbone, part, sampling, seed, numbers)
-            texts += [self.backbone.tokenizer.decode(row) for row in ids]
+        with progress.bar(len(rows), "text", "decode", enabled=show_progress_bar) as bar:
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                numbers = np.arange(start, start + len(part))
+                ids = generate_from_soft_prompts(self.backbone, part, sampling, seed, numbers)
+                texts += [self.backbone.tokenizer.decode(row) for row in ids]
+                bar.update(len(part))
         return texts[0] if soft_prompts.ndim == 2 else texts
+
+    def logit_lens(self, inputs, top_k=5, **options):
+        """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
+        finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
+        single = isinstance(inputs, str)
+        found = logit.logit_lens(self, [inputs] if single else list(inputs), top_k, **options)
+        return found[0] if single else found
 
     def similarity(self, first, second):
         """Returns the cosine matrix (n, m) of two sets of embeddings."""

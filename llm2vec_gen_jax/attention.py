@@ -53,7 +53,7 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
     T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
     kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
     if kernel == "xla":
-        return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key, dropout)
+        return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout)
     causal, lengths_B, segments = visibility.causal, None, None
     if visibility.segments_BT is not None:
         segments = (visibility.segments_BT, visibility.segments_BT)
@@ -72,7 +72,7 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
     return kernels.splash(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments, execution.mesh, interpret)
 
 
-def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key, dropout):
+def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
     """The reference, for every platform."""
     T = q_BTNH.shape[1]
     # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
@@ -83,11 +83,12 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, key, dropout):
         last = min(first + size, T)
         end = last if visibility.causal else T
         seen, queries = _seen(visibility, first, last, end), q_BTNH[:, first:last]
-        mixed.append(_mix(queries, k_BTGH[:, :end], v_BTGH[:, :end], seen, visibility.cache_BS, cache, key, dropout))
+        own = k_BTGH[:, :end], v_BTGH[:, :end]
+        mixed.append(_mix(queries, *own, seen, visibility.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
-def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, key, dropout):
+def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, execution, key, dropout):
     """`attend` of some queries over the keys that `seen` (broadcastable to B G R T S) allows."""
     B, T, N, H = q_BTNH.shape
     q_BTGRH, scale = q_BTNH.reshape(B, T, k_BSGH.shape[2], -1, H), H**-0.5
@@ -102,8 +103,17 @@ def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, key, dropout):
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
         weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
-        mixed_BTGRH = product("bgrts,bgsh->btgrh", cached, cache.v_LBGSH) + product("bgrts,bsgh->btgrh", own, v_BSGH)
+        mixed_BTGRH = _weigh(cached, cache.v_LBGSH, execution) + product("bgrts,bsgh->btgrh", own, v_BSGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _weigh(weights_BGRTS, v_BGSH, execution):
+    """The weighted sums of a cache's values, (B, T, G, R, H) float32."""
+    if weights_BGRTS.shape[3] > 1 or execution.target != "cpu":
+        return product("bgrts,bgsh->btgrh", weights_BGRTS, v_BGSH)
+    # A matrix product of so few rows costs a CPU three times what the sum does.
+    weights_BGRS1, v_BG1SH = weights_BGRTS[:, :, :, 0, :, None], v_BGSH[:, :, None]
+    return jnp.sum(weights_BGRS1.astype(jnp.float32) * v_BG1SH.astype(jnp.float32), axis=3)[:, None]
 
 
 def _seen(visibility, first, last, end):

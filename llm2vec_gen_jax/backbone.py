@@ -23,13 +23,16 @@ def kept(x):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer. Written for `scan`: returns (carry, keys and values of this pass)."""
+    """One pre-norm transformer layer.
+
+    Written for `scan`: returns (carry, (keys and values of this pass, its result at the slots where_BP if given)).
+    """
 
     architecture: Architecture
     execution: Execution
 
     @nn.compact
-    def __call__(self, x_BTD, cache, lora, dropout, rope, visibility):
+    def __call__(self, x_BTD, cache, lora, dropout, rope, visibility, where_BP):
         a = self.architecture
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
         rate = dropout.attention if dropout else 0.0
@@ -67,7 +70,8 @@ class Block(nn.Module):
         up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
         active_BTF = nn.silu(gate_BTF.astype(jnp.float32)).astype(x_BTD.dtype)  # exp of bfloat16 is slow on a CPU
         x_BTD = x_BTD + project("down", active_BTF * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
-        return x_BTD, KVCache(jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2))
+        own = KVCache(jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2))
+        return x_BTD, (own, None if where_BP is None else _at(x_BTD, where_BP))
 
 
 class Backbone(nn.Module):
@@ -95,7 +99,7 @@ class Backbone(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -113,10 +117,23 @@ class Backbone(nn.Module):
         pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
         Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H).
         """
-        a = self.architecture
-        rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
-        x_BTD, own = self.layers(x_BTD, cache, lora, dropout, rope, visibility)
+        x_BTD, (own, _) = self.layers(x_BTD, cache, lora, dropout, self._rope(positions_BT), visibility, None)
         return self.final_norm(over_batch(x_BTD, self.execution.mesh)), own
+
+    def states(self, x_BTD, positions_BT, visibility, where_BP, lora=None):
+        """Runs every layer, and keeps what each makes of the slots where_BP of its row: no more is in memory.
+
+        Returns states (L + 1, B, P, D): the embeddings, then the result of each layer, of the last one after the
+        final norm (what `hidden_states` of transformers holds).
+        """
+        first_BPD, rope = _at(x_BTD, where_BP), self._rope(positions_BT)
+        _, (_, states_LBPD) = self.layers(x_BTD, None, lora, None, rope, visibility, where_BP)
+        last_BPD = self.final_norm(states_LBPD[-1])
+        return jnp.concatenate([first_BPD[None], states_LBPD[:-1], last_BPD[None]])
+
+    def _rope(self, positions_BT):
+        a = self.architecture
+        return layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
 
     def head_VD(self):
         """Returns the output matrix (V, D); the embedding table when they are tied."""
@@ -126,6 +143,10 @@ class Backbone(nn.Module):
     def logits(self, hidden):
         """Returns float32 logits (..., V) of last hidden states (..., D)."""
         return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+
+
+def _at(x_BTD, where_BP):
+    return jnp.take_along_axis(x_BTD, where_BP[..., None], axis=1)
 
 
 def _to_bits(params):

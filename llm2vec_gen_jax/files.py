@@ -148,6 +148,20 @@ def read_array(path, key):
     return array
 
 
+def new_array(path, shape, dtype=np.float32):
+    """Returns a new mapped array that has its place on the disk. Raises OSError where there is none for it."""
+    try:
+        with writing(path):
+            array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # on Linux: later, a full disk would end the process without a word
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def require_new(path, key=None):
     """Raises InputError where something is at `path` already; `key` is the setting that names it."""
     if os.path.lexists(path):

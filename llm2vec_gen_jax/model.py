@@ -96,19 +96,38 @@ class Model:
         because the heads are affine, and K times cheaper. packed: a Packed.
         Returns (embedding_BSE, soft_prompts_BSKD or None), float32; unread where there is no text.
         """
-        token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
-        appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
-        x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
-        visibility = Visibility(causal=True, segments_BT=packed.segments_BT)
+        x_BTD, visibility, where_BP = self._unpacked(trainable, frozen, packed)
         hidden_BTD, _ = self._run(frozen, x_BTD, packed.positions_BT, visibility, None, self._updates(trainable))
         (B, S), D = packed.first_BS.shape, hidden_BTD.shape[-1]
-        where_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
-        h_BSKD = jnp.take_along_axis(hidden_BTD, where_BSK.reshape(B, -1, 1), axis=1).reshape(B, S, -1, D)
+        h_BSKD = jnp.take_along_axis(hidden_BTD, where_BP[..., None], axis=1).reshape(B, S, -1, D)
         if not soft_prompts:
             h_BSKD = h_BSKD.astype(jnp.float32).mean(axis=2, keepdims=True)
         embedding_E, soft_prompts_KD = self.heads(trainable, h_BSKD.reshape(B * S, -1, D))
         embedding_BSE = embedding_E.reshape(B, S, -1)
         return embedding_BSE, soft_prompts_KD.reshape(B, S, -1, D) if soft_prompts else None
+
+    def states_packed(self, trainable, frozen, packed, layers):
+        """What the backbone makes of the compression tokens in each of `layers` (0: their embeddings, L: h).
+
+        packed: a Packed, as for `encode_packed`. Returns states (len(layers), B, S, K, D) in the backbone's dtype.
+        """
+        x_BTD, visibility, where_BP = self._unpacked(trainable, frozen, packed)
+        states = self._states(frozen, x_BTD, packed.positions_BT, visibility, where_BP, self._updates(trainable))
+        return states[jnp.array(layers)].reshape(len(layers), *packed.first_BS.shape, self.num_tokens, -1)
+
+    def states_of_text(self, frozen, ids_BT, where_BP, layers):
+        """What the backbone makes of the slots where_BP of texts alone: states (len(layers), B, P, D)."""
+        x_BTD = self._embed(frozen, ids_BT)
+        return self._states(frozen, x_BTD, _positions(*ids_BT.shape), CAUSAL, where_BP)[jnp.array(layers)]
+
+    def _unpacked(self, trainable, frozen, packed):
+        """Returns (embeddings x_BTD, Visibility, slots where_BP of all compression tokens) of a Packed."""
+        token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
+        appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
+        x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
+        where_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
+        visibility = Visibility(causal=True, segments_BT=packed.segments_BT)
+        return x_BTD, visibility, where_BSK.reshape(len(where_BSK), -1)
 
     def prefix(self, frozen, ids_BT, slots):
         """Keys and values of the queries, padded to a fixed number of slots so that later passes have one shape.
@@ -172,6 +191,10 @@ class Model:
         """The frozen LLM's output matrix (V, D)."""
         return self._backbone.apply({"params": frozen}, method="head_VD")
 
+    def logits(self, frozen, hidden):
+        """The frozen LLM's float32 logits (..., V) of last hidden states (..., D)."""
+        return self._backbone.apply({"params": frozen}, hidden, method="logits")
+
     @property
     def _backbone(self):
         return Backbone(self.architecture, self.execution)
@@ -181,6 +204,10 @@ class Model:
 
     def _updates(self, trainable):
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
+
+    def _states(self, frozen, x_BTD, positions_BT, visibility, where_BP, updates=None):
+        arguments = sharding.over_batch(x_BTD, self.mesh), positions_BT, visibility, where_BP, updates
+        return self._backbone.apply({"params": frozen}, *arguments, method="states")
 
     def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
         x_BTD = sharding.over_batch(x_BTD, self.execution.mesh)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import pathlib
 
 import jax
@@ -13,7 +12,7 @@ from llm2vec_gen_jax import distributed, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import exclusive, fingerprint, read_array, read_json, sha256_file, write_json, writing
+from llm2vec_gen_jax.files import exclusive, fingerprint, new_array, read_array, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.loading import EMBEDDER_PATTERNS, load_backbone, open_backbone, resolve_adapter, resolve_embedder
 from llm2vec_gen_jax.model import Model
@@ -199,20 +198,6 @@ def _done(file):
     return read_json(marker)["done"] if marker.exists() and partial.exists() else 0
 
 
-def _new_array(path, shape):
-    """Returns a new mapped float32 array that has its place on the disk. Raises OSError where there is none for it."""
-    try:
-        with writing(path):
-            array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-            if hasattr(os, "posix_fallocate"):  # on Linux: later, a full disk would end the process without a word
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return array
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def _fill(file, lengths, batch_size, embed, width, done, stop):
     """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues.
 
@@ -224,7 +209,7 @@ def _fill(file, lengths, batch_size, embed, width, done, stop):
     if first:
         if not done:
             marker.unlink(missing_ok=True)
-        targets = np.lib.format.open_memmap(partial, "r+") if done else _new_array(partial, (len(lengths), width))
+        targets = np.lib.format.open_memmap(partial, "r+") if done else new_array(partial, (len(lengths), width))
     with progress.bar(len(lengths), "text", "teacher targets", initial=done) as bar:
         for number, start in enumerate(range(done, len(lengths), batch_size)):
             rows = order[start : start + batch_size]

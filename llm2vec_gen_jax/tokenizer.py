@@ -49,6 +49,14 @@ class Tokenizer:
         """16 hex digits: the same for tokenizers that give a text of words, numbers and many scripts the same ids."""
         return fingerprint(self.plain.encode(_PROBE).ids)
 
+    @functools.cached_property
+    def pieces(self):
+        """The text of every id alone, with its leading space; of a control token its name, of an unused id nothing."""
+        ids = range(1 + max(self.parsing.get_vocab(with_added_tokens=True).values()))
+        texts = self.parsing.decode_batch([[id_] for id_ in ids], skip_special_tokens=False)
+        marked = [(self.parsing.id_to_token(id_) or "").startswith("▁") for id_ in ids]  # whose decoder drops the space
+        return [f" {text.removeprefix(' ')}" if mark else text for mark, text in zip(marked, texts)]
+
     def check_fits(self, vocab_size, source):
         """Raises InputError if an id that the tokenizer can give has no row in the embedding table."""
         top = max(self.parsing.get_vocab(with_added_tokens=True).values())

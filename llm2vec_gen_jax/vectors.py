@@ -62,7 +62,22 @@ def load_embeddings(directory, rows=None, verify=False):
     A single .npy is mapped, not read; more are copied together. Vectors of int8 keep their numbers: (x + 128) / 255 of
     the way between the two rows of ranges.npy. Raises InputError for what is missing, incomplete or altered.
     """
+    return _load(pathlib.Path(directory).expanduser(), "file", rows, verify)
+
+
+def load_soft_prompts(directory):
+    """Returns the soft prompts (n, K, D) of a folder that `python -m launch.encode ... save_soft_prompts=true` wrote.
+
+    A single .npy is mapped, not read. Raises InputError for what is missing or incomplete.
+    """
     directory = pathlib.Path(directory).expanduser()
+    if any("soft_prompts" not in shard for shard in _manifests(directory)[1]):
+        raise InputError(f"{directory}: holds no soft prompts. Encode again with save_soft_prompts=true")
+    return _load(directory, "soft_prompts", None, False)
+
+
+def _load(directory, name, rows, verify):
+    """Reads rows of all shards of a folder. name: the key of a manifest's shard that names the file."""
     total, shards = _manifests(directory)
     first, end = (0, total) if rows is None else rows
     if not 0 <= first <= end <= total:
@@ -72,7 +87,7 @@ def load_embeddings(directory, rows=None, verify=False):
         low, high = shard["rows"]
         if high <= first or low >= end:
             continue
-        path = directory / shard["file"]
+        path = directory / shard[name]
         if not path.is_file():
             raise InputError(f"{path}: no such file, though the manifest names it")
         if verify and sha256_file(path) != shard["sha256"]:

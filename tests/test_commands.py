@@ -24,8 +24,10 @@ from llm2vec_gen_jax.synthesize import synthesize
 from .conftest import check_error, one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "start", "convert"}
-COMMANDS = sorted(FILES | {"convert from_pytorch", "convert to_pytorch", "convert verify"})
+FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "start", "convert", "lens"}
+ACTIONS = {"convert": ("from_pytorch", "to_pytorch", "verify")}
+ACTIONS |= {"lens": ("logit", "build_index", "query", "generations", "report")}
+COMMANDS = sorted(FILES | {f"{name} {action}" for name, actions in ACTIONS.items() for action in actions})
 K, THOUGHTS, E = 3, 1, 12
 TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>", "x" * 90, "one"]
 
@@ -33,7 +35,7 @@ TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>",
 def schema_of(command):
     """The config dataclass whose docstring describes `python -m launch.COMMAND`."""
     schemas = [value for name, value in vars(config).items() if name.endswith("Config")]
-    return next(value for value in schemas if f"launch.{command}" in value.__doc__.replace("`", " ").split(":")[0])
+    return next(value for value in schemas if f"launch.{command} " in value.__doc__.replace("`", " ").split(":")[0])
 
 
 @pytest.fixture(scope="session")

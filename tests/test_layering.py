@@ -13,7 +13,7 @@ ROOT = pathlib.Path(llm2vec_gen_jax.__file__).parent
 PACKAGE = ROOT.name
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for folder in (ROOT, ROOT / "config", ROOT / "formats")
+    for folder in (ROOT, ROOT / "config", ROOT / "formats", ROOT / "lens")
     for path in folder.glob("*.py")
     if path.name != "__init__.py"
 } | {"config": ROOT / "config" / "__init__.py"}
@@ -21,20 +21,20 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "collectives config.common costs errors preemption programs",
-    "architecture config.inference config.training execution files layers progress sharding supervised",
+    "architecture config.inference config.lens config.training execution files layers progress sharding supervised",
     "config kernels",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
-    "backbone card checkpoint heads memory optim",
+    "backbone card checkpoint heads lens.chart memory optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
     "directory encode losses trainer",
-    "generate teacher unsupervised",
-    "export respond train",
-    "ablate api plan synthesize",
+    "generate lens.states teacher unsupervised",
+    "export lens.latent lens.logit respond train",
+    "ablate api lens.generations lens.search plan synthesize",
     "bulk embedders train_teacher verify",
-    "harness quickstart",
+    "harness lens.report quickstart",
     "evaluate",
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor.split()}

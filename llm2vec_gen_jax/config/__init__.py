@@ -23,6 +23,13 @@ from llm2vec_gen_jax.config.inference import (
     ToPytorchConfig,
     VerifyConfig,
 )
+from llm2vec_gen_jax.config.lens import (
+    BuildIndexConfig,
+    GenerationsConfig,
+    LogitLensConfig,
+    QueryIndexConfig,
+    ReportConfig,
+)
 from llm2vec_gen_jax.config.training import (
     AblateConfig,
     CompressionConfig,
@@ -45,6 +52,7 @@ from llm2vec_gen_jax.config.training import (
 __all__ = [
     "AblateConfig",
     "BackboneConfig",
+    "BuildIndexConfig",
     "CompressionConfig",
     "CorpusConfig",
     "DTYPES",
@@ -54,14 +62,18 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "FromPytorchConfig",
+    "GenerationsConfig",
     "KernelsConfig",
+    "LogitLensConfig",
     "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "MntpConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "QueryIndexConfig",
     "QuickstartConfig",
+    "ReportConfig",
     "RespondConfig",
     "ShardConfig",
     "SimcseConfig",

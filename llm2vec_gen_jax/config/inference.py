@@ -102,7 +102,9 @@ class DecodeConfig:
 
     text: str | None = setting(None, "one text to encode and decode")
     input: str | None = setting(None, "a .txt or .jsonl[.gz] file of texts to encode and decode")
-    soft_prompts: str | None = setting(None, "a .npy (n, K, D) that `encode save_soft_prompts=true` wrote")
+    soft_prompts: str | None = setting(
+        None, "the folder that `encode save_soft_prompts=true` wrote, or a .npy (n, K, D) of it"
+    )
     output: str | None = setting(None, "JSONL to write; printed when not given")
     field: str = setting("text", "of the JSONL objects")
     batch_size: int = setting(16, "texts per batch", least=1)

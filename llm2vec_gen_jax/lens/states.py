@@ -1,0 +1,47 @@
+"""What the backbone makes of the compression tokens, layer by layer."""
+
+import functools
+
+import jax
+import numpy as np
+
+from llm2vec_gen_jax import progress, sharding
+from llm2vec_gen_jax.encode import arrange, plan
+from llm2vec_gen_jax.errors import InputError
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _states(model, layers, trainable, frozen, packed):
+    return model.states_packed(trainable, frozen, packed, layers)
+
+
+def compression_states(embedder, texts, layers, batch_size=16, max_length=None, show_progress_bar=False):
+    """Returns states (n, len(layers), K, D), float32, of the compression tokens of texts.
+
+    embedder: an LLM2VecGen. layers: 0 for the trained embeddings, l for the result of layer l, num_layers for the last
+    hidden states (after the final norm) that the heads read.
+    """
+    model, backbone = embedder.model, embedder.backbone
+    K, D = model.num_tokens, model.architecture.hidden_size
+    ids = embedder.tokenize(texts, limit=embedder.text_length(max_length))
+    states = np.zeros((len(ids), len(layers), K, D), np.float32)
+    batches = plan([len(row) + model.num_appended for row in ids], batch_size, sharding.batch_shards(backbone.mesh))
+    with progress.bar(len(ids), "text", "read", enabled=show_progress_bar) as bar:
+        for batch in batches:
+            packed, numbers, rows, slots = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
+            packed = sharding.put_batch(packed, backbone.mesh)
+            found = np.asarray(_states(model, tuple(layers), embedder.trainable, backbone.frozen, packed))
+            states[numbers] = found[:, rows, slots].swapaxes(0, 1)
+            bar.update(len(numbers))
+    return states
+
+
+def check_layers(layers, num_layers, key="layers"):
+    """Returns layer numbers (integers, or text of a setting) sorted. Raises InputError for one that there is not."""
+    try:
+        numbers = sorted({int(layer) for layer in layers})
+    except ValueError:
+        raise InputError(f"{key}={','.join(map(str, layers))}: expected whole numbers, 0 to {num_layers}") from None
+    if bad := [layer for layer in numbers if not 0 <= layer <= num_layers]:
+        raise InputError(f"{key}: {bad[0]} is not within 0 (embeddings) and {num_layers}, the last layer")
+    return numbers
