@@ -19,6 +19,7 @@ from llm2vec_gen_jax import LLM2VecGen, data, encode, generate, optim, options, 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.architecture import from_hf_config
 from llm2vec_gen_jax.backbone import abstract_params
+from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.loading import LoadedBackbone
 from llm2vec_gen_jax.model import Model
 from llm2vec_gen_jax.train import Method
@@ -98,7 +99,7 @@ def random_backbone(spec):
     ]
     frozen = jax.block_until_ready(jax.tree.unflatten(tree, weights))
     nothing_stops = types.SimpleNamespace(stop_ids=())
-    return LoadedBackbone("random", architecture, frozen, nothing_stops, "random", mesh)
+    return LoadedBackbone("random", architecture, frozen, nothing_stops, "random", Execution(mesh))
 
 
 def random_ids(lengths, vocab_size):
@@ -108,7 +109,8 @@ def random_ids(lengths, vocab_size):
 
 
 class Training:
-    """spec: queries, answers (lengths by row), settings (KEY=VALUE of a TrainConfig), shapes [[T, S]] that are used."""
+    """spec: queries, answers (lengths by row), settings (KEY=VALUE of a TrainConfig), shapes [[T, S]] of its
+    first so many steps."""
 
     def __init__(self, spec):
         self.backbone, self.batch_size = random_backbone(spec), spec["batch_size"]
@@ -122,7 +124,7 @@ class Training:
         optimizer = optim.make_optimizer(config.optimizer)
         self.state = jax.jit(lambda trainable: new_state(trainable, optimizer))(self.method.init())
         self.batches = data.Batches(self.examples, self.method.plan, 0, 1)
-        self.shapes = spec["shapes"]
+        self.shapes, self.steps = spec["shapes"], spec["steps"]
 
     def run(self, first=None, last=None, targets=None):
         """Trains steps first ... last - 1; or computes the targets of rows; or, without either, compiles all."""
@@ -137,8 +139,9 @@ class Training:
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
     def _compile_all(self):
-        """Runs every padded length once: in a real run compilation is a matter of the first minutes."""
+        """Compiles as a run does before its first step, then runs every padded length once."""
         ones, started = np.ones(self.batch_size, np.int32), time.perf_counter()
+        self.method.compile(self.state, range(self.steps), False)
         for T, S in self.shapes:
             batch = {"query": np.zeros((self.batch_size, T), np.int32), "query_lengths": ones}
             batch |= {"answer": np.zeros((self.batch_size, S), np.int32), "answer_lengths": ones}
@@ -159,8 +162,8 @@ class Training:
             for start in range(0, len(answers), self.batch_size):
                 batch = answers[start : start + self.batch_size]
                 shape = self.batch_size, int(edges[np.searchsorted(edges, len(batch[0]))])
-                a, frozen, mesh = self.backbone.architecture, self.backbone.frozen, self.backbone.mesh
-                teacher.pool_rows(a, frozen, False, batch, shape, mesh)
+                a, frozen, execution = self.backbone.architecture, self.backbone.frozen, self.backbone.execution
+                teacher.pool_rows(a, frozen, False, batch, shape, execution)
             seconds = time.perf_counter() - started
         return {"seconds": seconds}
 
@@ -177,7 +180,7 @@ class Encoding:
         else:
             backbone, K = random_backbone(spec), spec["num_tokens"]
             a = backbone.architecture
-            model = Model(a, K, 0, a.hidden_size, mesh=backbone.mesh)
+            model = Model(a, K, 0, a.hidden_size, execution=backbone.execution)
             init = jax.jit(model.init, out_shardings=sharding.replicated(backbone.mesh))
             trainable = init(jax.random.key(0), backbone.frozen)
             self.embedder = LLM2VecGen(model, trainable, backbone)

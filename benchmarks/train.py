@@ -58,7 +58,7 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
         "queries": queries.tolist(),
         "answers": answers.tolist(),
     }
-    own = {"settings": words, "shapes": shapes_of(batches)}
+    own = {"settings": words, "shapes": shapes_of(batches), "steps": sum(map(len, batches))}
     sides = [ours := side.Side(f"ours, {dtype}", spec | own, {}, arguments, ours=True)]
     for checkpointing in [] if arguments.no_peer else arguments.checkpointing:
         label = f"published, {dtype}, checkpointing {checkpointing}"

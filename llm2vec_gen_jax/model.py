@@ -206,7 +206,7 @@ class Model:
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
 
     def _states(self, frozen, x_BTD, positions_BT, visibility, where_BP, updates=None):
-        arguments = sharding.over_batch(x_BTD, self.mesh), positions_BT, visibility, where_BP, updates
+        arguments = sharding.over_batch(x_BTD, self.execution.mesh), positions_BT, visibility, where_BP, updates
         return self._backbone.apply({"params": frozen}, *arguments, method="states")
 
     def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
