@@ -99,10 +99,14 @@ def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, execution, key, dropout)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
         seen = cache_BS[:, None, None, None, :]
-        cached = jnp.where(seen, product("btgrh,bgsh->bgrts", q_BTGRH, cache.k_LBGSH) * scale, -jnp.inf)
+        if execution.target == "cpu":  # XLA's compiler for it has no bfloat16 products of this layout
+            cache = jax.tree.map(lambda x: x.astype(jnp.float32), cache)
+        queries = q_BTGRH.astype(cache.k_LBGSH.dtype)
+        cached = jnp.where(seen, product("btgrh,bgsh->bgrts", queries, cache.k_LBGSH) * scale, -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
         weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
         cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
+        cached = cached.astype(cache.v_LBGSH.dtype)
         mixed_BTGRH = _weigh(cached, cache.v_LBGSH, execution) + product("bgrts,bsgh->btgrh", own, v_BSGH)
     return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
@@ -113,7 +117,7 @@ def _weigh(weights_BGRTS, v_BGSH, execution):
         return product("bgrts,bgsh->btgrh", weights_BGRTS, v_BGSH)
     # A matrix product of so few rows costs a CPU three times what the sum does.
     weights_BGRS1, v_BG1SH = weights_BGRTS[:, :, :, 0, :, None], v_BGSH[:, :, None]
-    return jnp.sum(weights_BGRS1.astype(jnp.float32) * v_BG1SH.astype(jnp.float32), axis=3)[:, None]
+    return jnp.sum(weights_BGRS1 * v_BG1SH, axis=3)[:, None]
 
 
 def _seen(visibility, first, last, end):

@@ -49,7 +49,7 @@ def _run_record(model, identity, config):
     settings = options.to_dict(config)
     for key in ("input", "output", "warmup", "shard", *vars(config_lib.DistributedConfig())):
         del settings[key]
-    settings["dtype"] = str(model.backbone.frozen["embedding"].dtype)
+    settings["dtype"] = model.backbone.dtype
     settings["mesh"] = dict(model.backbone.mesh.shape)
     return {
         "model": {"identity": model.identity, "backbone": model.backbone.identity},

@@ -27,7 +27,7 @@ def save(directory, model, trainable, backbone, extra, dtype=None, special_token
     name: how the backbone is called in the directory, default by what it was loaded from. shown: what the card's
     examples load, default the directory.
     """
-    dtype = dtype or str(jax.tree.leaves(backbone.frozen)[0].dtype)
+    dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
     if jax.process_index() != 0:
         return

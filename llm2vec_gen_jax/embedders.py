@@ -4,7 +4,6 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding, teacher
@@ -161,8 +160,7 @@ def load(path, config):
 
 
 def _identity(config, backbone):
-    dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
-    return {"kind": config.kind, "backbone": backbone.identity, "dtype": dtype}
+    return {"kind": config.kind, "backbone": backbone.identity, "dtype": backbone.dtype}
 
 
 def _join(instruction, text):

@@ -15,12 +15,13 @@ from flax import struct
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation, x, y):
-    """einsum of two arrays of one dtype, accumulated and returned in float32.
+    """einsum of two arrays, in the dtype of x, accumulated and returned in float32. y: of that dtype, or int8.
 
-    Its gradient is taken in the operands' dtype too: without this a bfloat16 weight meets a float32 cotangent in the
-    backward pass, and XLA turns the whole product (and a copy of the weight) into float32.
+    Its gradient is taken in that dtype too: without this a bfloat16 weight meets a float32 cotangent in the backward
+    pass, and XLA turns the whole product (and a copy of the weight) into float32. An int8 weight has none, and it is
+    itself what the backward pass keeps.
     """
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _product_forward(equation, x, y):
@@ -33,6 +34,8 @@ def _product_backward(equation, operands, cotangent):
     x_dims, y_dims = inputs.split(",")
     cotangent = cotangent.astype(x.dtype)
     x_cotangent = product(f"{out},{y_dims}->{x_dims}", cotangent, y).astype(x.dtype)
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        return x_cotangent, None
     return x_cotangent, product(f"{x_dims},{out}->{y_dims}", x, cotangent).astype(y.dtype)
 
 
@@ -57,7 +60,7 @@ class Linear(nn.Module):
     """`einsum(equation, x, kernel) + bias`: a projection whose axes keep their names.
 
     shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
-    if any, has the kernel dimensions that the equation keeps.
+    if any, has the kernel dimensions that the equation keeps, and so has the scale of a quantized kernel.
     """
 
     equation: str
@@ -69,7 +72,10 @@ class Linear(nn.Module):
     def __call__(self, x):
         initializer = nn.initializers.normal(self.shape[0] ** -0.5)
         kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
-        y = product(self.equation, x, kernel).astype(x.dtype)
+        y = product(self.equation, x, kernel)
+        if self.has_variable("params", "scale"):
+            y = y * self.get_variable("params", "scale")
+        y = y.astype(x.dtype)
         if self.bias_dims:
             axes = tuple(self.axes[dim] for dim in self.bias_dims)
             shape = tuple(self.shape[dim] for dim in self.bias_dims)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax import download
+from llm2vec_gen_jax import download, quantization
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import Execution
@@ -41,6 +41,11 @@ class LoadedBackbone:
     license: str | None = None
 
     @property
+    def dtype(self):
+        """The name of the dtype of most parameters."""
+        return "int8" if quantization.is_quantized(self.frozen) else str(self.frozen["embedding"].dtype)
+
+    @property
     def mesh(self):
         """The mesh that the parameters are on."""
         return self.execution.mesh
@@ -56,7 +61,7 @@ def resolve_dtype(name):
 def load_backbone(path, dtype, mesh, attention="auto"):
     """Loads a backbone: the default's name, a .gguf file, a local folder or a hub id.
 
-    dtype: a config name (auto | float32 | bfloat16 | float16). attention: of kernels.attention.
+    dtype: a config name (auto | float32 | bfloat16 | float16 | int8). attention: of kernels.attention.
     Raises InputError for what is missing or unsupported.
     """
     backbone, source = open_backbone(path, Execution(mesh, attention))

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llm2vec_gen_jax import quantization
 from llm2vec_gen_jax.backbone import PROJECTIONS, abstract_params
 
 
@@ -42,6 +43,7 @@ def merge(frozen, tree):
 
     The updated kernels are donated: do not use `frozen` afterwards.
     """
+    quantization.refuse(frozen, "merging adapters")
     layers = dict(frozen["layers"])
     for name, pair in tree.items():
         layers[name] = layers[name] | {"kernel": _add(layers[name]["kernel"], pair["a"], pair["b"])}

@@ -18,7 +18,7 @@ import numpy as np
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import loading, memory, optim, sharding
+from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
@@ -101,6 +101,7 @@ def _architecture(config):
 
 
 def _dtype(config):
+    """The dtype of most weights."""
     name = config.backbone.dtype
     return jnp.dtype("bfloat16" if name == "auto" and config.topology else loading.resolve_dtype(name))
 
@@ -168,12 +169,13 @@ def _inputs(config, architecture, execution):
         put = sharding.replicated(mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), tree)
 
-    boxed = abstract_params(a)
+    boxed, quantized = abstract_params(a), _dtype(config) == jnp.int8
     frozen = jax.tree.map(
-        lambda x, put: jax.ShapeDtypeStruct(x.shape, _dtype(config), sharding=put),
+        lambda x, put: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if quantized else _dtype(config), sharding=put),
         nn.unbox(boxed),
         sharding.param_shardings(boxed, mesh),
     )
+    frozen = quantization.describe(frozen) if quantized else frozen
     trainable = jax.eval_shape(model.init, jax.random.key(0), frozen)
     optimizer = optim.make_optimizer(config.optimizer)
     batch = {

@@ -64,7 +64,8 @@ def _by_llm2vec(backbone, config, answers, responses):
     adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
     reader = open_backbone(path, backbone.execution)[0] if path else backbone
-    dtype = str(jax.tree.leaves(backbone.frozen)[0].dtype)
+    quantized = backbone.dtype == "int8"  # targets are of the weights as they are
+    dtype = "bfloat16" if quantized else backbone.dtype
     ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
     key = {
         "backbone": reader.identity,
@@ -76,12 +77,13 @@ def _by_llm2vec(backbone, config, answers, responses):
     shards = sharding.batch_shards(mesh)
     batch_size = -(-config.teacher.batch_size // shards) * shards
     edges = choose_edges([len(row) for row in ids], 8)
-    replaced = bool(path or adapters)
+    replaced = bool(path or adapters or quantized)
 
     def make():
-        if path:
-            backbone.frozen = None
-        frozen = load_backbone(path, dtype, mesh, attention).frozen if path else backbone.frozen
+        frozen = backbone.frozen
+        if path or quantized:
+            frozen = backbone.frozen = None  # one copy at a time
+            frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention).frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, reader.architecture)
 

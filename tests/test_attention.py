@@ -70,6 +70,17 @@ def test_pallas_is_the_reference(mask, groups, head_dim):
 
 
 @pytest.mark.parametrize("mask", MASKS)
+def test_half_precision_is_near_the_reference(mask):
+    arguments = inputs(mask, 3, 64)
+    halves = inputs(mask, 3, 64, dtype=jnp.bfloat16)
+    expected, expected_gradients = outcome(*arguments, Execution(attention="xla"))
+    found, found_gradients = outcome(*halves, Execution(attention="xla"))
+    for one, other in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_pallas_runs_on_shards(mask):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     arguments = inputs(mask, 2, 64, batch=4)

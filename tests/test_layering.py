@@ -22,7 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "collectives config.common costs errors preemption programs",
     "architecture config.inference config.lens config.training execution files layers progress sharding supervised",
-    "config kernels",
+    "config kernels quantization",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
     "backbone card checkpoint heads lens.chart memory optim",
@@ -121,20 +121,9 @@ def test_imports_are_found():
     """The table says something: the lowest and the highest module meet, and the seams are there."""
     assert {"errors", "layers", "losses", "formats.torchzip"} <= reached("quickstart")
     assert own_imports("attention") == {"kernels", "layers"}
-    assert own_imports("formats.weights") == {"backbone", "errors", "sharding"}
-    below = {
-        "backbone",
-        "lora",
-        "heads",
-        "attention",
-        "execution",
-        "kernels",
-        "layers",
-        "architecture",
-        "sharding",
-        "errors",
-    }
-    assert reached("model") == {"model"} | below
+    assert own_imports("formats.weights") == {"backbone", "errors", "quantization", "sharding"}
+    below = "architecture attention backbone errors execution heads kernels layers lora quantization sharding"
+    assert reached("model") == {"model", *below.split()}
 
 
 @pytest.mark.parametrize("module", sorted(module for module in FILES if module.startswith("formats.")))

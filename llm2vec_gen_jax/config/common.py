@@ -3,6 +3,7 @@
 import dataclasses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKBONE_DTYPES = (*DTYPES, "int8")
 
 
 def setting(default, help, choices=None, least=0):
@@ -28,8 +29,8 @@ class BackboneConfig:
     )
     dtype: str = setting(
         "auto",
-        "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU",
-        DTYPES,
+        "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU; int8: of its projections",
+        BACKBONE_DTYPES,
     )
 
 

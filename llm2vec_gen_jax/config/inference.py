@@ -3,6 +3,7 @@
 import dataclasses
 
 from llm2vec_gen_jax.config.common import (
+    BACKBONE_DTYPES,
     DTYPES,
     BackboneConfig,
     DistributedConfig,
@@ -90,7 +91,7 @@ class EncodeConfig(DistributedConfig):
     shard_size: int = setting(10_000, "rows of a file; this many vectors are in memory at a time", least=1)
     save_soft_prompts: bool = setting(False, "also write soft_prompts-00000.npy ..., which `decode` reads")
     warmup: bool = setting(False, "compile every shape before the first text, not when it is first needed")
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     shard: ShardConfig = section(ShardConfig)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
@@ -113,7 +114,7 @@ class DecodeConfig:
     temperature: float = setting(0.0, "0: greedy")
     top_p: float = setting(1.0, "nucleus of the sampling")
     seed: int = setting(0, "of the sampling")
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -145,7 +146,7 @@ class EvaluateConfig:
     batch_size: int = setting(32, "texts per batch", least=1)
     max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
     overwrite: bool = setting(False, "start anew where output holds another evaluation")
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 

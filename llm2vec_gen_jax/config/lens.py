@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llm2vec_gen_jax.config.common import DTYPES, KernelsConfig, MeshConfig, section, setting
+from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, KernelsConfig, MeshConfig, section, setting
 
 READINGS = ("hidden", "soft_prompts")
 PROJECTIONS = ("pca", "umap")
@@ -20,7 +20,7 @@ class TextsConfig:
     top_k: int = setting(5, "tokens, words or neighbours of each compression token", least=1)
     batch_size: int = setting(16, "rows of 256 tokens in a pass; short texts share a row", least=1)
     max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -55,7 +55,7 @@ class BuildIndexConfig:
     max_length: int = setting(256, "tokens of a text", least=3)
     batch_size: int = setting(32, "texts in a pass", least=1)
     precision: str = setting("float16", "of the vectors", ("float32", "float16"))
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -84,7 +84,7 @@ class GenerationsConfig:
     max_new_tokens: int = setting(500, "tokens of a decoded text", least=1)
     batch_size: int = setting(16, "texts per batch", least=1)
     max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -110,6 +110,6 @@ class ReportConfig:
     projection: str = setting("pca", "of the map; umap needs the package umap-learn", PROJECTIONS)
     batch_size: int = setting(16, "texts per batch", least=1)
     max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    dtype: str = setting("auto", "of the backbone", DTYPES)
+    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax import quantization, sharding
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.errors import InputError
 
@@ -41,20 +41,26 @@ TABLE = {
 def load(source, architecture, mesh, dtype):
     """Reads a backbone straight to its shards; the host holds one stacked weight's shard at a time.
 
-    Returns the frozen parameter tree in `dtype`. Raises InputError for a missing, unexpected, misshapen or
+    Returns the frozen parameter tree in `dtype`; int8 is that of the projections (quantization.py), each of which is on
+    the devices in bfloat16 for a moment. Raises InputError for a missing, unexpected, misshapen or
     non-finite tensor, naming it.
     """
     boxed = abstract_params(architecture)
     shardings = flax.traverse_util.flatten_dict(sharding.param_shardings(boxed, mesh), sep="/")
     shapes = {path: x.shape for path, x in flax.traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()}
     _check_names(source, architecture)
-    params = {}
-    for path, shape in shapes.items():
+    params, quantized = {}, dtype == jnp.int8
+    dtype = jnp.dtype("bfloat16") if quantized else dtype
+    for path, shape in sorted(shapes.items(), key=lambda item: -np.prod(item[1])):  # while there is most room
         array = jax.make_array_from_callback(
             shape, shardings[path], lambda index, path=path, shape=shape: _read(source, path, shape, index, dtype)
         )
         if not jnp.isfinite(array).all():
             raise InputError(f"{source}: {TABLE[path][0].format('*')} holds NaN or infinity: the file is damaged")
+        folder, _, name = path.rpartition("/")
+        if quantized and name == "kernel":
+            put = shardings[path]
+            array, params[f"{folder}/scale"] = quantization.quantize_on_device(array, folder.split("/")[-1], put)
         params[path] = array
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
@@ -77,6 +83,7 @@ def tensors(params, architecture):
 
     On other processes than 0 of a multi-host run, which must iterate too, the array is None.
     """
+    quantization.refuse(params, "writing the weights of a backbone")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for path in flax.traverse_util.flatten_dict(nn.unbox(abstract_params(architecture)), sep="/"):
         name, pattern = TABLE[path]
