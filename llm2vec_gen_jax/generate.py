@@ -1,7 +1,6 @@
 """Batched generation with a KV cache: prompts of any length in one batch, one compiled decode loop."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +59,7 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
+def continue_prompts(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
     """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D).
 
     Returns (ids (B, max_new_tokens), number of ids before a stop).
@@ -116,6 +114,9 @@ def _generate(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, s
     state = (jnp.int32(0), choose(last_BD, 0), zeros_B.astype(bool), zeros_B, jnp.zeros((B, N), jnp.int32), cache)
     _, _, _, count_B, out_BN, _ = jax.lax.while_loop(unfinished, advance, state)
     return out_BN, count_B
+
+
+_generate = jax.jit(continue_prompts, static_argnums=(0, 1, 2))
 
 
 def _nucleus(logits_BV, top_p):

@@ -19,12 +19,13 @@ import numpy as np
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
-from llm2vec_gen_jax.backbone import abstract_params
+from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax.generate import Sampling, continue_prompts
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
@@ -63,7 +64,8 @@ def plan(config):
         f"{architecture.num_parameters / 1e9:.2f} B parameters, {_dtype(config).name}; {where}; "
         f"batch {B}, queries of {T} and answers of {S} tokens\n\nper device, GiB:\n"
         f"{'mesh (data, fsdp, tensor), remat':<34}"
-        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}   a training step: FLOPs, bytes moved, at least",
+        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}"
+        "   a training step: FLOPs, bytes moved, at least",
         flush=True,
     )
     rows = []
@@ -197,47 +199,49 @@ def _inputs(config, architecture, execution):
 
 def _jitted(config, model):
     """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
+    backbone = Backbone(model.architecture, model.execution)
     return {
         "prefix": jit_prefix(model, config.query_length),
         "step": jit_step(config, model),
         "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False)),
+        "generate": jax.jit(functools.partial(continue_prompts, backbone, Sampling(config.answer_length), (0,))),
     }
 
 
 def _compile(config, model, inputs):
-    """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass."""
-    functions, programs, cache = _jitted(config, model), {}, None
+    """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass, a generated batch."""
+    functions, programs = _jitted(config, model), {}
 
     def compile_one(name, *arguments):
         compiled = functions[name].lower(*arguments).compile()
         programs[name] = Program(compiled, *memory.taken(compiled), moved_bytes(compiled.as_text()))
 
-    if not config.lora.rank:
-        compile_one("prefix", inputs["frozen"], inputs["ids"])
-        cache = _cache(functions, inputs, model.execution.mesh)
-    compile_one("step", inputs["state"], inputs["frozen"], cache, inputs["batch"])
-    compile_one("encode", inputs["trainable"], inputs["frozen"], inputs["packed"])
+    for name, arguments in _arguments(config, functions, inputs, model.execution.mesh).items():
+        compile_one(name, *arguments)
     return programs
 
 
-def _cache(functions, inputs, mesh):
-    put = sharding.cache_sharding(mesh)
-    cache = jax.eval_shape(functions["prefix"], inputs["frozen"], inputs["ids"])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+def _arguments(config, functions, inputs, mesh):
+    """Returns the abstract arguments of each function that runs, by name."""
+    frozen, arguments, cache = inputs["frozen"], {}, None
+    if not config.lora.rank:
+        arguments["prefix"] = frozen, inputs["ids"]
+        put = sharding.cache_sharding(mesh)
+        cache = jax.eval_shape(functions["prefix"], *arguments["prefix"])
+        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+    arguments["step"] = inputs["state"], frozen, cache, inputs["batch"]
+    arguments["encode"] = inputs["trainable"], frozen, inputs["packed"]
+    lengths, seed = inputs["batch"]["query_lengths"], jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments["generate"] = frozen, inputs["ids"], lengths, lengths, seed
+    return arguments
 
 
 def _lower_for_cuda(config, architecture, execution):
     """Raises where something cannot be lowered for NVIDIA's GPUs."""
     model, inputs = _inputs(config, architecture, execution)
     functions = _jitted(config, model)
-    cache = None if config.lora.rank else _cache(functions, inputs, execution.mesh)
-    arguments = {
-        "prefix": (inputs["frozen"], inputs["ids"]),
-        "step": (inputs["state"], inputs["frozen"], cache, inputs["batch"]),
-        "encode": (inputs["trainable"], inputs["frozen"], inputs["packed"]),
-    }
-    for name, function in functions.items():
-        jax.export.export(function, platforms=["cuda"])(*arguments[name])
+    for name, arguments in _arguments(config, functions, inputs, execution.mesh).items():
+        jax.export.export(functions[name], platforms=["cuda"])(*arguments)
 
 
 def flops(config, architecture):
@@ -273,9 +277,10 @@ def _row(config, architecture, execution, chip, where):
     row["train"] = programs["step"].peak
     if "prefix" in programs:  # which runs beside the state
         row["train"] = max(row["train"], programs["prefix"].peak + row["state"])
-    row["encode"] = programs["encode"].peak
+    row["encode"], row["generate"] = programs["encode"].peak, programs["generate"].peak
     row["moved"], row["encode_moved"] = sum(program.moved for program in training), programs["encode"].moved
     row["flops"], row["encode_flops"] = flops(config, architecture)
+    row["compiled_flops"] = sum(program.compiled.cost_analysis()["flops"] for program in training)
     row["seconds_to_compile"] = round(time.perf_counter() - started, 1)
     if chip:
         row["fits"] = max(row["train"], row["encode"]) < chip.memory
@@ -300,7 +305,8 @@ def _line(row):
     text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"
     if "train" not in row:
         return f"{text}   does not fit: {row['reason']}"
-    text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}   {row['flops'] / 1e12:,.1f} T, "
+    text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}{row['generate'] / GIB:>10.2f}   "
+    text += f"{row['flops'] / 1e12:,.1f} T, "
     text += f"{row['moved'] / GIB:.2f} GiB"
     if "bounds" in row:
         bounds = row["bounds"]
@@ -326,9 +332,12 @@ def _measure(config, architecture, execution):
                 cache = jax.block_until_ready(program.compiled(given["frozen"], given["ids"]))
             elif name == "step":
                 state, _ = jax.block_until_ready(program.compiled(state, given["frozen"], cache, given["batch"]))
-            else:
+            elif name == "encode":
                 jax.block_until_ready(program.compiled(given["trainable"], given["frozen"], given["packed"]))
-        print(f"    {name:<7} measured {peak.bytes / GIB:.3f} GiB, estimated {program.beside / GIB:.3f}", flush=True)
+            else:
+                lengths = given["batch"]["query_lengths"]
+                jax.block_until_ready(program.compiled(given["frozen"], given["ids"], lengths, lengths, np.uint32(0)))
+        print(f"    {name:<8} measured {peak.bytes / GIB:.3f} GiB, estimated {program.beside / GIB:.3f}", flush=True)
 
 
 class _Peak:

@@ -140,10 +140,10 @@ class AblateConfig(TrainConfig):
 class PlanConfig:
     """`python -m launch.plan`: what a training step and an encoding pass cost on devices that need not be here.
 
-    Compiles both for a mesh, runs nothing, and prints bytes per device, FLOPs, bytes that collectives move, and the
-    time that these need at least by the data sheets of the devices. A topology of TPUs is compiled by the real TPU
-    compiler (pip install libtpu); one of GPUs by the compiler for CPUs, whose memory is an estimate of theirs, and
-    lowered for CUDA.
+    Compiles both, and the generation of a batch of answers, for a mesh; runs nothing, and prints bytes per device,
+    FLOPs, bytes that collectives move, and the time that these need at least by the data sheets of the devices. A
+    topology of TPUs is compiled by the real TPU compiler (pip install libtpu); one of GPUs by the compiler for CPUs,
+    whose memory is an estimate of theirs, and lowered for CUDA.
 
     topology=   v5e:4x4, v5p:2x2x1, v6e:2x4; h100:8, h200:8; cpu:4; null: the devices here
     """
