@@ -34,19 +34,23 @@ SMALL = ["port=0", "name=tiny", "max_length=100", "batch_size=2"]
 SMALL += [f"decode.max_new_tokens={MOST_NEW}", "decode.batch_size=2"]
 
 
+def environment(key=None):
+    """Of a process that runs on one device."""
+    given = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return given | ({"LLM2VEC_GEN_API_KEY": key} if key else {})
+
+
 class Running:
     """A server in a process of its own. url: where it answers."""
 
     def __init__(self, folder, *words, key=None):
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        environment |= {"LLM2VEC_GEN_API_KEY": key} if key else {}
         command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *words]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=environment(key), stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().split()[-1].removesuffix("/v1")
 
     def ready(self):
@@ -403,3 +407,15 @@ def test_requests_are_refused_while_programs_compile(model_folder):
                 check_refusal(response, 503, "being compiled", code="not_ready")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
+
+
+def test_the_benchmark_agrees_with_the_model(model_folder, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.serve", str(model_folder), *SMALL[2:], "--texts", "24"]
+    command += ["--concurrency", "4", "--per-request", "1", "5", "--rounds", "2", "--output", str(tmp_path / "rows")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *rows, alone = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["requests"] for row in rows] == [2 * 24, 2 * 5]
+    for row in rows:
+        assert row["errors"] == 0 and row["difference"] < 1e-5 and 0 < row["p50"] <= row["p99"]
+        assert row["of_encode"] == pytest.approx(row["texts_per_second"] / alone["texts_per_second"])
