@@ -129,13 +129,14 @@ class LLM2VecGen:
             raise InputError(f"max_length must exceed the {self.model.num_appended} appended tokens")
         return limit
 
-    def warmup(self, batch_size=32, max_length=None, return_soft_prompts=False):
+    def warmup(self, batch_size=32, max_length=None, return_soft_prompts=False, show_progress_bar=False):
         """Compiles every program that `encode` with these options can need; returns their number.
 
         Later calls compile nothing. Compiled programs are kept on disk where jax_compilation_cache_dir is set.
         """
         length = self.text_length(max_length) + self.model.num_appended
-        return warmup(self.model, self.trainable, self.backbone, length, batch_size, return_soft_prompts)
+        options = batch_size, return_soft_prompts, show_progress_bar
+        return warmup(self.model, self.trainable, self.backbone, length, *options)
 
     @property
     def identity(self):

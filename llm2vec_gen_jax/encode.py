@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax import progress, sharding
 from llm2vec_gen_jax.model import Packed
 
 WINDOW = 8192  # texts that are packed together
@@ -186,14 +186,16 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
         yield from completed()
 
 
-def warmup(model, trainable, backbone, max_length, batch_size, soft_prompts):
+def warmup(model, trainable, backbone, max_length, batch_size, soft_prompts, show_progress_bar=False):
     """Compiles every program that texts of up to max_length tokens can need. Returns their number."""
     shards = sharding.batch_shards(backbone.mesh)
     needed = shapes(max_length, batch_size, shards)
-    for height, width in needed:
-        packed = Packed(*(np.zeros((height, width), np.int32) for _ in range(3)), None)
-        packed = packed.replace(first_BS=np.zeros((height, width // model.num_appended), np.int32))
-        _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, backbone.mesh))
+    with progress.bar(len(needed), "program", "compile", enabled=show_progress_bar) as bar:
+        for height, width in needed:
+            packed = Packed(*(np.zeros((height, width), np.int32) for _ in range(3)), None)
+            packed = packed.replace(first_BS=np.zeros((height, width // model.num_appended), np.int32))
+            _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, backbone.mesh))
+            bar.update(1)
     return len(needed)
 
 

@@ -20,8 +20,9 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "collectives config.common costs errors preemption programs",
-    "architecture config.inference config.lens config.training execution files layers progress sharding supervised",
+    "batcher collectives config.common costs errors preemption programs telemetry",
+    "architecture config.inference config.lens config.serve config.training execution files layers progress "
+    "sharding supervised",
     "config kernels quantization",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
@@ -33,8 +34,8 @@ FLOORS = (
     "generate lens.states teacher unsupervised",
     "export lens.latent lens.logit respond train",
     "ablate api lens.generations lens.search plan synthesize",
-    "bulk embedders train_teacher verify",
-    "harness lens.report quickstart",
+    "bulk embedders engine train_teacher verify",
+    "harness lens.report quickstart serve",
     "evaluate",
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor.split()}

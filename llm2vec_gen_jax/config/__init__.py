@@ -30,6 +30,7 @@ from llm2vec_gen_jax.config.lens import (
     QueryIndexConfig,
     ReportConfig,
 )
+from llm2vec_gen_jax.config.serve import DecodeSettings, ServeConfig
 from llm2vec_gen_jax.config.training import (
     AblateConfig,
     CompressionConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "DTYPES",
     "DataConfig",
     "DecodeConfig",
+    "DecodeSettings",
     "DistributedConfig",
     "EncodeConfig",
     "EvaluateConfig",
@@ -75,6 +77,7 @@ __all__ = [
     "QuickstartConfig",
     "ReportConfig",
     "RespondConfig",
+    "ServeConfig",
     "ShardConfig",
     "SimcseConfig",
     "SynthesizeConfig",

@@ -1,0 +1,397 @@
+"""The HTTP side of `python -m launch.serve`: OpenAI's embeddings API, decoding, health and metrics.
+
+Requests and errors have the shape of https://platform.openai.com/docs/api-reference/embeddings.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+import numpy as np
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llm2vec_gen_jax import vectors
+from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.batcher import Full
+from llm2vec_gen_jax.engine import Engine
+from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.telemetry import Telemetry
+
+KEY_VARIABLE = "LLM2VEC_GEN_API_KEY"
+_EMBEDDING_KEYS = {"input": object, "model": str, "dimensions": int, "encoding_format": str, "user": str}
+_EMBEDDING_KEYS |= {"instruction": str, "soft_prompts": bool}
+_DECODING_KEYS = {"input": object, "soft_prompts": list, "model": str, "max_tokens": int, "seed": int, "user": str}
+_DECODING_KEYS |= {"instruction": str}
+_JSON_NAMES = {str: "a string", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+_TOKEN_IDS = (
+    "token ids are not accepted, those of OpenAI's tokenizers mean nothing to this model: send text "
+    "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+)
+
+
+def serve(path, config):
+    """Loads a model, listens, compiles, and answers until SIGTERM or SIGINT. config: a ServeConfig.
+
+    Raises InputError for a model, an address or an API key that cannot be used.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise InputError(f"{KEY_VARIABLE} is empty: give it a value, or unset it to serve without a key")
+    with _bound(config) as listener:  # before the model is loaded: a taken port is known at once
+        model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
+        server = Server(model, config, config.name or path, key and key.strip())
+        host, port = listener.getsockname()[:2]
+        print(f"serving {server.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        if key is None and host not in ("127.0.0.1", "::1"):
+            print(f"note: anyone who reaches this address can use it; set {KEY_VARIABLE} to ask for a key", flush=True)
+        server.run(listener)
+
+
+class Refused(Exception):
+    """A request that is answered with an error of OpenAI's shape."""
+
+    def __init__(self, status, message, code=None, param=None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def response(self):
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return _json({"error": error}, self.status, headers)
+
+
+class Server:
+    """A model behind HTTP. name: what requests call it. key: what they must bring, if anything."""
+
+    def __init__(self, model, config, name, key):
+        self.model, self.config, self.name, self.key = model, config, name, key
+        self.telemetry = Telemetry(self)
+        self.engine = Engine(model, config, self.telemetry.batch)
+        self.created, self.in_flight = int(time.time()), 0
+        self.ready, self.failure = False, None
+        routes = [
+            Route("/v1/embeddings", self._endpoint(self.embeddings), methods=["POST"]),
+            Route("/v1/models", self._endpoint(self.models)),
+            Route("/v1/models/{name:path}", self._endpoint(self.models)),
+            Route("/health", self.health),
+            Route("/metrics", self.telemetry.page),
+        ]
+        if config.decode.enabled:
+            routes.append(Route("/v1/decode", self._endpoint(self.decode), methods=["POST"]))
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _not_found}, lifespan=self._lifespan)
+
+    def run(self, listener):
+        """Answers on a bound socket until SIGTERM or SIGINT."""
+        settings = uvicorn.Config(
+            self.app,
+            http=_protocol(self.config.client_timeout),
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=self.config.client_timeout,
+            timeout_graceful_shutdown=self.config.shutdown_timeout,
+        )
+        self.uvicorn = uvicorn.Server(settings)
+        # uvicorn catches both, and when all is finished raises them again for whoever was there before.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        self.uvicorn.run(sockets=[listener])
+        if self.failure:
+            raise self.failure
+        if not self.ready:  # still compiling: native code that cannot be interrupted, and a result nobody needs
+            sys.stdout.flush()
+            os._exit(0)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app):
+        threading.Thread(target=self._warmup, daemon=True).start()
+        yield
+        await asyncio.to_thread(self.engine.batcher.close)
+
+    def _warmup(self):
+        started = time.monotonic()
+        try:
+            count = self.engine.warmup() if self.config.warmup else 0
+        except BaseException as error:
+            self.failure, self.uvicorn.should_exit = error, True
+            return
+        self.ready = True
+        print(f"ready: {count} programs compiled in {time.monotonic() - started:.1f} s", flush=True)
+
+    # What is common to all requests
+
+    def _endpoint(self, handler):
+        async def answer(request):
+            started, self.in_flight = time.monotonic(), self.in_flight + 1
+            try:
+                self._admit(request)
+                response = await handler(request)
+            except Refused as refused:
+                response = refused.response()
+            except InputError as error:
+                response = Refused(400, str(error)).response()
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it; for the metrics
+            except Exception:
+                traceback.print_exc()
+                response = Refused(500, "the server failed on this request; its log says how").response()
+            finally:
+                self.in_flight -= 1
+            self.telemetry.request(handler.__name__, response.status_code, time.monotonic() - started)
+            return response
+
+        return answer
+
+    def _admit(self, request):
+        if self.key is not None:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+                raise Refused(401, "no valid API key: send `Authorization: Bearer KEY`", "invalid_api_key")
+        if request.method == "POST" and not self.ready:
+            raise Refused(503, "the model is being compiled; /health says when it is ready", "not_ready")
+        if self.in_flight > self.config.max_requests:
+            raise Refused(429, f"more than {self.config.max_requests} requests at a time", "rate_limit_exceeded")
+
+    async def _read(self, request, keys):
+        """Returns the object that a request holds, checked to have only these keys (name -> type)."""
+        too_large = Refused(413, f"a request must not exceed {self.config.max_body_bytes} bytes", "request_too_large")
+        if int(request.headers.get("content-length", 0)) > self.config.max_body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.config.client_timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.config.max_body_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"the request took longer than {self.config.client_timeout:g} s to come") from None
+        try:
+            found = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise Refused(400, f"the body is not valid JSON: {error}", "invalid_json") from None
+        if not isinstance(found, dict):
+            raise Refused(400, "the body must be a JSON object")
+        found = {key: value for key, value in found.items() if value is not None}
+        for key, value in found.items():
+            if key not in keys:
+                raise Refused(400, f"unknown key {key!r}{nearest(key, keys)}", "unknown_parameter", key)
+            if keys[key] is not object and type(value) is not keys[key]:  # a bool is no int
+                raise Refused(400, f"{key!r} must be {_JSON_NAMES[keys[key]]}", "invalid_type", key)
+        if found.get("model", self.name) != self.name:
+            message = f"the model {found['model']!r} does not exist; this server has {self.name!r}"
+            raise Refused(404, message, "model_not_found", "model")
+        return found
+
+    def _texts(self, value, most):
+        """Returns the list of texts of an `input`."""
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts:
+            raise Refused(400, "'input' must be a string, or a list of at least one", "invalid_type", "input")
+        if isinstance(texts[0], int | list):
+            raise Refused(400, _TOKEN_IDS, "invalid_type", "input")
+        self._count(texts, most, "input")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise Refused(400, f"'input' {number} must be a string", "invalid_type", "input")
+        return texts
+
+    def _count(self, items, most, key):
+        if len(items) > most:
+            raise Refused(413, f"{key!r} has {len(items)} items, at most {most} are taken", "too_many_inputs", key)
+
+    async def _ids(self, texts, body):
+        instruction = body.get("instruction", self.config.instruction)
+        return await asyncio.to_thread(self.engine.tokenize, texts, instruction)
+
+    async def _result(self, request, submit, *options):
+        """Returns the results of submit(*options), unless the queue is full or the client goes away."""
+        try:
+            work = asyncio.wrap_future(submit(*options))
+        except Full as full:
+            raise Refused(429, f"too busy: {full}", "rate_limit_exceeded") from None
+        gone = asyncio.ensure_future(request.receive())  # the body was read: what comes next is the end
+        try:
+            timeout = self.config.request_timeout
+            await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            if gone.done():
+                raise ClientDisconnect
+            raise Refused(503, f"no answer within {timeout:g} s", "timeout")
+        finally:
+            gone.cancel()
+            work.cancel()
+
+    # The endpoints
+
+    async def embeddings(self, request):
+        """POST /v1/embeddings: OpenAI's, with `instruction` and `soft_prompts` besides."""
+        body = await self._read(request, _EMBEDDING_KEYS)
+        texts = self._texts(body.get("input"), self.config.max_inputs)
+        size, most = body.get("dimensions"), self.model.get_embedding_dimension()
+        if size is not None and not 1 <= size <= most:
+            raise Refused(400, f"'dimensions' must be within 1 and {most}, found {size}", param="dimensions")
+        encoding, soft = body.get("encoding_format", "float"), body.get("soft_prompts", False)
+        if encoding not in ("float", "base64"):
+            raise Refused(400, f"'encoding_format' must be float or base64, not {encoding!r}", param="encoding_format")
+        if soft and not self.config.decode.enabled:
+            raise Refused(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
+        ids = await self._ids(texts, body)
+        found = await self._result(request, self.engine.embed, ids, soft)
+        return self._embeddings(ids, found, size, encoding, soft)
+
+    def _embeddings(self, ids, found, size, encoding, soft):
+        show = _base64 if encoding == "base64" else np.ascontiguousarray
+        embeddings = np.stack([row[0] if soft else row for row in found])
+        data = [
+            {"object": "embedding", "index": number, "embedding": show(row)}
+            for number, row in enumerate(vectors.finish(embeddings, size, self.config.normalize))
+        ]
+        if soft:
+            for item, (_, prompts) in zip(data, found):
+                item["soft_prompts"] = show(prompts)
+        read = sum(map(len, ids))
+        self.telemetry.read(len(ids), read)
+        usage = {"prompt_tokens": read, "total_tokens": read}
+        return _json({"object": "list", "data": data, "model": self.name, "usage": usage})
+
+    async def decode(self, request):
+        """POST /v1/decode: the text that the LLM reads out of texts' embeddings, or of soft prompts."""
+        body = await self._read(request, _DECODING_KEYS)
+        settings = self.config.decode
+        if ("input" in body) == ("soft_prompts" in body):
+            raise Refused(
+                400,
+                "give one of 'input' (texts) and 'soft_prompts' (of /v1/embeddings with \"soft_prompts\": true); "
+                "an embedding alone, their mean, cannot be decoded",
+            )
+        most = body.get("max_tokens", settings.max_new_tokens)
+        if not 1 <= most <= settings.max_new_tokens:
+            raise Refused(400, f"'max_tokens' must be within 1 and {settings.max_new_tokens}", param="max_tokens")
+        read = 0
+        if "input" in body:
+            ids = await self._ids(self._texts(body["input"], settings.max_inputs), body)
+            read = sum(map(len, ids))
+            prompts = [prompts for _, prompts in await self._result(request, self.engine.embed, ids, True)]
+        else:
+            self._count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
+            prompts = self._soft_prompts(body["soft_prompts"])
+        rows = await self._result(request, self.engine.decode, prompts, most, body.get("seed", 0))
+        rows = [row[:most] for row in rows]
+        texts = [self.model.backbone.tokenizer.decode(row) for row in rows]
+        data = [{"object": "decoding", "index": number, "text": text} for number, text in enumerate(texts)]
+        written = sum(map(len, rows))
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return _json({"object": "list", "data": data, "model": self.name, "usage": usage})
+
+    def _soft_prompts(self, items):
+        """Returns float32 (K, D) of each item, which is base64 or nested lists."""
+        shape = self.model.model.num_tokens, self.model.model.architecture.hidden_size
+        found = []
+        for number, item in enumerate(items):
+            try:
+                if isinstance(item, str):
+                    array = np.frombuffer(base64.b64decode(item, validate=True), "<f4").reshape(shape)
+                else:
+                    array = np.array(item, np.float32)
+            except (binascii.Error, ValueError, TypeError, OverflowError):
+                array = np.zeros(0)
+            if array.shape != shape or not np.isfinite(array).all():
+                wanted = f"{shape[0]} x {shape[1]} numbers, as lists or as base64 of float32"
+                raise Refused(400, f"'soft_prompts' {number} must be {wanted}", param="soft_prompts")
+            found.append(array)
+        return found
+
+    async def models(self, request):
+        """GET /v1/models and /v1/models/NAME."""
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm2vec_gen_jax"}
+        name = request.path_params.get("name")
+        if name is None:
+            return _json({"object": "list", "data": [model]})
+        if name != self.name:
+            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            raise Refused(404, message, "model_not_found", "model")
+        return _json(model)
+
+    async def health(self, request):
+        """GET /health: 200 when everything is compiled, 503 before."""
+        return _json({"status": "ok" if self.ready else "compiling"}, 200 if self.ready else 503)
+
+
+def _protocol(timeout):
+    """HTTP/1.1 of uvicorn, which has no limit for requests that never come whole, nor for answers nobody reads."""
+
+    class Protocol(H11Protocol):
+        deadline = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._wait()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self._wait()
+
+        def connection_lost(self, error):
+            super().connection_lost(error)
+            self.deadline.cancel()
+
+        def _wait(self):
+            if self.deadline:
+                self.deadline.cancel()
+            self.deadline = self.loop.call_later(timeout, self._expire, self.cycle)
+
+        def _expire(self, cycle):
+            if self.cycle is None or self.cycle is cycle and cycle.response_complete:  # no request has begun since
+                self.transport.abort()
+
+    return Protocol
+
+
+def _bound(config):
+    """Returns a socket that is bound and does not listen yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(f"host={config.host} port={config.port}: cannot listen there ({error})") from None
+    return listener
+
+
+def _json(content, status=200, headers=None):
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, "application/json")
+
+
+def _base64(array):
+    return base64.b64encode(np.ascontiguousarray(array, "<f4")).decode()
+
+
+async def _not_found(request, error):
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return Refused(error.status_code, message, "unknown_url").response()
