@@ -84,7 +84,8 @@ def cosine_alignment(embedding_BE, target_BE):
 
     Only directions are compared: what the lengths of the embeddings are is left open.
     """
-    return 1 - jnp.mean(jnp.sum(supervised.unit(embedding_BE) * supervised.unit(target_BE.astype(jnp.float32)), axis=-1))
+    embedding_BE, target_BE = supervised.unit(embedding_BE), supervised.unit(target_BE.astype(jnp.float32))
+    return 1 - jnp.mean(jnp.sum(embedding_BE * target_BE, axis=-1))
 
 
 ALIGNMENTS = {"mse": alignment, "cosine": cosine_alignment}  # by loss.alignment_function

@@ -86,7 +86,8 @@ def train(config, show_progress=True, backbone=None):
     examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
     distributed.agree({"data": examples.digest_ids(), "backbone": backbone.identity})
     if len(examples) < len(records):
-        print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty{', or was cut' * config.data.finished_only}")
+        why = "their answer is empty" + ", or was cut" * config.data.finished_only
+        print(f"left out {len(records) - len(examples)} of {len(records)} records: {why}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
         if "negative_target" in supervised.targets(config.loss):

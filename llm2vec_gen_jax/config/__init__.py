@@ -30,6 +30,7 @@ from llm2vec_gen_jax.config.lens import (
     QueryIndexConfig,
     ReportConfig,
 )
+from llm2vec_gen_jax.config.study import BUDGETS, ReproduceConfig, SizesConfig
 from llm2vec_gen_jax.config.training import (
     AblateConfig,
     CompressionConfig,
@@ -51,6 +52,7 @@ from llm2vec_gen_jax.config.training import (
 
 __all__ = [
     "AblateConfig",
+    "BUDGETS",
     "BackboneConfig",
     "BuildIndexConfig",
     "CompressionConfig",
@@ -74,9 +76,11 @@ __all__ = [
     "QueryIndexConfig",
     "QuickstartConfig",
     "ReportConfig",
+    "ReproduceConfig",
     "RespondConfig",
     "ShardConfig",
     "SimcseConfig",
+    "SizesConfig",
     "SynthesizeConfig",
     "TeacherConfig",
     "TeacherSettings",
