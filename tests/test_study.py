@@ -336,11 +336,11 @@ def test_headline_by_hand():
     assert classification["student"] == pytest.approx(0.65) and classification["gain"] == pytest.approx(30)
     assert classification["causal"] == pytest.approx(0.2)
     assert safety["gain"] == pytest.approx(-50)
-    assert average == {"category": "average relative gain (without safety)", "gain": pytest.approx(35)}
+    assert average == {"category": "average relative gain, without safety", "gain": pytest.approx(35)}
     lines = found.markdown().splitlines()
     assert lines[0] == "## Student against teacher"
     assert "| sts | 0.1000 | 0.5000 | 0.7000 | 0.1414 | 40.0000 |" in lines
-    assert lines[-1] == "| average relative gain (without safety) | – | – | – | – | 35.0000 |"
+    assert lines[-1] == "| average relative gain, without safety | – | – | – | – | 35.0000 |"
 
 
 def test_an_undefined_score_is_no_number():

@@ -70,12 +70,13 @@ def headline(students, baselines, types):
         if category != LOWER_IS_BETTER and row["gain"] is not None:
             gains.append(row["gain"])
     if gains:
-        rows.append({"category": "average relative gain (without safety)", "gain": statistics.fmean(gains)})
+        rows.append({"category": "average relative gain, without safety", "gain": statistics.fmean(gains)})
     columns = {"category": "category"} | {name: name for name in others}
     columns |= {"student": "student", "deviation": "± (seeds)", "gain": "gain over teacher, %"}
     note = (
         f"Mean of the main metrics of a category's test tasks; the student's is the mean of {len(students)} "
-        "seed(s), ± the sample standard deviation. Of safety_retrieval less is safer."
+        "seed(s), ± the sample standard deviation. Of safety_retrieval less is safer; the average gain is of the "
+        "other categories in which the teacher's score is positive."
     )
     return Table("Student against teacher", note, columns, rows)
 
@@ -128,7 +129,7 @@ def comparisons(runs, types, records):
         rows.append(row)
     found = [category for category in CATEGORIES if any(category in row for row in rows)]
     columns |= {category: category for category in found} | {"mean": "mean"}
-    note = "Development tasks. The losses are of the last logged step, and comparable only where their targets are."
+    note = "Development tasks, one seed each. The losses are of the last logged step, and comparable only where their targets are."
     return Table("Comparisons", note, columns, rows)
 
 
