@@ -129,7 +129,10 @@ def comparisons(runs, types, records):
         rows.append(row)
     found = [category for category in CATEGORIES if any(category in row for row in rows)]
     columns |= {category: category for category in found} | {"mean": "mean"}
-    note = "Development tasks, one seed each. The losses are of the last logged step, and comparable only where their targets are."
+    note = (
+        "Development tasks, one seed each. The losses are of the last logged step, and comparable only where their "
+        "targets are."
+    )
     return Table("Comparisons", note, columns, rows)
 
 
