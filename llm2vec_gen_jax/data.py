@@ -107,7 +107,7 @@ class Examples:
 
 def tokenize(records, tokenizer, config, num_appended, extra=None):
     """Returns Examples of {question, answer} records. Both are stripped; records with an empty answer (or
-    negative_answer) are left out.
+    negative_answer) are left out, and with config.finished_only those whose `finish` is "length".
 
     A query keeps max_query_length - num_appended tokens, so that the appended tokens have room. extra: {name: record
     -> text} of other texts that are tokenised like queries.
@@ -115,9 +115,11 @@ def tokenize(records, tokenizer, config, num_appended, extra=None):
     if config.max_query_length <= num_appended:
         raise InputError(f"data.max_query_length={config.max_query_length} must exceed the {num_appended} tokens added")
     answered = [all(record.get(name, "x").strip() for name in ("answer", "negative_answer")) for record in records]
+    if config.finished_only:
+        answered = [good and record["finish"] != "length" for good, record in zip(answered, records)]
     kept = np.flatnonzero(answered)
     if not len(kept):
-        raise InputError(f"{config.responses}: every answer is empty")
+        raise InputError(f"{config.responses}: every answer is empty{' or was cut' if config.finished_only else ''}")
     questions = [records[row]["question"].strip() for row in kept]
     answers = [records[row]["answer"].strip() for row in kept]
 

@@ -79,6 +79,18 @@ def alignment(embedding_BE, target_BE):
     return jnp.mean(jnp.square(embedding_BE - target_BE.astype(jnp.float32)))
 
 
+def cosine_alignment(embedding_BE, target_BE):
+    """Mean over B of 1 - cosine of embedding and teacher target, float32; 1 for a vector of zeros.
+
+    Only directions are compared: what the lengths of the embeddings are is left open.
+    """
+    embedding_BE, target_BE = supervised.unit(embedding_BE), supervised.unit(target_BE.astype(jnp.float32))
+    return 1 - jnp.mean(jnp.sum(embedding_BE * target_BE, axis=-1))
+
+
+ALIGNMENTS = {"mse": alignment, "cosine": cosine_alignment}  # by loss.alignment_function
+
+
 def total(trainable, model, frozen, cache, batch, weights, dropout=None):
     """The training loss: weights.reconstruction * reconstruction + weights.alignment * alignment, and what supervised
     teachers add (supervised.total) where its weights are set.
@@ -95,14 +107,15 @@ def total(trainable, model, frozen, cache, batch, weights, dropout=None):
     else:
         embedding_BE, soft_prompts_BKD = model.compress(trainable, frozen, cache, batch["query_lengths"])
     parts = {"reconstruction_loss": jnp.float32(0), "alignment_loss": jnp.float32(0)}
+    align = ALIGNMENTS[weights.alignment_function]
     if weights.reconstruction:
         parts["reconstruction_loss"] = reconstruction(
             model, frozen, soft_prompts_BKD, batch["answer"], batch["answer_lengths"], weights.chunk_tokens
         )
     if weights.alignment:
-        parts["alignment_loss"] = alignment(embedding_BE, batch["target"])
+        parts["alignment_loss"] = align(embedding_BE, batch["target"])
     loss = weights.reconstruction * parts["reconstruction_loss"] + weights.alignment * parts["alignment_loss"]
     if supervised.texts(weights):
-        more, more_parts = supervised.total(embedding_BE, trainable, model, frozen, batch, weights, dropout)
+        more, more_parts = supervised.total(embedding_BE, trainable, model, frozen, batch, weights, align, dropout)
         loss, parts = loss + more, parts | more_parts
     return loss, parts

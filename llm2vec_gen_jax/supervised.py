@@ -79,7 +79,7 @@ def contrastive(question_BE, positive_BE, negative_BE, function, scale, hardness
     B = len(question_BE)
     candidate_CE = jnp.concatenate([positive_BE, negative_BE])
     if function == "cosine":
-        question_BE, candidate_CE = _unit(question_BE), _unit(candidate_CE)
+        question_BE, candidate_CE = unit(question_BE), unit(candidate_CE)
     similarity_BC = _product(question_BE, candidate_CE)
     logits_BC = scale * similarity_BC
     if hardness:
@@ -88,17 +88,18 @@ def contrastive(question_BE, positive_BE, negative_BE, function, scale, hardness
     return -jnp.trace(jax.nn.log_softmax(logits_BC)) / B
 
 
-def total(question_BE, trainable, model, frozen, batch, weights, dropout=None):
+def total(question_BE, trainable, model, frozen, batch, weights, align, dropout=None):
     """What losses.total adds: the weighted sum of the losses of this file, and its parts by their metrics' names.
 
-    batch: as for `embed`, target and negative_target (B, E). weights: a LossConfig.
+    batch: as for `embed`, target and negative_target (B, E). weights: a LossConfig. align: the alignment
+    loss of two (B, E).
     """
     embedding_BXE = embed(trainable, model, frozen, batch, dropout)
     of = dict(zip(texts(weights), jnp.unstack(embedding_BXE, axis=1), strict=True))
     w, aligned = weights, _aligned(weights)
 
     def alignment(name, target):
-        return aligned[name], lambda: jnp.mean(jnp.square(of[name] - batch[target]))
+        return aligned[name], lambda: align(of[name], batch[target])
 
     terms = {
         "repeat_alignment_loss": alignment("repeat", "target"),
@@ -135,7 +136,8 @@ def _square(x_BE):
     return jnp.sum(jnp.square(x_BE), axis=-1)
 
 
-def _unit(x_BE):
+def unit(x_BE):
+    """Returns vectors (..., E) of length 1; zeros stay zeros."""
     return x_BE * jax.lax.rsqrt(_square(x_BE) + 1e-18)[:, None]
 
 

@@ -79,15 +79,15 @@ def train(config, show_progress=True, backbone=None):
     resuming = claim(output, config)
     final = output / "model"
     mesh = sharding.make_mesh(config.mesh)
-    records = data.read_records(
-        config.data.responses, supervised.columns(config.loss), config.data.split, key="data.responses"
-    )
+    columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
+    records = data.read_records(config.data.responses, columns, config.data.split, key="data.responses")
     backbone = backbone or load_backbone(config.backbone.path, config.backbone.dtype, mesh, config.kernels.attention)
     extra = supervised.texts(config.loss)
     examples = data.tokenize(records, backbone.tokenizer, config.data, _num_appended(config), extra)
     distributed.agree({"data": examples.digest_ids(), "backbone": backbone.identity})
     if len(examples) < len(records):
-        print(f"left out {len(records) - len(examples)} of {len(records)} records: their answer is empty")
+        why = "their answer is empty" + ", or was cut" * config.data.finished_only
+        print(f"left out {len(records) - len(examples)} of {len(records)} records: {why}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
         if "negative_target" in supervised.targets(config.loss):
@@ -98,6 +98,8 @@ def train(config, show_progress=True, backbone=None):
             answers = [records[row][column].strip() for row in examples.row]
             targets, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
             setattr(examples, name, targets)
+    if config.teacher.centre:
+        teacher.centre(examples)
     method = Method(config, backbone, examples)
     run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output)
     run.start(resuming)

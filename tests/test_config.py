@@ -241,8 +241,8 @@ def test_help_lists_every_key_with_its_default(schema):
     assert set(lines) == set(expected)
     for key, value in expected.items():
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        assert lines[key].split()[0] == f"{key}={shown}"
-        assert len(lines[key].split(None, 1)[1]) > 3, "says what the key is"
+        assert lines[key].strip().startswith(f"{key}={shown} ")
+        assert len(lines[key].strip().removeprefix(f"{key}={shown}").strip()) > 3, "says what the key is"
 
 
 # Dead keys. (Those without a section say how processes are joined: many processes test them.)

@@ -151,6 +151,11 @@ def test_tokenize_refuses_lengths_without_room_and_empty_data():
         data.tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
     with pytest.raises(InputError, match="rows.jsonl: every answer is empty"):
         data.tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)
+    cut = [{"question": "q", "answer": "a", "finish": finish} for finish in ("length", "stop", "length")]
+    settings = DataConfig(responses="rows.jsonl", finished_only=True)
+    assert data.tokenize(cut, tokenizer, settings, 4).row.tolist() == [1]
+    with pytest.raises(InputError, match="rows.jsonl: every answer is empty or was cut"):
+        data.tokenize(cut[:1], tokenizer, settings, 4)
 
 
 def test_the_digest_tells_apart_what_trains_differently():

@@ -13,30 +13,33 @@ ROOT = pathlib.Path(llm2vec_gen_jax.__file__).parent
 PACKAGE = ROOT.name
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for folder in (ROOT, ROOT / "config", ROOT / "formats", ROOT / "lens")
+    for folder in (ROOT, ROOT / "config", ROOT / "formats", ROOT / "lens", ROOT / "study")
     for path in folder.glob("*.py")
     if path.name != "__init__.py"
 } | {"config": ROOT / "config" / "__init__.py"}
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "batcher collectives config.common costs errors preemption programs telemetry",
+    "batcher collectives config.common costs errors preemption programs study.plots study.tables telemetry",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised",
-    "config kernels quantization",
+    "config.study kernels quantization",
+    "config",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
+    "study.splits",
     "backbone card checkpoint heads lens.chart memory optim",
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
     "directory encode losses trainer",
     "generate lens.states teacher unsupervised",
-    "export lens.latent lens.logit respond train",
+    "export study.decoded lens.latent lens.logit respond train",
     "ablate api lens.generations lens.search plan synthesize",
     "bulk embedders engine train_teacher verify",
-    "harness lens.report quickstart serve",
+    "harness lens.report quickstart serve study.readings",
     "evaluate",
+    "study.stages",
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor.split()}
 OUTDATED = (

@@ -217,6 +217,36 @@ def test_alignment_equals_torch():
     assert_close(gradient_BE, embedding.grad.numpy(), 1e-6)
 
 
+def test_cosine_alignment_equals_torch():
+    import torch
+
+    embedding_BE, target_BE = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+    embedding = torch.tensor(embedding_BE, requires_grad=True)
+    expected = 1 - torch.nn.functional.cosine_similarity(embedding, torch.tensor(target_BE)).mean()
+    expected.backward()
+    value, gradient_BE = jax.value_and_grad(losses.cosine_alignment)(embedding_BE, target_BE)
+    assert_close(value, expected.item(), 1e-6)
+    assert_close(gradient_BE, embedding.grad.numpy(), 1e-6)
+    value, gradient_BE = jax.value_and_grad(losses.cosine_alignment)(embedding_BE * 0, target_BE)
+    assert value == 1 and np.isfinite(gradient_BE).all()
+
+
+def test_alignment_function_is_that_of_every_alignment_loss(training):
+    """All targets are the embedding itself, three times as long: no loss by cosine, some by mean squared error."""
+    _, (trainable, frozen, cache, batch) = training(1.0, 1.0)
+
+    def compute(function, batch):
+        weights = config.LossConfig(reconstruction=0.0, repeat=1.0, alignment_function=function)
+        return losses.total(trainable, training.model, frozen, cache, batch, weights)[1]
+
+    embedding_BE, _ = training.model.compress(trainable, frozen, cache, batch["query_lengths"])
+    more = {"extra_lengths": batch["query_lengths"][:, None], "extra_cache": cache, "target": 3 * embedding_BE}
+    for function, least, most in (("cosine", -1e-5, 1e-5), ("mse", 1e-2, np.inf)):
+        parts = compute(function, batch | more)
+        for name in ("alignment_loss", "repeat_alignment_loss"):
+            assert least < parts[name] < most
+
+
 @pytest.fixture(scope="module")
 def training(tiny):
     """Returns f(reconstruction, alignment): the jitted loss with its gradients, and a batch to call it on."""
@@ -243,6 +273,7 @@ def training(tiny):
 
         return gradient, (trainable, backbone.frozen, cache, batch)
 
+    make.model = model
     return make
 
 

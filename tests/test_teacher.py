@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from llm2vec_gen_jax import LLM2VecGen, config, loading, options, teacher
+from llm2vec_gen_jax import LLM2VecGen, config, data, loading, options, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import peft, weights
 from llm2vec_gen_jax.loading import load_backbone
@@ -374,6 +374,30 @@ def test_a_file_that_is_no_array_is_named(tmp_path):
         path = path if path.exists() or name == "none" else tmp_path / f"{name}.npz"
         with pytest.raises(InputError, match=f"teacher.path={path}: "):
             teacher.read_targets(path, 6, np.arange(6))
+
+
+def test_centred_targets_are_the_targets_less_their_mean(tiny_folder, tmp_path):
+    """Of the rows that train: the third answer is empty."""
+    rows = [{"question": f"q{number}", "answer": "" if number == 2 else f"a{number}"} for number in range(9)]
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    targets_BE = np.random.default_rng(0).normal(3, 1, (9, 4)).astype(np.float32)
+    mean_E = np.delete(targets_BE, 2, axis=0).mean(axis=0)
+    np.save(tmp_path / "plain.npy", targets_BE)
+    np.save(tmp_path / "centred.npy", targets_BE - mean_E)
+    words = ("teacher.kind=file", f"data.responses={tmp_path / 'responses.jsonl'}", "train.steps=1")
+    words += ("train.batch_size=8", "loss.reconstruction=0")
+
+    def loss(name, *more):
+        output = tmp_path / f"{name}{len(more)}"
+        more += (f"teacher.path={tmp_path / name}.npy", f"train.output={output}")
+        train(settings_of(tiny_folder, *words, *more), False)
+        return read_metrics(output)[-1]["alignment_loss"]
+
+    assert loss("plain", "teacher.centre=true") == pytest.approx(loss("centred"), rel=1e-5)
+    assert loss("plain") > 2 * loss("centred", "teacher.centre=false")
+    examples = data.Examples([], [], np.arange(2), np.array([[1.0, 2], [3, 6]]), {}, np.array([[0.0, 0], [2, 4]]))
+    teacher.centre(examples)
+    assert examples.target.tolist() == [[-1, -2], [1, 2]] and examples.negative_target.tolist() == [[-2, -4], [0, 0]]
 
 
 # Any embedder

@@ -31,6 +31,7 @@ from llm2vec_gen_jax.config.lens import (
     ReportConfig,
 )
 from llm2vec_gen_jax.config.serve import DecodeSettings, ServeConfig
+from llm2vec_gen_jax.config.study import BUDGETS, ReproduceConfig, SizesConfig
 from llm2vec_gen_jax.config.training import (
     AblateConfig,
     CompressionConfig,
@@ -52,6 +53,7 @@ from llm2vec_gen_jax.config.training import (
 
 __all__ = [
     "AblateConfig",
+    "BUDGETS",
     "BackboneConfig",
     "BuildIndexConfig",
     "CompressionConfig",
@@ -76,10 +78,12 @@ __all__ = [
     "QueryIndexConfig",
     "QuickstartConfig",
     "ReportConfig",
+    "ReproduceConfig",
     "RespondConfig",
     "ServeConfig",
     "ShardConfig",
     "SimcseConfig",
+    "SizesConfig",
     "SynthesizeConfig",
     "TeacherConfig",
     "TeacherSettings",

@@ -49,6 +49,7 @@ class TeacherConfig:
         None, "kind=sentence_transformers: put before every answer; null: the model's own for documents"
     )
     normalize: bool = setting(False, "kind=sentence_transformers: targets of unit length")
+    centre: bool = setting(False, "the mean of all targets is taken out of each")
     batch_size: int = setting(32, "responses per teacher pass", least=1)
 
 
@@ -56,6 +57,7 @@ class TeacherConfig:
 class DataConfig:
     responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
     split: str = setting("train", "split of a Hugging Face dataset")
+    finished_only: bool = setting(False, "leave out responses that were cut (`finish: length`, as `respond` writes it)")
     max_query_length: int = setting(512, "tokens of a query, the compression tokens included", least=1)
     max_answer_length: int = setting(512, "tokens of an answer, its end token included", least=1)
     answer_suffix: str = setting(
@@ -70,6 +72,9 @@ class DataConfig:
 class LossConfig:
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
+    alignment_function: str = setting(
+        "mse", "of the alignment losses: mean squared error (as published), or 1 - cosine", ("mse", "cosine")
+    )
     repeat: float = setting(0.0, "of aligning a request to repeat the answer, relative to loss.alignment")
     negative: float = setting(0.0, "of aligning negative_question with negative_answer, relative to loss.alignment")
     margin: float = setting(0.0, "weight of the margin loss between questions, and against negative_question")
