@@ -80,7 +80,7 @@ def _run_record(backbone, corpus, config, layers):
     for key in ("input", "output"):
         del settings[key]
     settings["layers"] = layers
-    settings["dtype"] = str(backbone.frozen["embedding"].dtype)
+    settings["dtype"] = backbone.dtype
     settings["mesh"] = dict(backbone.mesh.shape)
     return {
         "backbone": backbone.identity,
