@@ -57,8 +57,12 @@ def outcome(arrays, visibility, real, execution):
     return jax.jit(mix)(*arrays), jax.jit(jax.grad(loss, tuple(range(len(arrays)))))(*arrays)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("groups", [1, 3, 4, 8])
+SHAPES = [(1, 64), (3, 64), (4, 128), (8, 64)]  # groups and head sizes; the others are slow ones
+OTHERS = [pytest.param(1, 128, marks=pytest.mark.slow), pytest.param(3, 128, marks=pytest.mark.slow)]
+OTHERS += [pytest.param(4, 64, marks=pytest.mark.slow), pytest.param(8, 128, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("groups, head_dim", SHAPES + OTHERS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_pallas_is_the_reference(mask, groups, head_dim):
     arguments = inputs(mask, groups, head_dim)

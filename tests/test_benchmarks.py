@@ -41,6 +41,7 @@ def benchmark(tiny_folder, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training(benchmark):
     rows, architecture = benchmark("train", "--batch-size", "4", "--steps", "1", "--checkpointing", "off")
     for row in rows:
@@ -56,6 +57,7 @@ def test_training(benchmark):
     assert rows[0]["compile_seconds"] > 0 and rows[0]["target_seconds_per_sample"] > 0
 
 
+@pytest.mark.slow
 def test_encoding(benchmark):
     rows, architecture = benchmark("encode", "--texts", "6", "--batch-size", "2")
     texts = lengths.mixed(np.random.default_rng(0), 6)[0] + 10
@@ -64,6 +66,7 @@ def test_encoding(benchmark):
         assert np.isclose(row["flops"], ROUNDS * sum(reading_flops(architecture, [length]) for length in texts))
 
 
+@pytest.mark.slow
 def test_generation(benchmark):
     rows, architecture = benchmark("generate", "--new-tokens", "5", "--batch-size", "3")
     for row in rows:
