@@ -27,7 +27,7 @@ from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json
 from llm2vec_gen_jax.generate import Sampling, continue_prompts
 from llm2vec_gen_jax.model import Model, Packed
-from llm2vec_gen_jax.train import jit_prefix, jit_step
+from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
 
 _TPUS = ("v5e", "v5p", "v6e")
@@ -226,9 +226,7 @@ def _arguments(config, functions, inputs, mesh):
     frozen, arguments, cache = inputs["frozen"], {}, None
     if not config.lora.rank:
         arguments["prefix"] = frozen, inputs["ids"]
-        put = sharding.cache_sharding(mesh)
-        cache = jax.eval_shape(functions["prefix"], *arguments["prefix"])
-        cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+        cache = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
     arguments["step"] = inputs["state"], frozen, cache, inputs["batch"]
     arguments["encode"] = inputs["trainable"], frozen, inputs["packed"]
     lengths, seed = inputs["batch"]["query_lengths"], jax.ShapeDtypeStruct((), jnp.uint32)

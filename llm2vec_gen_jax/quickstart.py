@@ -36,7 +36,7 @@ def quickstart(config):
         if not (output / "queries.jsonl").exists() and any(output.iterdir()):
             raise InputError(f"output={output}: not of a quickstart; it is not deleted")
         shutil.rmtree(output)
-    common = {"backbone": config.backbone, "mesh": config.mesh, "seed": config.seed}
+    common = {"backbone": config.backbone, "kernels": config.kernels, "mesh": config.mesh, "seed": config.seed}
     print(f"1/4  {config.backbone.path} writes {config.queries} queries", flush=True)
     backbone = open_backbone(config)
     queries = synthesize(
@@ -58,7 +58,9 @@ def quickstart(config):
     print("3/4  its own vectors of the responses are the targets; compression tokens and heads train", flush=True)
     model_directory = train(_train_config(config, responses), backbone=backbone)
     print("4/4  a look at the result\n", flush=True)
-    model = LLM2VecGen.from_pretrained(model_directory, config.backbone.dtype, mesh=config.mesh)
+    model = LLM2VecGen.from_pretrained(
+        model_directory, config.backbone.dtype, mesh=config.mesh, attention=config.kernels.attention
+    )
     print(report(model, model_directory.parent, responses))
     print(_places(output, queries, responses, model_directory))
     return model_directory
@@ -67,6 +69,7 @@ def quickstart(config):
 def _train_config(config, responses):
     return config_lib.TrainConfig(
         backbone=config.backbone,
+        kernels=config.kernels,
         mesh=config.mesh,
         data=config_lib.DataConfig(responses=str(responses), seed=config.seed),
         optimizer=config_lib.OptimizerConfig(

@@ -65,6 +65,13 @@ def jit_prefix(model, slots, prefix=Model.prefix):
     return jax.jit(functools.partial(prefix, model, slots=slots), out_shardings=cached)
 
 
+def abstract_cache(jitted, mesh, frozen, ids):
+    """Returns the ShapeDtypeStructs of what a `jit_prefix` makes."""
+    put = sharding.cache_sharding(mesh)
+    cache = jax.eval_shape(jitted, frozen, ids)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+
+
 def train(config, show_progress=True, backbone=None):
     """Runs (or resumes) the training that a TrainConfig describes. Returns the path of the finished model directory.
 
@@ -196,7 +203,7 @@ class Method:
                 batch["extra_cache"] = self.extra_prefix(frozen, batch.pop("extra"))
         return self.update(state, frozen, cache, batch)
 
-    def compile(self, state, steps, show_progress):
+    def compile(self, state, steps, show_progress, beat=lambda what: None):
         """Compiles every program that the batches of `steps` need, the largest first; so what does not fit is known
         before anything is begun, and train.remat=auto is settled by it."""
         batches = {(batch.S, batch.T, batch.extra): step for step in reversed(steps) for batch in [self.plan[step]]}
@@ -204,6 +211,7 @@ class Method:
         frozen, lora = self.backbone.frozen, self.model.lora_rank
         with progress.bar(len(order), "batch shape", "compile", enabled=show_progress and len(order) > 0) as bar:
             for number, shape in enumerate(order):
+                beat(f"the compilation for batch shape {number + 1} of {len(order)}")
                 batch = sharding.abstract_batch(self.batches[batches[shape]], self.backbone.mesh)
                 cache = None
                 if not lora:
@@ -217,12 +225,8 @@ class Method:
 
     def _compile_prefix(self, prefix, ids):
         """Compiles a prefix. Returns the abstract cache that it makes."""
-        compiled = prefix.compile(self.backbone.frozen, ids)
-        return jax.tree.map(
-            lambda x, put: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put),
-            jax.eval_shape(prefix.jitted, self.backbone.frozen, ids),
-            compiled.output_shardings,
-        )
+        prefix.compile(self.backbone.frozen, ids)
+        return abstract_cache(prefix.jitted, self.backbone.mesh, self.backbone.frozen, ids)
 
     def _choose_remat(self, state, cache, batch):
         """Makes the model, and its step, that of the policy that fits the largest batch."""

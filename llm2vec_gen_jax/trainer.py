@@ -121,8 +121,9 @@ class Task:
     init() gives the trainable tree on the mesh. step(state, batch) gives (state, metrics) of a batch put on the mesh.
     batches: padded numpy batches by step from 0, this process's rows of each; `NAME` beside `NAME_lengths` are
     counted as tokens. record: JSON of what a checkpoint only fits. where(step): which rows of which file a step
-    (from 0) reads, for the error about a loss that is not finite. compile(state, steps, show_progress): makes ready
-    the programs that a range of steps (from 0) needs, where that is not left to the first call of each.
+    (from 0) reads, for the error about a loss that is not finite. compile(state, steps, show_progress, beat): makes
+    ready the programs that a range of steps (from 0) needs, where that is not left to the first call of each; beat is
+    the Watchdog's.
     """
 
     init: Callable
@@ -165,22 +166,29 @@ class Run:
 
         Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
         """
-        settings, state = self.settings, self.state
+        settings = self.settings
         if distributed.stop_requested():
             self.checkpoints.close()
             raise distributed.Preempted(f"{self.output}: stopped as asked, at step {self.first_step}")
-        if self.task.compile:
-            self.task.compile(state, range(self.first_step, settings.steps), show_progress)
+        watchdog = distributed.Watchdog(settings.watchdog, self.checkpoints.check)
+        with watchdog, self.checkpoints.settled():
+            if self.task.compile:
+                steps = range(self.first_step, settings.steps)
+                self.task.compile(self.state, steps, show_progress, watchdog.beat)
+            self._train(show_progress, name, watchdog.beat)
+        self.checkpoints.close()
+
+    def _train(self, show_progress, name, beat):
+        settings, state = self.settings, self.state
         writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
-        watchdog = distributed.Watchdog(settings.watchdog, self.checkpoints.check)
         batches = data.iterate(self.task.batches, self.first_step, settings.steps)
-        with bar, watchdog, self.checkpoints.settled(), _Profile(settings.profile, self.output) as profile:
+        with bar, _Profile(settings.profile, self.output) as profile:
             pending = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
-                watchdog.beat(f"step {number}")
+                beat(f"step {number}")
                 self.checkpoints.check()
                 profile.before(number)
                 due = number % settings.checkpoint_every == 0 or number == settings.steps
@@ -200,7 +208,6 @@ class Run:
                 if stopping and number < settings.steps:
                     self.checkpoints.close()
                     raise distributed.Preempted(f"{self.output}: stopped as asked, and saved at step {number}")
-        self.checkpoints.close()
         if writer:
             writer.close()
         self.state = state

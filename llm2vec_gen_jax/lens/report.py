@@ -106,7 +106,7 @@ def _teacher(model, config):
     place = None if given else trained["path"]
     if place or used["adapters"]:
         settings = EvaluateConfig(kind="teacher", **used, batch_size=config.batch_size, dtype=config.dtype)
-        settings.mesh = config.mesh
+        settings.mesh, settings.kernels = config.mesh, config.kernels
         found, _, _ = embedders.load(place or model.backbone.name, settings)
     else:
         causal = teacher.is_causal(EvaluateConfig(**used))
