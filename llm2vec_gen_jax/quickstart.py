@@ -68,6 +68,7 @@ def quickstart(config):
 
 def _train_config(config, responses):
     return config_lib.TrainConfig(
+        tracking=config.tracking,
         backbone=config.backbone,
         kernels=config.kernels,
         mesh=config.mesh,
