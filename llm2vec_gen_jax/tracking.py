@@ -75,7 +75,8 @@ def _start_wandb(folder, identity, config):
             reinit="create_new",  # whatever other run this process may have
         )
     except wandb.errors.Error as error:
-        raise InputError(f"tracking=wandb: {error}. Log in (`wandb login`), or set WANDB_MODE=offline") from None
+        reason = str(error).rstrip(".")
+        raise InputError(f"tracking=wandb: {reason}, or set WANDB_MODE=offline") from None
     return run.log, lambda failed: run.finish(exit_code=int(failed))
 
 
