@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 
-from benchmarks.chaos import WORDS, Failure, Leg, contents, flipped, truncated
+from benchmarks.chaos import contents
+from benchmarks.chaos_faults import WORDS, Failure, Leg, flipped, truncated
 from tests.tiny import save_random_backbone
 
 RECORDS = (".run.json", "manifest.json")  # say of which run an output is: with another one it is refused by name

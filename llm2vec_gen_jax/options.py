@@ -188,7 +188,7 @@ def _check(instance, prefix=""):
         value, name = getattr(instance, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             _check(value, f"{name}.")
-        elif field.metadata["choices"] and value not in field.metadata["choices"]:
+        elif field.metadata["choices"] and value is not None and value not in field.metadata["choices"]:
             raise InputError(f"{name}={value}: unknown{nearest(value, field.metadata['choices'])}")
         elif isinstance(value, (int, float)) and not field.metadata["least"] <= value < math.inf:
             raise InputError(f"{name}={value}: must be a number, at least {field.metadata['least']}")

@@ -76,6 +76,7 @@ def _teachers(config):
 
 def _train_config(config, responses):
     return config_lib.TrainConfig(
+        tracking=config.tracking,
         backbone=config.backbone,
         teacher=config_lib.TeacherConfig(adapters=_teachers(config)),
         kernels=config.kernels,

@@ -108,7 +108,7 @@ def train(config, show_progress=True, backbone=None):
     if config.teacher.centre:
         teacher.centre(examples)
     method = Method(config, backbone, examples)
-    run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output)
+    run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output, config)
     run.start(resuming)
     if run.first_step >= config.train.steps and distributed.on_first(final.exists):
         print(f"{final}: already finished")
@@ -119,7 +119,7 @@ def train(config, show_progress=True, backbone=None):
     # A run that was killed after its last step has logged everything and only lacks the directory.
     last = run.last_record or read_metrics(output)[-1]
     extra = {
-        # Not how its processes were joined, nor the speed: equal runs leave equal directories.
+        # Not how its processes were joined, nor what tracks it, nor the speed: equal runs leave equal directories.
         "config": {key: value for key, value in options.to_dict(config).items() if key not in FREE_KEYS[""]},
         "data": {"responses": config.data.responses, "examples": len(examples), "digest": examples.digest},
         "metrics": {name: value for name, value in last.items() if name != "tokens_per_second"},

@@ -148,7 +148,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
         watchdog=train.watchdog,
     )
     output.mkdir(parents=True, exist_ok=True)
-    run = Run(task, run_settings, optimizer, mesh, output)
+    run = Run(task, run_settings, optimizer, mesh, output, config)
     run.start(resuming=True)  # the whole command's claim says that what is there is an earlier part of it
     run.loop(show_progress, output.name.removesuffix("-run"))
     return jax.tree.map(sharding.gather, run.state.trainable)

@@ -1,6 +1,7 @@
 """What all training shares: the update, run directories, and the loop that feeds, logs, checkpoints and resumes."""
 
 import collections
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from llm2vec_gen_jax import data, distributed, optim, options, preemption, progress, sharding
+from llm2vec_gen_jax import data, distributed, optim, options, preemption, progress, sharding, tracking
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, write_text
@@ -21,7 +22,7 @@ from llm2vec_gen_jax.metrics import MetricsWriter
 
 # What may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
-    "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout"),
+    "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout", "tracking"),
     "train": (
         "steps",
         "log_every",
@@ -76,6 +77,7 @@ def claim(output, config, free=FREE_KEYS):
 
 
 def _claim(output, config, free):
+    tracking.check(config.tracking)
     resuming = False
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         old = _config_of(output, type(config))
@@ -137,12 +139,12 @@ class Task:
 class Run:
     """A training run: a Task, its checkpoints, and where it stands."""
 
-    def __init__(self, task, settings, optimizer, mesh, output):
-        """settings: TrainSettings. optimizer: OptimizerConfig."""
+    def __init__(self, task, settings, optimizer, mesh, output, config):
+        """settings: TrainSettings. optimizer: OptimizerConfig. config: the command's, which is tracked as a whole."""
         shards = sharding.batch_shards(mesh)
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
-        self.task, self.settings, self.mesh, self.output = task, settings, mesh, output
+        self.task, self.settings, self.mesh, self.output, self.config = task, settings, mesh, output, config
         # All at once and before the loop: one by one, each would wait on the device behind the step under way.
         rates = optim.make_schedule(optimizer)(jnp.arange(settings.steps))
         self.learning_rates = np.broadcast_to(rates, settings.steps)
@@ -180,12 +182,11 @@ class Run:
 
     def _train(self, show_progress, name, beat):
         settings, state = self.settings, self.state
-        writer = MetricsWriter(self.output, self.first_step) if jax.process_index() == 0 else None
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
         batches = data.iterate(self.task.batches, self.first_step, settings.steps)
-        with bar, _Profile(settings.profile, self.output) as profile:
+        with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
             pending = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
                 beat(f"step {number}")
@@ -208,9 +209,12 @@ class Run:
                 if stopping and number < settings.steps:
                     self.checkpoints.close()
                     raise distributed.Preempted(f"{self.output}: stopped as asked, and saved at step {number}")
-        if writer:
-            writer.close()
         self.state = state
+
+    def _writer(self):
+        if jax.process_index() > 0:
+            return contextlib.nullcontext()
+        return MetricsWriter(self.output, self.first_step, self.config.tracking, options.to_dict(self.config))
 
     def _asked_on_any(self):
         """Whether any process was asked to stop: read with the metrics of its step, so that nobody waits for it."""

@@ -118,6 +118,50 @@ def model_folder(embedder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def talker_folder(tmp_path_factory):
+    """A tiny random LLM that ends a turn about every twentieth token: dimension 0 is a constant that says so."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("talker")
+    model = tiny_torch_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 3
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        model.model.norm.weight[0] = 1
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[2, 0] = 1.5
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talker(talker_folder):
+    """That LLM on one device."""
+    return load_backbone(str(talker_folder), "float32", one_device_mesh())
+
+
+@pytest.fixture(scope="module")
+def task_folders(tmp_path_factory):
+    """A folder of small tasks, one of each type."""
+    from .tasks import TYPES, write_task
+
+    folder = tmp_path_factory.mktemp("tasks")
+    for kind in TYPES:
+        write_task(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture
+def responses(tmp_path):
+    """A responses file, beside which targets are kept."""
+    from .adapters import ANSWERS
+
+    return write_jsonl(tmp_path / "responses.jsonl", [{"answer": answer} for answer in ANSWERS])
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The real default backbone on one device in float32."""
     return load_backbone("smollm2-135m", "float32", one_device_mesh())
@@ -170,6 +214,7 @@ import hypothesis  # noqa: E402
 # Hypothesis would call a test slow because the machine is busy.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+TMP_PATH = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

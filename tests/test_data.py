@@ -1,4 +1,4 @@
-"""Records, tokenised examples, the plan of batches, and JSONL files that survive a kill."""
+"""Records, tokenised examples, the plan of batches, and the batches."""
 
 import gzip
 import itertools
@@ -14,7 +14,7 @@ from llm2vec_gen_jax.config import DataConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.tokenizer import Tokenizer
 
-from .conftest import tiny_tokenizer, write_jsonl
+from .conftest import TMP_PATH, tiny_tokenizer, write_jsonl
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -22,7 +22,6 @@ JSON = st.recursive(
     max_leaves=5,
 )
 OBJECTS = st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=6)
-TMP_PATH = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 
 
 # Records
@@ -175,6 +174,7 @@ def test_the_digest_tells_apart_what_trains_differently():
 
 # The plan
 
+
 LENGTHS = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 90)), min_size=8, max_size=80)
 PLANS = st.tuples(LENGTHS, st.integers(1, 8), st.integers(1, 5), st.booleans(), st.integers(0, 2**40))
 
@@ -269,6 +269,8 @@ def test_who_sits_out_changes_from_epoch_to_epoch():
 
 
 # Some lists of lengths that fewer edges than allowed serve well: in most, one edge more always helps.
+
+
 LENGTH = [st.integers(0, 60), st.sampled_from([64, 63, 56]), st.sampled_from([16, 24, 55, 56])]
 
 
@@ -352,145 +354,3 @@ def test_iterating_from_a_step_is_the_tail_of_all_batches():
         for left, right in zip(tail, whole[first:]):
             for key, value in right.items():
                 np.testing.assert_array_equal(left[key], value)
-
-
-# A JSONL file that is appended to
-
-
-RUN = {"model": "a", "sampling": {"seed": 0}}
-BATCHES = [[{"id": 0, "text": "é \u2028\n"}], [{"id": 1}, {"id": 2, "text": "🙂"}], [], [{"id": 3}]]
-ROWS = [row for batch in BATCHES for row in batch]
-
-
-def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
-        for batch in BATCHES:
-            output.append(batch)
-    whole = path.read_bytes()
-    assert [row for _, row in files.read_jsonl(path)] == ROWS
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        with files.JsonlAppender(path, RUN) as output:
-            assert output.rows == ROWS[: whole[:cut].count(b"\n")]
-            output.append(ROWS[len(output.rows) :])
-            assert output.rows == ROWS
-        assert path.read_bytes() == whole
-
-
-@hypothesis.given(st.lists(st.integers(0, 400), max_size=12))
-@hypothesis.settings(TMP_PATH, max_examples=30)
-def test_nothing_is_lost_over_repeated_kills(tmp_path, cuts):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"id": number, "text": "é🙂"[: number % 3]} for number in range(10)]
-    with files.JsonlAppender(path, RUN, overwrite=True) as output:
-        output.append(rows[:1])
-    for cut in cuts:
-        with files.JsonlAppender(path, RUN) as output:
-            output.append(rows[len(output.rows) : len(output.rows) + 2])
-        path.write_bytes(path.read_bytes()[: max(cut, path.stat().st_size - 30)])
-    with files.JsonlAppender(path, RUN) as output:
-        output.append(rows[len(output.rows) :])
-    assert [row for _, row in files.read_jsonl(path)] == rows
-
-
-def test_other_settings_and_foreign_files_are_refused_and_left_alone(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
-        output.append(ROWS)
-    whole = path.read_bytes()
-    with pytest.raises(InputError, match=r"rows.jsonl: holds another run \(sampling.seed: 0 -> 1\).*overwrite"):
-        files.JsonlAppender(path, {"model": "a", "sampling": {"seed": 1}})
-    assert path.read_bytes() == whole
-    foreign = tmp_path / "notes.jsonl"
-    foreign.write_text("no newline at the end")
-    with pytest.raises(InputError, match="notes.jsonl: exists, and was not written by this command"):
-        files.JsonlAppender(foreign, RUN)
-    assert foreign.read_text() == "no newline at the end"
-    with files.JsonlAppender(path, {"model": "b"}, overwrite=True) as output:
-        assert output.rows == []
-    assert path.read_bytes() == b""
-
-
-def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
-        output.append(ROWS[:2])
-        with pytest.raises(InputError, match="rows.jsonl: another process is writing to it"):
-            files.JsonlAppender(path, RUN)
-        output.append(ROWS[2:])
-    with files.JsonlAppender(path, RUN) as output:
-        assert output.rows == ROWS
-
-
-@hypothesis.given(st.integers(0, 10**6), st.sampled_from(["rows.jsonl", "rows.jsonl.crc32"]), st.binary(max_size=3))
-@hypothesis.settings(TMP_PATH, max_examples=200)
-def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
-    """Bytes overwritten, taken out or put in anywhere, in the lines or in their checksums."""
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN, overwrite=True) as output:
-        for batch in BATCHES:
-            output.append(batch)
-    whole = path.read_bytes()
-    damaged = tmp_path / name
-    content = damaged.read_bytes()
-    place %= len(content)
-    for end in (place, place + 1, place + len(bytes_there)):
-        damaged.write_bytes(content[:place] + bytes_there + content[end:])
-        with files.JsonlAppender(path, RUN) as output:
-            assert output.rows == ROWS[: len(output.rows)]
-            output.append(ROWS[len(output.rows) :])
-        assert path.read_bytes() == whole
-        assert len((tmp_path / "rows.jsonl.crc32").read_bytes()) == 4 * len(ROWS)
-
-
-def test_a_line_that_was_changed_is_named(tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
-        output.append(ROWS)
-    path.write_bytes(path.read_bytes().replace(b'{"id": 1}', b'{"id": 7}'))
-    with files.JsonlAppender(path, RUN) as output:
-        assert output.rows == ROWS[:1]
-    assert f"{path}, line 2: is not what was written; made again from there on" in capsys.readouterr().out
-
-
-def test_without_checksums_a_damaged_line_is_an_error(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
-        output.append(ROWS)
-    (tmp_path / "rows.jsonl.crc32").unlink()  # as files of before have none
-    damaged = path.read_bytes().replace(b'{"id": 1}', b'{"id": 1')
-    path.write_bytes(damaged)
-    with pytest.raises(InputError, match="rows.jsonl, line 2: not valid JSON"):
-        files.JsonlAppender(path, RUN)
-    assert path.read_bytes() == damaged
-
-
-SETTINGS = st.recursive(
-    st.integers() | st.text() | st.lists(st.integers()),
-    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@hypothesis.given(SETTINGS, SETTINGS)
-def test_changes_names_what_differs_and_only_that(one, two):
-    old, new = {"same": one, "part": {"x": one}}, {"same": one, "part": {"x": two}}
-    found = files.changes(old, new)
-    assert (found == "") == (one == two)
-    assert found == "" or found.startswith("part.x")
-
-
-# Atomic files
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    files.write_text(tmp_path / "a.txt", "old")
-    with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyError), files.atomic_directory(tmp_path / "b") as temporary:
-        (temporary / "c").mkdir()
-        raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "old"

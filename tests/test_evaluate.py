@@ -1,6 +1,5 @@
-"""Evaluation: each type of task through the real mteb against an independent computation, resuming, baselines."""
+"""Evaluation: each type of task through the real mteb against an independent computation, and resuming."""
 
-import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -11,62 +10,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm2vec_gen_jax import LLM2VecGen, directory, embedders, evaluate, files, instructions, options, tasks
-from llm2vec_gen_jax.config import EvaluateConfig
+from llm2vec_gen_jax import LLM2VecGen, directory, embedders, files, instructions, tasks
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.generate import Sampling, generate
 from llm2vec_gen_jax.heads import init_trainable
 from llm2vec_gen_jax.model import Model
-from tests.conftest import tiny_torch_model, torch_outputs, write_jsonl
 
-needs_mteb = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="needs requirements-eval.txt")
+from .commands import rows_of
+from .tasks import needs_mteb, run, write_task
+
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tasks"
-WORDS = "cat dog bird fish tree leaf root seed rain snow wind fog king duke earl lord".split()
-GROUPS = [WORDS[start : start + 4] for start in range(0, 16, 4)]
-TYPES = ("retrieval", "sts", "classification", "clustering", "safety_retrieval")
-
-
-def sentence(number, group):
-    """A text of three words of a group, different for each number."""
-    draw = random.Random(number)
-    return " ".join(draw.choice(GROUPS[group]) for _ in range(3)) + f" {number}"
-
-
-def write_task(folder, kind, name=None, **changes):
-    """Writes a small task folder with instructions; returns it."""
-    folder.mkdir(parents=True)
-    settings = {"name": name or f"Small-{kind}", "type": kind, "query_instruction": "Answer:", "licence": "none"}
-    if kind in ("retrieval", "safety_retrieval"):
-        settings["document_instruction"] = "Sum up:"
-        corpus = [
-            {"_id": f"d{n}", "title": f"title {n}" if n % 2 else "", "text": f" {sentence(n, n % 4)}"}
-            for n in range(30)
-        ]
-        queries = [{"_id": f"q{n}", "text": f"{sentence(100 + n, n % 4)} "} for n in range(9)]
-        write_jsonl(folder / "corpus.jsonl", corpus)
-        write_jsonl(folder / "queries.jsonl", queries)
-        pairs = [(f"q{n}", f"d{(5 * n + step) % 24}", 1 + step % 2) for n in range(8) for step in (0, 4, 9)]
-        lines = ["query-id\tcorpus-id\tscore", *(f"{q}\t{d}\t{grade}" for q, d, grade in pairs), "q8\td0\t0"]
-        (folder / "qrels.tsv").write_text("\n".join(lines) + "\n")
-    elif kind == "sts":
-        pairs = [(sentence(n, n % 4), sentence(50 + n, n % 3), float(n % 6)) for n in range(20)]
-        rows = [{"sentence1": first, "sentence2": second, "score": value} for first, second, value in pairs]
-        write_jsonl(folder / "test.jsonl", rows)
-    else:
-        for split, count, offset in (("train", 24, 0), ("test", 40, 200)):
-            labels = ["a", "b", "c", "d"] if kind == "classification" else [0, 1, 2, 3]
-            rows = [{"text": sentence(offset + n, n * n % 4), "label": labels[n * n % 4]} for n in range(count)]
-            write_jsonl(folder / f"{split}.jsonl", rows)
-    files.write_json(folder / "task.json", settings | changes)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def task_folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    for kind in TYPES:
-        write_task(folder / kind, kind)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +36,6 @@ def model_folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder") / "model"
     directory.save(folder, model.model, model.trainable, model.backbone, {}, [])
     return folder
-
-
-def run(model, tasks, output, *words):
-    loaded = options.load(EvaluateConfig, None, [f"tasks={tasks}", f"output={output}", "dtype=float32", *words])
-    return evaluate.evaluate(str(model), loaded)
-
-
-def rows_of(file):
-    return [row for _, row in files.read_jsonl(file)]
 
 
 def cosine(first, second):
@@ -285,220 +228,6 @@ def test_limit_keeps_the_corpus_and_cuts_queries_and_test_rows(task_folders):
     retrieval, labelled = (tasks.read(task_folders / kind, 3).data for kind in ("retrieval", "classification"))
     assert [row["id"] for row in retrieval["queries"]] == ["q0", "q1", "q2"] and len(retrieval["corpus"]) == 30
     assert len(labelled["test"]) == 3 and len(labelled["train"]) == 24
-
-
-# Baselines
-
-
-def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
-    """Against torch, causal and bidirectional, in a batch of different lengths."""
-    backbone = tiny("llama")
-    texts = ["one", "a longer text", "x"]
-    rows = backbone.tokenizer.encode([f"Do: {text}" for text in texts], 512)
-    for causal in (True, False):
-        outputs = torch_outputs(tiny_torch_model("llama"), rows, causal)
-        teacher = embedders.Teacher(backbone, backbone.frozen, causal, batch_size=2)
-        expected = [hidden.mean(axis=0) for hidden, _ in outputs]
-        np.testing.assert_allclose(teacher.encode(texts, "Do:"), expected, atol=2e-4)
-    assert teacher.encode([]).shape == (0, 32)
-
-
-def settings(kind, **changes):
-    return dataclasses.replace(EvaluateConfig(), kind=kind, tasks="x", output="y", dtype="float32", **changes)
-
-
-def test_instructions_by_kind(task_folders):
-    """A student reads both, HyDE asks the query and embeds documents bare, a teacher reads none unless told to."""
-    folder = str(task_folders / "retrieval")
-
-    def pair(kind, **changes):
-        job = evaluate.resolve(dataclasses.replace(settings(kind, **changes), tasks=folder))[0]
-        return job.query_instruction, job.document_instruction
-
-    evaluate_without_mteb = pytest.MonkeyPatch()
-    evaluate_without_mteb.setattr(evaluate, "_harness", lambda: None)
-    try:
-        assert pair("student") == ("Answer:", "Sum up:")
-        assert pair("hyde") == ("Answer:", "")
-        assert pair("teacher") == ("", "")
-        assert pair("teacher", query_instruction="Q:", document_instruction="D:") == ("Q:", "D:")
-        assert pair("student", query_instruction="", document_instruction="") == ("", "")
-    finally:
-        evaluate_without_mteb.undo()
-
-
-def test_instructions_of_a_file_go_over_the_tasks_own(task_folders, tmp_path):
-    file = tmp_path / "own.yaml"
-    file.write_text("query:\n  Small-safety_retrieval: 'Mine:'\ndocument: 'Theirs:'\n")
-    given = dataclasses.replace(
-        settings("student", instructions=str(file)), tasks=str(task_folders / "safety_retrieval")
-    )
-    job = evaluate.resolve(given)[0]
-    assert (job.query_instruction, job.document_instruction) == ("Mine:", "Theirs:")
-    for text, named in [
-        ("queries: {}", "did you mean 'query'"),
-        ("query: text", "must be a dict"),
-        ("- a", "expected"),
-    ]:
-        file.write_text(text)
-        with pytest.raises(InputError, match=named):
-            evaluate.resolve(given)
-
-
-def test_hyde_embeds_what_the_llm_writes(tiny):
-    backbone = tiny("llama")
-    teacher = embedders.Teacher(backbone, backbone.frozen, True)
-    hyde = embedders.Hyde(backbone, teacher, max_new_tokens=5, batch_size=2)
-    texts = ["one", "a longer question", "x"]
-    prompts = [backbone.tokenizer.chat_prompt(f"Answer: {text}", 512) for text in texts]
-    answers = [backbone.tokenizer.decode(ids).strip() for ids in generate(backbone, prompts, Sampling(5))]
-    assert hyde.answers(texts, "Answer:") == answers and len(set(answers)) > 1
-    np.testing.assert_allclose(hyde.encode(texts, "Answer:"), teacher.encode(answers), atol=1e-5)
-    assert hyde.clock.read() > 0 and hyde.clock.read() is None
-
-
-def test_the_clock_leaves_compilation_out_when_it_can():
-    clock = embedders.Clock()
-    clock.add("shape", 10.0, 2)
-    assert clock.read() == 5.0
-    clock.add("shape", 1.0, 2)
-    clock.add("other", 9.0, 2)
-    assert clock.read() == 0.5
-
-
-def test_baselines_through_the_command(tiny_folder, task_folders, tmp_path):
-    """kind=hyde reports its time; kind=teacher takes no instruction; documents are embedded alike."""
-    task, folder = task_folders / "safety_retrieval", tiny_folder("llama")
-    teacher = run(folder, task, tmp_path / "teacher", "kind=teacher")["Small-safety_retrieval"]
-    causal = run(folder, task, tmp_path / "causal", "kind=teacher", "attention=causal")["Small-safety_retrieval"]
-    assert teacher == causal, "auto is causal without adapters"
-    hyde = run(folder, task, tmp_path / "hyde", "kind=hyde", "max_new_tokens=4", "limit=3")["Small-safety_retrieval"]
-    assert hyde["generation_seconds_per_query"] > 0 and 0 <= hyde["main_score"] <= 1
-    with pytest.raises(InputError, match="max_new_tokens: 4 -> 5"):
-        run(folder, task, tmp_path / "hyde", "kind=hyde", "max_new_tokens=5", "limit=3")
-
-
-def test_a_student_takes_no_adapters(model_folder, task_folders, tmp_path):
-    with pytest.raises(InputError, match="adapters are merged for kind=teacher"):
-        run(model_folder, task_folders / "safety_retrieval", tmp_path / "out", "adapters=[a]")
-
-
-# Mistakes in task folders
-
-
-@pytest.mark.parametrize(
-    ("kind", "file", "text", "named"),
-    [
-        ("sts", "task.json", '{"name": "x", "type": "stss"}', "type 'stss' is unknown, did you mean 'sts'"),
-        ("sts", "task.json", '{"type": "sts"}', "'name' must be a string"),
-        (
-            "sts",
-            "test.jsonl",
-            '{"sentence1": "a", "sentence2": "b", "score": "1"}\n',
-            "line 1: 'score' must be a number",
-        ),
-        ("sts", "test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: 'sentence2' must be a string"),
-        ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "two pairs at least"),
-        ("classification", "test.jsonl", '{"text": "a", "label": 1.5}\n', "'label' must be a string or a whole number"),
-        ("classification", "train.jsonl", '{"text": "a", "label": 1}\n', "all rows have one label"),
-        ("clustering", "test.jsonl", "\n", "no rows"),
-        ("retrieval", "qrels.tsv", "q0\td0\n", "line 1: expected query-id, corpus-id"),
-        ("retrieval", "qrels.tsv", "q0\td99\t1\n", "line 1: corpus.jsonl has no 'd99'"),
-        ("retrieval", "qrels.tsv", "q99\td0\t1\n", "line 1: queries.jsonl has no 'q99'"),
-        ("retrieval", "qrels.tsv", "q0\td0\t0\n", "no query has a relevant document"),
-        (
-            "retrieval",
-            "corpus.jsonl",
-            '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n',
-            "line 2: the _id 'd0'",
-        ),
-        (
-            "safety_retrieval",
-            "task.json",
-            '{"name": "x", "type": "safety_retrieval", "main_metric": "top_5"}',
-            "top_5_acc",
-        ),
-    ],
-)
-def test_a_mistake_in_a_task_folder_is_named(tmp_path, kind, file, text, named):
-    folder = write_task(tmp_path / "task", kind)
-    (folder / file).write_text(text)
-    with pytest.raises(InputError, match=named) as error:
-        tasks.read(folder)
-    assert str(folder / file) in str(error.value)
-
-
-def test_what_is_no_task_and_two_of_one_name_are_refused(tmp_path, task_folders):
-    def resolve(text, **changes):
-        return evaluate.resolve(dataclasses.replace(settings("student", **changes), tasks=text))
-
-    with pytest.raises(InputError, match="no task.json at or below"):
-        resolve(str(tmp_path))
-    with pytest.raises(InputError, match="no such folder"):
-        resolve("./nowhere")
-    with pytest.raises(InputError, match="limit=3 is for task folders"):
-        resolve("mteb-lite", limit=3)
-    folder = str(task_folders / "safety_retrieval")
-    with pytest.raises(InputError, match="two tasks are named Small-safety_retrieval"):
-        resolve(f"{folder},{folder}")
-
-
-@needs_mteb
-def test_an_unknown_main_metric_is_an_input_error(model_folder, tmp_path):
-    folder = write_task(tmp_path / "task", "sts", main_metric="cosine_spearmann")
-    with pytest.raises(InputError, match="main_metric 'cosine_spearmann' is none"):
-        run(model_folder, folder, tmp_path / "out")
-
-
-# The hub's benchmarks, of which the names and instructions can be tested without it
-
-
-@needs_mteb
-@pytest.mark.parametrize(("name", "count"), [("mteb-eng-v2", 41), ("mteb-lite", 10), ("bright", 20), ("NFCorpus", 1)])
-def test_hub_names_resolve_with_the_published_instructions(name, count):
-    jobs = evaluate.resolve(dataclasses.replace(settings("student"), tasks=name))
-    by_name = {job.name: job for job in jobs}
-    assert len(by_name) == count
-    assert all(job.query_instruction and not job.query_instruction.endswith(" ") for job in jobs)
-    assert {job.document_instruction for job in jobs} == {"Summarize the following passage:"}
-    assert {job.max_length for job in jobs} == {4096 if name == "bright" else 512}
-    if name == "mteb-lite":
-        assert {"BIOSSES", "STS17"} <= by_name.keys()
-        assert by_name["STS17"].task.hf_subsets == ["en-en"], "the language of the benchmark"
-    if name == "bright":
-        assert sum("Long" in title for title in by_name) == 8
-        long = by_name["BrightEarthScienceLongRetrieval"].query_instruction
-        assert long == "Given a earth_science post, generate relevant documents that help answer the post:"
-
-
-@needs_mteb
-def test_bright_leaves_excluded_documents_out(monkeypatch):
-    """mteb's loader of BRIGHT, on rows of its format: a document that a query excludes is not among its candidates."""
-    import datasets
-
-    from llm2vec_gen_jax import harness
-
-    rows = {
-        "documents": [{"id": name, "content": name} for name in ("a", "b", "c")],
-        "examples": [
-            {"id": "0", "query": "x", "gold_ids": ["a"], "gold_ids_long": [], "excluded_ids": ["c"]},
-            {"id": "1", "query": "y", "gold_ids": ["b"], "gold_ids_long": [], "excluded_ids": ["N/A"]},
-        ],
-    }
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **_: rows[name])
-    task = next(task for task in harness.hub_tasks("BRIGHT(v1.1)") if task.metadata.name == "BrightBiologyRetrieval")
-    task.load_data()
-    assert task.top_ranked["standard"] == {"0": ["a", "b"], "1": ["a", "b", "c"]}
-
-
-@needs_mteb
-def test_hub_errors_are_plain(model_folder, tmp_path):
-    with pytest.raises(InputError, match="tasks=NFCorpuss: .*NFCorpus"):
-        run(model_folder, "NFCorpuss", tmp_path / "out")
-    with pytest.raises(InputError, match="NFCorpus: its data cannot be fetched from the hub"):
-        run(model_folder, "NFCorpus", tmp_path / "out")
-    with pytest.raises(InputError, match="task SciDocsRR has no published instruction"):
-        run(model_folder, "SciDocsRR", tmp_path / "out")
 
 
 # The real thing

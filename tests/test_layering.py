@@ -23,7 +23,7 @@ FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.plots study.tables telemetry",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised",
-    "config.study kernels quantization",
+    "config.study kernels quantization tracking",
     "config",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",

@@ -13,9 +13,10 @@ from llm2vec_gen_jax.config import ReproduceConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.study import decoded, plots, splits, stages, tables
 
+from .adapters import LORA, write_adapter
+from .commands import rows_of
 from .conftest import tiny_torch_model, torch_outputs, write_jsonl
-from .test_evaluate import TYPES, needs_mteb, rows_of, write_task
-from .test_teacher import LORA, write_adapter
+from .tasks import TYPES, needs_mteb, write_task
 
 SIZES = {
     "queries": 8,

@@ -66,6 +66,23 @@ def run(tiny_folder, tiny):
     return start
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """Where the first `finished` keeps its run for the next."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def finished(place, run, trained_once):
+    """The run directory of run("train.steps=2"), which is trained once and then copied."""
+    folder = place() / "run"
+    if trained_once.exists():
+        shutil.copytree(trained_once, folder)
+    else:
+        shutil.copytree(run("train.steps=2"), trained_once)
+    return folder
+
+
 def saved(run, step):
     """The arrays of a checkpoint as {path: numpy array}."""
     with ocp.CheckpointManager(run / "checkpoints", item_names=("state", "record")) as manager:
@@ -134,27 +151,24 @@ def test_a_killed_process_started_again_gives_the_same_model(place, tiny_folder,
     assert contents(runs[0] / "model") == contents(runs[1] / "model")
 
 
-def test_a_run_killed_after_its_last_step_only_writes_the_model(place, run):
-    folder = run("train.steps=2")
-    model, metrics = contents(folder / "model"), records_of(folder)
-    shutil.rmtree(folder / "model")
+def test_a_run_killed_after_its_last_step_only_writes_the_model(run, finished):
+    model, metrics = contents(finished / "model"), records_of(finished)
+    shutil.rmtree(finished / "model")
     run("train.steps=2")
-    assert contents(folder / "model") == model
-    assert records_of(folder) == metrics
+    assert contents(finished / "model") == model
+    assert records_of(finished) == metrics
 
 
-def test_a_finished_run_says_so_and_does_nothing(place, run, capsys):
-    folder = run("train.steps=2")
-    before = {path: path.stat().st_mtime_ns for path in [folder / "metrics.jsonl", *(folder / "model").rglob("*")]}
+def test_a_finished_run_says_so_and_does_nothing(run, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in [finished / "metrics.jsonl", *(finished / "model").rglob("*")]}
     capsys.readouterr()
     run("train.steps=2")
     assert "model: already finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_changed_data_or_backbone_under_a_run_is_refused(place, run, tmp_path):
-    folder = run("train.steps=2")
-    before = contents(folder)
+def test_changed_data_or_backbone_under_a_run_is_refused(run, finished, tmp_path):
+    before = contents(finished)
     write_jsonl(tmp_path / "responses.jsonl", [*RECORDS[1:], RECORDS[0]])
     with pytest.raises(InputError, match=r"checkpoints/2: is of another run \(data: .* -> .*overwrite=true"):
         run("train.steps=4")
@@ -166,22 +180,21 @@ def test_changed_data_or_backbone_under_a_run_is_refused(place, run, tmp_path):
         run("train.steps=4", backbone=other)  # in the place of the first
     for name in ("model", "metrics.jsonl", "checkpoints/2/state"):
         kept = {path: content for path, content in before.items() if str(path).startswith(name)}
-        assert kept and all((folder / path).read_bytes() == content for path, content in kept.items())
+        assert kept and all((finished / path).read_bytes() == content for path, content in kept.items())
 
 
 # Run directories
 
 
-def test_another_config_is_refused_and_named_unless_it_overwrites(place, run):
-    folder = run("train.steps=2")
-    before = contents(folder)
+def test_another_config_is_refused_and_named_unless_it_overwrites(run, finished):
+    before = contents(finished)
     expected = "train.output=run: holds another run .optimizer.learning_rate: 0.0005 -> 0.1, train.seed: 42 -> 7"
     with pytest.raises(InputError, match=expected):
         run("train.steps=2", "optimizer.learning_rate=0.1", "train.seed=7")
-    assert contents(folder) == before
+    assert contents(finished) == before
     run("train.steps=1", "optimizer.learning_rate=0.1", "train.overwrite=true")
-    assert [row["step"] for row in read_metrics(folder)] == [1]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == ["1"]
+    assert [row["step"] for row in read_metrics(finished)] == [1]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == ["1"]
 
 
 @pytest.mark.parametrize("name, content", [("notes.txt", "mine"), ("config.yaml", "a: 1"), ("config.yaml", "{}")])

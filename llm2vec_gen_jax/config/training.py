@@ -101,16 +101,22 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
-class TrainSettings:
+class RunSettings:
+    """What every run directory takes."""
+
+    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
+    overwrite: bool = setting(False, "delete what is in the run directory first")
+    log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
+    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
+
+
+@dataclasses.dataclass
+class TrainSettings(RunSettings):
+    checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
     steps: int = setting(5_000, "optimizer steps", least=1)
     batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "of the initial trainable parameters")
-    log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
-    checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
-    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
-    overwrite: bool = setting(False, "delete what is in the run directory first")
-    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
     remat: str = setting(
         "auto",
@@ -121,7 +127,18 @@ class TrainSettings:
 
 
 @dataclasses.dataclass
-class TrainConfig(DistributedConfig):
+class TrackingConfig:
+    """What every training takes."""
+
+    tracking: str | None = setting(
+        None,
+        "where to log beside metrics.jsonl and TensorBoard (pip install -r requirements-tracking.txt)",
+        ("wandb", "trackio"),
+    )
+
+
+@dataclasses.dataclass
+class TrainConfig(TrackingConfig, DistributedConfig):
     """`python -m launch.train`: train compression tokens and heads on responses."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -182,50 +199,45 @@ class CorpusConfig:
 
 
 @dataclasses.dataclass
-class MntpConfig:
+class StageConfig:
+    """What both stages of a teacher's training take."""
+
     steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
+    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
+    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
+    dropout: float = setting(0.05, "of the LoRA's inputs")
+
+
+@dataclasses.dataclass
+class MntpConfig(StageConfig):
+    learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
     batch_size: int = setting(32, "blocks per step", least=1)
     max_length: int = setting(512, "tokens of a block", least=2)
     mask_probability: float = setting(0.2, "share of tokens that are predicted")
     mask_token: str = setting("_", "what hides a token; one token of the backbone")
     masking: str = setting("bert", "bert: 80 % masked, 10 % random, 10 % kept; all: all masked", ("bert", "all"))
-    learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
-    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
-    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the LoRA's inputs")
 
 
 @dataclasses.dataclass
-class SimcseConfig:
-    steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
+class SimcseConfig(StageConfig):
+    learning_rate: float = setting(3e-5, "peak learning rate of AdamW")
     batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
     max_length: int = setting(128, "tokens of a text", least=1)
     scale: float = setting(20.0, "of the cosines (inverse temperature)")
     attention_dropout: float = setting(0.3, "of the attention weights: what makes two passes differ")
-    learning_rate: float = setting(3e-5, "peak learning rate of AdamW")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
-    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
-    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the LoRA's inputs")
 
 
 @dataclasses.dataclass
-class TeacherSettings:
-    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
-    overwrite: bool = setting(False, "delete what is in the run directory first")
-    seed: int = setting(42, "of everything")
-    log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
+class TeacherSettings(RunSettings):
     checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
-    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
+    seed: int = setting(42, "of everything")
     adapter_dtype: str = setting("float32", "of the written adapters", ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass
-class TeacherTrainConfig(DistributedConfig):
+class TeacherTrainConfig(TrackingConfig, DistributedConfig):
     """`python -m launch.train_teacher`: an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
@@ -241,7 +253,7 @@ class TeacherTrainConfig(DistributedConfig):
 
 
 @dataclasses.dataclass
-class QuickstartConfig:
+class QuickstartConfig(TrackingConfig):
     """`python -m launch.quickstart`: the whole recipe, small, from nothing but the default backbone."""
 
     backbone: BackboneConfig = section(BackboneConfig)

@@ -1,0 +1,104 @@
+"""Baselines: teacher and HyDE against independent computations, whose instructions are read, and the command."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax import embedders, evaluate
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.generate import Sampling, generate
+from tests.conftest import tiny_torch_model, torch_outputs
+
+from .tasks import run, settings
+
+# Baselines
+
+
+def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
+    """Against torch, causal and bidirectional, in a batch of different lengths."""
+    backbone = tiny("llama")
+    texts = ["one", "a longer text", "x"]
+    rows = backbone.tokenizer.encode([f"Do: {text}" for text in texts], 512)
+    for causal in (True, False):
+        outputs = torch_outputs(tiny_torch_model("llama"), rows, causal)
+        teacher = embedders.Teacher(backbone, backbone.frozen, causal, batch_size=2)
+        expected = [hidden.mean(axis=0) for hidden, _ in outputs]
+        np.testing.assert_allclose(teacher.encode(texts, "Do:"), expected, atol=2e-4)
+    assert teacher.encode([]).shape == (0, 32)
+
+
+def test_instructions_by_kind(task_folders):
+    """A student reads both, HyDE asks the query and embeds documents bare, a teacher reads none unless told to."""
+    folder = str(task_folders / "retrieval")
+
+    def pair(kind, **changes):
+        job = evaluate.resolve(dataclasses.replace(settings(kind, **changes), tasks=folder))[0]
+        return job.query_instruction, job.document_instruction
+
+    evaluate_without_mteb = pytest.MonkeyPatch()
+    evaluate_without_mteb.setattr(evaluate, "_harness", lambda: None)
+    try:
+        assert pair("student") == ("Answer:", "Sum up:")
+        assert pair("hyde") == ("Answer:", "")
+        assert pair("teacher") == ("", "")
+        assert pair("teacher", query_instruction="Q:", document_instruction="D:") == ("Q:", "D:")
+        assert pair("student", query_instruction="", document_instruction="") == ("", "")
+    finally:
+        evaluate_without_mteb.undo()
+
+
+def test_instructions_of_a_file_go_over_the_tasks_own(task_folders, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("query:\n  Small-safety_retrieval: 'Mine:'\ndocument: 'Theirs:'\n")
+    given = dataclasses.replace(
+        settings("student", instructions=str(file)), tasks=str(task_folders / "safety_retrieval")
+    )
+    job = evaluate.resolve(given)[0]
+    assert (job.query_instruction, job.document_instruction) == ("Mine:", "Theirs:")
+    for text, named in [
+        ("queries: {}", "did you mean 'query'"),
+        ("query: text", "must be a dict"),
+        ("- a", "expected"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(InputError, match=named):
+            evaluate.resolve(given)
+
+
+def test_hyde_embeds_what_the_llm_writes(tiny):
+    backbone = tiny("llama")
+    teacher = embedders.Teacher(backbone, backbone.frozen, True)
+    hyde = embedders.Hyde(backbone, teacher, max_new_tokens=5, batch_size=2)
+    texts = ["one", "a longer question", "x"]
+    prompts = [backbone.tokenizer.chat_prompt(f"Answer: {text}", 512) for text in texts]
+    answers = [backbone.tokenizer.decode(ids).strip() for ids in generate(backbone, prompts, Sampling(5))]
+    assert hyde.answers(texts, "Answer:") == answers and len(set(answers)) > 1
+    np.testing.assert_allclose(hyde.encode(texts, "Answer:"), teacher.encode(answers), atol=1e-5)
+    assert hyde.clock.read() > 0 and hyde.clock.read() is None
+
+
+def test_the_clock_leaves_compilation_out_when_it_can():
+    clock = embedders.Clock()
+    clock.add("shape", 10.0, 2)
+    assert clock.read() == 5.0
+    clock.add("shape", 1.0, 2)
+    clock.add("other", 9.0, 2)
+    assert clock.read() == 0.5
+
+
+def test_baselines_through_the_command(tiny_folder, task_folders, tmp_path):
+    """kind=hyde reports its time; kind=teacher takes no instruction; documents are embedded alike."""
+    task, folder = task_folders / "safety_retrieval", tiny_folder("llama")
+    teacher = run(folder, task, tmp_path / "teacher", "kind=teacher")["Small-safety_retrieval"]
+    causal = run(folder, task, tmp_path / "causal", "kind=teacher", "attention=causal")["Small-safety_retrieval"]
+    assert teacher == causal, "auto is causal without adapters"
+    hyde = run(folder, task, tmp_path / "hyde", "kind=hyde", "max_new_tokens=4", "limit=3")["Small-safety_retrieval"]
+    assert hyde["generation_seconds_per_query"] > 0 and 0 <= hyde["main_score"] <= 1
+    with pytest.raises(InputError, match="max_new_tokens: 4 -> 5"):
+        run(folder, task, tmp_path / "hyde", "kind=hyde", "max_new_tokens=5", "limit=3")
+
+
+def test_a_student_takes_no_adapters(model_folder, task_folders, tmp_path):
+    with pytest.raises(InputError, match="adapters are merged for kind=teacher"):
+        run(model_folder, task_folders / "safety_retrieval", tmp_path / "out", "adapters=[a]")

@@ -1,0 +1,174 @@
+"""GGUF files: equal to the folder that they were made from, on any mesh; what is unknown in them is refused."""
+
+import gguf
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax.errors import InputError
+from tests.conftest import tiny_tokenizer, tiny_torch_model
+
+from .backbones import assert_same_weights, load, mesh_of, save_folder
+
+# Files
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name):
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, stem = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[stem]}.{suffix}"
+    return f"{GGUF_NAMES[stem]}.{suffix}"
+
+
+def rope_factors(rope, head_dim):
+    """Llama 3.1's division of each rotary frequency, written as in its reference code."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (i / head_dim)
+        ratio = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        if ratio > high:
+            factors.append(1.0)
+        elif ratio < low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (ratio - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def write_gguf(path, model, kinds=(), metadata=None, merges=()):
+    """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer.
+
+    kinds: {part of a name: quantisation type}; the torch model is rounded to what the file holds.
+    metadata: a function that adds fields to the open writer. merges: of the tokenizer, which has none.
+    """
+    import torch
+
+    c, family = model.config, model.config.model_type
+    rope = c.rope_parameters
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", rope_factors(rope, head_dim))
+    if metadata:
+        metadata(writer)
+    vocabulary = tiny_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if number < 4 else normal for number in range(len(tokens))])
+    writer.add_token_merges(list(merges))
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    heads = {"q_proj.weight": c.num_attention_heads, "k_proj.weight": c.num_key_value_heads}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        kind = next((kinds[part] for part in kinds if part in name), None)
+        if kind is not None:
+            array = gguf.dequantize(gguf.quantize(array, kind), kind)
+            with torch.no_grad():
+                parameter.copy_(torch.tensor(array))
+        count = next((heads[part] for part in heads if part in name), None)
+        if count and family == "llama":
+            array = array.reshape(count, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        stored = array if kind is None else gguf.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama3_scaling(factor):
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **scaling}}
+
+
+GGUF_VARIANTS = {
+    "llama": ("llama", {}),
+    "llama3.1": ("llama3", llama3_scaling(8.0)),
+    "llama3.2": ("llama3", llama3_scaling(32.0)),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.mark.parametrize("merge", ["a b", "a nothere", "a", "a b c"])
+def test_gguf_merges_that_are_not_of_its_tokens_are_named(tmp_path, merge):
+    path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), merges=[merge])
+    with pytest.raises(InputError, match=f"merges holds '{merge}'"):
+        load(path)
+
+
+@pytest.mark.parametrize("variant", GGUF_VARIANTS)
+def test_gguf_equals_folder(variant, tmp_path):
+    family, changes = GGUF_VARIANTS[variant]
+    model = tiny_torch_model(family, **changes)
+    expected = load(save_folder(tmp_path / "folder", model))
+    found = load(write_gguf(tmp_path / "model.gguf", model))
+    assert_same_weights(found.frozen, expected.frozen)
+    assert (found.architecture, found.identity) == (expected.architecture, expected.identity)
+    texts = ["Where am I? <|im_end|>", ""]
+    assert found.tokenizer.encode(texts, 99) == expected.tokenizer.encode(texts, 99)
+    assert found.tokenizer.stop_ids == expected.tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_quantised_gguf_on_a_mesh_equals_its_rounded_weights(kind, tmp_path):
+    """A shard starts at any head or row of a tensor, also where blocks are packed and rows are permuted."""
+    kinds = {part: gguf.GGMLQuantizationType[kind] for part in ("_proj.weight", "embed_tokens")}
+    model = tiny_torch_model("llama", intermediate_size=64)
+    unrounded = model.model.layers[0].self_attn.q_proj.weight.detach().numpy().copy()
+    path = write_gguf(tmp_path / "model.gguf", model, kinds)
+    assert not np.array_equal(model.model.layers[0].self_attn.q_proj.weight.detach().numpy(), unrounded)
+    expected = load(save_folder(tmp_path / "folder", model)).frozen
+    assert_same_weights(load(path).frozen, expected)
+    assert_same_weights(load(path, mesh_of(2, 2, 2)).frozen, expected)
+
+
+def test_unknown_rope_factors_are_refused(tmp_path):
+    with pytest.raises(InputError, match="rope_freqs"):
+        load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama3", **llama3_scaling(16.0))))
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope_type 'yarn'"),
+        (lambda writer: writer.add_rope_dimension_count(4), "partial_rotary_factor=0.5"),
+    ],
+)
+def test_rotation_that_is_not_implemented_is_refused(metadata, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), metadata=metadata))

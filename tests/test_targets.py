@@ -1,0 +1,132 @@
+"""Alignment targets: computed once, resumed, from a file, centred."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax import data, teacher
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax.train import train
+
+from .adapters import ANSWERS, FAMILY, kept, settings_of, targets
+from .conftest import write_jsonl
+
+# Computed once
+
+
+def test_targets_are_kept_beside_the_responses_and_reused(tiny, tiny_folder, responses):
+    first, _ = targets(tiny(FAMILY), tiny_folder, responses)
+    (file,) = kept(responses)
+    np.save(file, first + 1)
+    again, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
+    np.testing.assert_array_equal(again, first + 1)
+    # Another attention, text or backbone is another file.
+    other, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
+    assert np.abs(other - first).max() > 1e-3
+    targets(tiny(FAMILY), tiny_folder, responses, answers=[*ANSWERS[:-1], "y"])
+    targets(tiny(FAMILY), tiny_folder, responses, "data.max_answer_length=3")
+    targets(tiny("llama"), tiny_folder, responses)
+    assert len(kept(responses)) == 5
+
+
+def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, responses):
+    answers = [f"answer {'x' * (number % 30)}" for number in range(50)]
+    words = ("teacher.batch_size=4",)
+    whole, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+    (file,) = kept(responses)
+    partial, marker = file.with_suffix(".partial.npy"), file.with_suffix(".partial.json")
+    order = np.argsort([-len(answer) for answer in answers], kind="stable")  # a token per byte
+    for done in (0, 4, 24, 48):
+        file.unlink()
+        cut = np.zeros_like(whole)
+        cut[order[:done]] = whole[order[:done]] + 0.5  # to see that these are not computed again
+        np.save(partial, cut)
+        marker.write_text(json.dumps({"done": done}))
+        found, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        np.testing.assert_array_equal(found[order[:done]], whole[order[:done]] + 0.5)
+        np.testing.assert_array_equal(found[order[done:]], whole[order[done:]])
+        assert kept(responses) == [file]
+    # What is done is only known with both files.
+    for leftover, content in ((marker, json.dumps({"done": 48})), (partial, "torn")):
+        file.unlink()
+        leftover.write_text(content)
+        found, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        np.testing.assert_array_equal(found, whole)
+        assert kept(responses) == [file]
+
+
+def test_the_batch_a_text_is_in_is_no_matter(tiny, tiny_folder, responses):
+    one, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=1")
+    kept(responses)[0].unlink()
+    all_, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=8")
+    np.testing.assert_allclose(one, all_, atol=1e-5)
+
+
+# From a file
+
+
+def test_targets_of_a_file_are_the_rows_used(tmp_path):
+    for dtype in (np.float16, np.float32, np.float64):
+        array = np.random.default_rng(0).normal(size=(6, 3)).astype(dtype)
+        np.save(tmp_path / "targets.npy", array)
+        found = teacher.read_targets(tmp_path / "targets.npy", 6, np.array([0, 2, 5]))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, array[[0, 2, 5]].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "array, expected",
+    [
+        (np.zeros((5, 3), np.float32), r"expected a float array \(6 rows of data.responses, E\), found .*\(5, 3\)"),
+        (np.zeros(6, np.float32), r"found float32 \(6,\)"),
+        (np.zeros((6, 3, 2), np.float32), r"found float32 \(6, 3, 2\)"),
+        (np.zeros((6, 3), np.int32), "found int32"),
+        (np.array([["a"]] * 6), "found <U1"),
+        (np.array([[None]] * 6), "not a .npy array"),
+        (np.array([[1.0], [2.0], [np.nan], [4.0], [np.inf], [6.0]]), r"row 2 \(from 0\) holds NaN or infinity"),
+        (np.array([[1e300]] * 6), "row 0 .from 0. holds NaN or infinity"),
+    ],
+)
+def test_a_file_of_other_targets_is_named(tmp_path, array, expected):
+    np.save(tmp_path / "targets.npy", array)
+    with pytest.raises(InputError, match=f"teacher.path={tmp_path / 'targets.npy'}: .*{expected}"):
+        teacher.read_targets(tmp_path / "targets.npy", 6, np.arange(6))
+
+
+def test_a_file_that_is_no_array_is_named(tmp_path):
+    np.save(tmp_path / "whole.npy", np.zeros((6, 3), np.float32))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    np.savez(tmp_path / "many.npy", a=np.zeros((6, 3)))
+    for name, content in (("empty", b""), ("text", b"{}"), ("cut", whole[:-1]), ("header", whole[:20])):
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    for name in ("empty", "text", "cut", "header", "many.npy", "none", "."):
+        path = tmp_path / (name if "." in name else f"{name}.npy")
+        path = path if path.exists() or name == "none" else tmp_path / f"{name}.npz"
+        with pytest.raises(InputError, match=f"teacher.path={path}: "):
+            teacher.read_targets(path, 6, np.arange(6))
+
+
+def test_centred_targets_are_the_targets_less_their_mean(tiny_folder, tmp_path):
+    """Of the rows that train: the third answer is empty."""
+    rows = [{"question": f"q{number}", "answer": "" if number == 2 else f"a{number}"} for number in range(9)]
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    targets_BE = np.random.default_rng(0).normal(3, 1, (9, 4)).astype(np.float32)
+    mean_E = np.delete(targets_BE, 2, axis=0).mean(axis=0)
+    np.save(tmp_path / "plain.npy", targets_BE)
+    np.save(tmp_path / "centred.npy", targets_BE - mean_E)
+    words = ("teacher.kind=file", f"data.responses={tmp_path / 'responses.jsonl'}", "train.steps=1")
+    words += ("train.batch_size=8", "loss.reconstruction=0")
+
+    def loss(name, *more):
+        output = tmp_path / f"{name}{len(more)}"
+        more += (f"teacher.path={tmp_path / name}.npy", f"train.output={output}")
+        train(settings_of(tiny_folder, *words, *more), False)
+        return read_metrics(output)[-1]["alignment_loss"]
+
+    assert loss("plain", "teacher.centre=true") == pytest.approx(loss("centred"), rel=1e-5)
+    assert loss("plain") > 2 * loss("centred", "teacher.centre=false")
+    examples = data.Examples([], [], np.arange(2), np.array([[1.0, 2], [3, 6]]), {}, np.array([[0.0, 0], [2, 4]]))
+    teacher.centre(examples)
+    assert examples.target.tolist() == [[-1, -2], [1, 2]] and examples.negative_target.tolist() == [[-2, -4], [0, 0]]
