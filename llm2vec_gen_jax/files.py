@@ -18,6 +18,9 @@ import yaml
 
 from llm2vec_gen_jax.errors import InputError
 
+_HERE = pathlib.Path(__file__).parent
+SHIPPED = _HERE if (_HERE / "configs").is_dir() else _HERE.parent  # of an installed package, of a checkout
+
 
 @contextlib.contextmanager
 def writing(path):
@@ -98,6 +101,20 @@ def write_text(path, text):
 def write_json(path, value):
     """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def install_command(extra):
+    """Returns the command that installs what an extra needs: from a checkout's requirements, else by its name."""
+    return f"pip install -r requirements-{extra}.txt" if SHIPPED != _HERE else f'pip install "llm2vec-gen-jax[{extra}]"'
+
+
+def shipped(path):
+    """Returns `path`; where nothing is there and it is configs/NAME, the path of the file that this package brings."""
+    parts = pathlib.Path(path).parts
+    if parts[:1] == ("configs",) and ".." not in parts and not os.path.exists(path):
+        if (found := SHIPPED.joinpath(*parts)).exists():
+            return str(found)
+    return path
 
 
 def read_json(path):
