@@ -158,7 +158,7 @@ def read_array(path, key):
     """Returns the array of a .npy file, mapped, not read. Raises InputError that names `key`, the setting it is of."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python: damage of it raises nearly anything
         raise InputError(f"{key}={path}: not a .npy array ({error})") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{key}={path}: holds many arrays (.npz), expected one (.npy)")
