@@ -1,1 +1,1 @@
-"""Commands: `python -m launch.NAME [CONFIG] [key=value ...]`; --help lists every key with its default."""
+"""Commands: `python -m launch.NAME`, or `llm2vec-gen NAME`; --help lists every key with its default."""

@@ -1,4 +1,7 @@
-"""python -m launch.ablate CONFIG... [key=value ...]"""
+"""Trains one run for each config, and prints one table of them.
+
+python -m launch.ablate CONFIG... [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import AblateConfig

@@ -1,4 +1,7 @@
-"""python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]"""
+"""Checkpoints to and from PyTorch, checked in both frameworks.
+
+python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]
+"""
 
 import pathlib
 import sys

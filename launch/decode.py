@@ -1,4 +1,7 @@
-"""python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy|FOLDER [key=value ...]"""
+"""Writes the text that the LLM reads out of embeddings.
+
+python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy|FOLDER [key=value ...]
+"""
 
 import json
 import os

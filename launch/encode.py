@@ -1,4 +1,7 @@
-"""python -m launch.encode MODEL input=FILES output=DIR [key=value ...]"""
+"""Texts, any number, to shards of vectors and a manifest.
+
+python -m launch.encode MODEL input=FILES output=DIR [key=value ...]
+"""
 
 import signal
 import sys

@@ -1,4 +1,7 @@
-"""python -m launch.evaluate MODEL tasks=DIR output=OUT [key=value ...]"""
+"""Scores of a model or a baseline on task folders, MTEB and BRIGHT.
+
+python -m launch.evaluate MODEL tasks=DIR output=OUT [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import EvaluateConfig

@@ -1,4 +1,7 @@
-"""python -m launch.lens logit | build_index | query | generations | report MODEL [key=value ...]"""
+"""What an embedding holds: words, nearest contexts, answers, one HTML page.
+
+python -m launch.lens logit | build_index | query | generations | report MODEL [key=value ...]
+"""
 
 import itertools
 import json

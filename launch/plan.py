@@ -1,4 +1,7 @@
-"""python -m launch.plan [CONFIG] [key=value ...]"""
+"""Memory, FLOPs and time bounds on devices that need not be here.
+
+python -m launch.plan [CONFIG] [key=value ...]
+"""
 
 import os
 

@@ -1,4 +1,7 @@
-"""python -m launch.quickstart [key=value ...]"""
+"""The whole recipe, small, on the default backbone.
+
+python -m launch.quickstart [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import QuickstartConfig

@@ -1,4 +1,7 @@
-"""python -m launch.reproduce [CONFIG] tasks=DIR [key=value ...]"""
+"""The whole study: trainings, baselines, ablations, tables and plots.
+
+python -m launch.reproduce [CONFIG] tasks=DIR [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import ReproduceConfig

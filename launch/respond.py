@@ -1,4 +1,7 @@
-"""python -m launch.respond [CONFIG] [key=value ...]"""
+"""The LLM responds to queries.
+
+python -m launch.respond [CONFIG] [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import RespondConfig

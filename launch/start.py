@@ -12,6 +12,7 @@ from llm2vec_gen_jax import options, preemption
 from llm2vec_gen_jax.config import DistributedConfig, ShardConfig
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.files import SHIPPED
 
 
 def run_one_of(actions):
@@ -58,7 +59,7 @@ def _read(schema, positional, words):
     free = [word for word in words if word not in paired]
     if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
         raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
-    files = free if positional != "MODEL" else []
+    files = [file for word in free for file in _matching(word)] if positional != "MODEL" else []
     configs = [options.load(schema, file, paired) for file in files or [None]]
     if positional == "CONFIG":
         return (configs[0],), configs[0]
@@ -68,7 +69,14 @@ def _read(schema, positional, words):
             "CONFIG...": "configs? Give one or more YAML files",
         }
         raise InputError(f"which {which[positional]} first")
-    return (free[0], configs[0]) if positional == "MODEL" else (free, configs), configs[0]
+    return (free[0], configs[0]) if positional == "MODEL" else (files, configs), configs[0]
+
+
+def _matching(word):
+    """Returns the shipped files of a pattern that the shell left as it is, having found none: configs/NAME*.yaml."""
+    if not (word.startswith("configs/") and "*" in word) or os.path.exists(word):
+        return [word]
+    return sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob(word)) or [word]
 
 
 def _join(config):
@@ -139,6 +147,7 @@ def _prepare():
 
 def _help(schema, positional):
     lines = textwrap.dedent(" " * 4 + schema.__doc__).strip().splitlines()
+    start = "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
     name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
     about_command = lines[0].split("`: ", 1)[1]
     first = "[CONFIG]" if positional == "CONFIG" else positional
@@ -149,7 +158,7 @@ def _help(schema, positional):
     }[positional]
     return "\n".join(
         [
-            f"usage: python -m launch.{name} {first} [key=value ...]",
+            f"usage: {start}{name} {first} [key=value ...]",
             "",
             about_command[0].upper() + about_command[1:],
             about,

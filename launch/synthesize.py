@@ -1,4 +1,7 @@
-"""python -m launch.synthesize [CONFIG] [key=value ...]"""
+"""The LLM writes queries itself.
+
+python -m launch.synthesize [CONFIG] [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import SynthesizeConfig

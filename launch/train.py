@@ -1,4 +1,7 @@
-"""python -m launch.train [CONFIG] [key=value ...]"""
+"""Teacher targets, training, and a model directory.
+
+python -m launch.train [CONFIG] [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import TrainConfig

@@ -1,4 +1,7 @@
-"""python -m launch.train_teacher [CONFIG] [key=value ...]"""
+"""Trains an unsupervised teacher for any backbone: MNTP, then SimCSE.
+
+python -m launch.train_teacher [CONFIG] [key=value ...]
+"""
 
 from launch import start
 from llm2vec_gen_jax.config import TeacherTrainConfig

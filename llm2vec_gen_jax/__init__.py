@@ -1,6 +1,12 @@
 """LLM2Vec-Gen in JAX: text embeddings that encode the answer an LLM would give (arXiv 2603.10913)."""
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time: __getattr__
+    from llm2vec_gen_jax.api import LLM2VecGen
+    from llm2vec_gen_jax.errors import InputError
+    from llm2vec_gen_jax.vectors import load_embeddings
 
 # Before transformers is imported: no notice that PyTorch, which is not needed, is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -9,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["LLM2VecGen", "InputError", "load_embeddings"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Lazy: `import llm2vec_gen_jax` alone must not start JAX, so that launch/ can set it up first.
     if name == "LLM2VecGen":
         from llm2vec_gen_jax.api import LLM2VecGen

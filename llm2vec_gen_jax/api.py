@@ -2,20 +2,39 @@
 
 import dataclasses
 import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import directory, export, progress, sharding, vectors
 from llm2vec_gen_jax.encode import WINDOW, encode_windows, warmup
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.lens import logit
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone
+from llm2vec_gen_jax.model import Model
 
 _TOKENIZED = 512  # texts of one call of the tokenizer, whose own records of them are large
+
+
+class EncodeOptions(TypedDict, total=False):
+    """What `LLM2VecGen.encode` can be told that does not change the type of what it returns."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int
+    show_progress_bar: bool
+    precision: str
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    max_length: int | None
 
 
 class LLM2VecGen:
@@ -26,13 +45,29 @@ class LLM2VecGen:
     record: the PublishedModel that it was read from, if it was.
     """
 
-    def __init__(self, model, trainable, backbone, prompts=None, max_seq_length=512, record=None):
+    def __init__(
+        self,
+        model: Model,
+        trainable: dict[str, Any],
+        backbone: LoadedBackbone,
+        prompts: dict[str, str] | None = None,
+        max_seq_length: int = 512,
+        record: PublishedModel | None = None,
+    ) -> None:
         self.model, self.trainable, self.backbone, self.record = model, trainable, backbone, record
         self.prompts = dict(prompts or {})
         self.max_seq_length = max_seq_length
 
     @classmethod
-    def from_pretrained(cls, path, dtype="auto", backbone=None, mesh=None, prompts=None, attention="auto"):
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: str = "auto",
+        backbone: str | os.PathLike[str] | None = None,
+        mesh: jax.sharding.Mesh | config_lib.MeshConfig | None = None,
+        prompts: dict[str, str] | None = None,
+        attention: str = "auto",
+    ) -> Self:
         """Loads a model directory (ours or the published package's) or a hub repository of that layout.
 
         dtype: of the backbone (auto | float32 | bfloat16 | float16). backbone: where it is, if not where the
@@ -48,21 +83,39 @@ class LLM2VecGen:
         model, trainable = directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)
 
+    @overload
+    def encode(self, inputs: str | Iterable[str], **options: Unpack[EncodeOptions]) -> np.ndarray: ...
+
+    @overload
+    def encode(
+        self, inputs: str | Iterable[str], *, return_soft_prompts: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @overload
     def encode(
         self,
-        inputs,
+        inputs: str | Iterable[str],
         *,
-        prompt_name=None,
-        prompt=None,
-        batch_size=32,
-        show_progress_bar=False,
-        precision="float32",
-        convert_to_numpy=True,
-        normalize_embeddings=False,
-        truncate_dim=None,
-        max_length=None,
-        return_soft_prompts=False,
-    ):
+        convert_to_numpy: bool = True,
+        return_soft_prompts: bool = False,
+        **options: Unpack[EncodeOptions],
+    ) -> Any: ...
+
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        max_length: int | None = None,
+        return_soft_prompts: bool = False,
+    ) -> Any:
         """Returns embeddings (n, E) of a list of texts, or (E,) of one string, in the order of the inputs.
 
         prompt, prompt_name: text, or the name of one of self.prompts, put before every input with one space.
@@ -76,7 +129,7 @@ class LLM2VecGen:
         with a float32 backbone, 5e-3 with bfloat16 (SmolLM2-135M: 8e-7 and 2e-3 were seen).
         """
         single = isinstance(inputs, str)
-        texts = [inputs] if single else list(inputs)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"input {number} must be a string, found {type(text).__name__}")
@@ -91,21 +144,23 @@ class LLM2VecGen:
         )
         K, D, E = self.model.num_tokens, self.model.architecture.hidden_size, self.model.embedding_size
         embeddings = np.zeros((len(texts), E), np.float32)
-        soft_prompts = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
+        soft_prompts: Any = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
         with progress.bar(len(texts), "text", "encode", enabled=show_progress_bar) as bar:
             for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar):
                 embeddings[start : start + len(found)] = found
                 if return_soft_prompts:
                     soft_prompts[start : start + len(found)] = prompts
-        embeddings = vectors.quantize(vectors.finish(embeddings, truncate_dim, normalize_embeddings), precision)
+        result: Any = vectors.quantize(vectors.finish(embeddings, truncate_dim, normalize_embeddings), precision)
         if not convert_to_numpy:
-            embeddings = jnp.asarray(embeddings)
+            result = jnp.asarray(result)
         if single:
-            embeddings = embeddings[0]
+            result = result[0]
             soft_prompts = soft_prompts[0] if return_soft_prompts else None
-        return (embeddings, soft_prompts) if return_soft_prompts else embeddings
+        return (result, soft_prompts) if return_soft_prompts else result
 
-    def tokenize(self, texts, prefix="", limit=None, first=0):
+    def tokenize(
+        self, texts: Sequence[str], prefix: str = "", limit: int | None = None, first: int = 0
+    ) -> list[np.ndarray]:
         """Returns an int32 array of at most `limit` ids for each text, without the appended tokens.
 
         prefix: put before every text with one space. first: the number of texts[0] in errors.
@@ -118,18 +173,26 @@ class LLM2VecGen:
             ids += [np.array(row, np.int32) for row in found]
         return ids
 
-    def encode_windows(self, windows, batch_size, soft_prompts, bar):
+    def encode_windows(
+        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any
+    ) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         """The stream behind `encode`: see encode.encode_windows."""
         return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar)
 
-    def text_length(self, max_length=None):
+    def text_length(self, max_length: int | None = None) -> int:
         """Returns how many tokens of a text are read: max_length, or max_seq_length, less the appended ones."""
         limit = (self.max_seq_length if max_length is None else max_length) - self.model.num_appended
         if limit < 1:
             raise InputError(f"max_length must exceed the {self.model.num_appended} appended tokens")
         return limit
 
-    def warmup(self, batch_size=32, max_length=None, return_soft_prompts=False, show_progress_bar=False):
+    def warmup(
+        self,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        return_soft_prompts: bool = False,
+        show_progress_bar: bool = False,
+    ) -> int:
         """Compiles every program that `encode` with these options can need; returns their number.
 
         Later calls compile nothing. Compiled programs are kept on disk where jax_compilation_cache_dir is set.
@@ -139,7 +202,7 @@ class LLM2VecGen:
         return warmup(self.model, self.trainable, self.backbone, length, *options)
 
     @property
-    def identity(self):
+    def identity(self) -> str:
         """16 hex digits of everything that a vector depends on: tokens, heads, LoRA, backbone weights, tokenizer."""
         digest = hashlib.sha256(repr(dataclasses.astuple(self.model)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.trainable):
@@ -149,24 +212,24 @@ class LLM2VecGen:
         digest.update(self.backbone.tokenizer.plain.to_str().encode())
         return digest.hexdigest()[:16]
 
-    def encode_query(self, inputs, **options):
+    def encode_query(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """`encode` with the prompt named "query", if there is one."""
         return self.encode(inputs, **self._default_prompt(options, "query"))
 
-    def encode_document(self, inputs, **options):
+    def encode_document(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """`encode` with the prompt named "document", "passage" or "corpus", the first that there is."""
         return self.encode(inputs, **self._default_prompt(options, "document", "passage", "corpus"))
 
     def decode(
         self,
-        soft_prompts,
-        max_new_tokens=128,
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-        batch_size=16,
-        show_progress_bar=False,
-    ):
+        soft_prompts: ArrayLike,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        show_progress_bar: bool = False,
+    ) -> list[str] | str:
         """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string."""
         soft_prompts = np.asarray(soft_prompts)
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
@@ -189,42 +252,47 @@ class LLM2VecGen:
                 bar.update(len(part))
         return texts[0] if soft_prompts.ndim == 2 else texts
 
-    def logit_lens(self, inputs, top_k=5, **options):
+    def logit_lens(self, inputs: str | Iterable[str], top_k: int = 5, **options: Any) -> list[Any]:
         """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
         finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
         single = isinstance(inputs, str)
         found = logit.logit_lens(self, [inputs] if single else list(inputs), top_k, **options)
         return found[0] if single else found
 
-    def similarity(self, first, second):
+    def similarity(self, first: ArrayLike, second: ArrayLike) -> np.ndarray:
         """Returns the cosine matrix (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
         return vectors.unit(first) @ vectors.unit(second).T
 
-    def save_pretrained(self, path, dtype=None, backbone=None):
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        dtype: str | None = None,
+        backbone: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Writes a model directory of both frameworks (export.save_pretrained). `path` must not exist."""
         export.save_pretrained(self, path, dtype, backbone)
 
-    def save_merged(self, path):
+    def save_merged(self, path: str | os.PathLike[str]) -> None:
         """Writes the encoder as a plain transformers folder (export.save_merged). `path` must not exist."""
         export.save_merged(self, path)
 
-    def push_to_hub(self, repo_id, private=False, token=None):
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Uploads the model directory to the Hugging Face hub (export.push_to_hub). Returns its URL."""
         return export.push_to_hub(self, repo_id, private, token)
 
     @property
-    def special_tokens(self):
+    def special_tokens(self) -> list[str]:
         """Texts of the trained tokens, in the order in which they follow a text."""
         if self.record:
             return self.record.special_tokens
         return directory.special_token_names(self.model.num_appended)
 
-    def get_embedding_dimension(self):
+    def get_embedding_dimension(self) -> int:
         """Returns E."""
         return self.model.embedding_size
 
-    def _prompt(self, prompt, prompt_name):
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
             return prompt
         if prompt_name is None:
@@ -233,7 +301,7 @@ class LLM2VecGen:
             raise InputError(f"prompt_name {prompt_name!r} is unknown{nearest(prompt_name, self.prompts)}")
         return self.prompts[prompt_name]
 
-    def _default_prompt(self, options, *names):
+    def _default_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
         if options.get("prompt") is not None or options.get("prompt_name") is not None:
             return options
         name = next((name for name in names if name in self.prompts), None)

@@ -15,7 +15,7 @@ from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.encode import WINDOW
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_json, sha256_file, write_json
+from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_array, read_json, sha256_file, write_json
 
 CALIBRATION = 1024  # texts whose vectors give the ranges of int8
 
@@ -123,7 +123,7 @@ class _Job:
         """Returns the manifest of a finished run, or None. Raises InputError when the output is of another run."""
         files, record = self.files, None
         if files.manifest.exists():
-            manifest = read_json(files.manifest)
+            manifest = vectors.read_manifest(files.manifest)
             record = {key: manifest.get(key) for key in self.record}
         elif files.journal.exists() and files.journal_record.exists():
             record = read_json(files.journal_record)
@@ -173,10 +173,13 @@ class _Job:
         return whole
 
     def _is_whole(self, entry):
+        if not vectors.is_shard(entry) or entry["file"] != self.files.shard(entry["shard"]).name:
+            print(f"{self.files.output}: a shard is not noted as it was written; made again", flush=True)
+            return False
         digests = {"file": "sha256", "soft_prompts": "soft_prompts_sha256", "ranges": "ranges_sha256"}
         for name, digest in digests.items():
             path = self.files.output / entry.get(name, "")
-            if name in entry and not (path.is_file() and sha256_file(path) == entry[digest]):
+            if name in entry and not (path.is_file() and sha256_file(path) == entry.get(digest)):
                 print(f"{path}: missing, or not what was written; made again", flush=True)
                 return False
         return True
@@ -201,7 +204,7 @@ class _Job:
             self._write_ranges(head)
             texts = itertools.chain(head, texts)
         if config.precision == "int8":
-            ranges = np.load(self.files.ranges, allow_pickle=False)
+            ranges = read_array(self.files.ranges, "ranges")
         count = self.corpus.count()
         numbers = range(self.share.index, -(-(count or 0) // self.size), self.share.count)
         total = count and sum(min(self.size, count - number * self.size) for number in numbers)

@@ -5,7 +5,8 @@ import hashlib
 import json
 import pathlib
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.files import is_broken, lines_of, parse_object, read_lines, sha256_file
@@ -30,19 +31,19 @@ class Corpus:
     stdin: what `-` holds, "txt" or "jsonl". Files come in the order given, those of a pattern or folder sorted.
     """
 
-    def __init__(self, source, field="text", id_field=None, stdin="txt"):
+    def __init__(self, source: str, field: str = "text", id_field: str | None = None, stdin: str = "txt") -> None:
         self.source, self.field, self.id_field, self.stdin = source, field, id_field, stdin
         self.files = _expand(source)
         self.streamed = "-" in self.files
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """Returns {"files": names in their order, "sha256": {name: hash}}; standard input has no hash."""
         return {
             "files": [str(file) for file in self.files],
             "sha256": {str(file): _sha256(file) for file in self.files if file != "-"},
         }
 
-    def count(self):
+    def count(self) -> int | None:
         """Returns about how many texts there are (blank lines included), or None where only reading them would tell."""
         total = 0
         for file in self.files:
@@ -55,7 +56,7 @@ class Corpus:
                 total += sum(length for length, _ in self._pieces(file))
         return total
 
-    def read(self, wanted=lambda first, count: True):
+    def read(self, wanted: Callable[[int, int], bool] = lambda first, count: True) -> Iterator[Row]:
         """Yields the Rows for which wanted(row number, 1). What is not wanted is skipped, unparsed.
 
         wanted(first, count) says whether any of `count` rows from `first` is. Raises InputError naming file and line.

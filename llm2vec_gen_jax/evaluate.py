@@ -6,7 +6,7 @@ from typing import Any
 
 from llm2vec_gen_jax import embedders, instructions, options, tasks
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes, exclusive, read_json, write_json
+from llm2vec_gen_jax.files import changes, exclusive, install_command, read_json, write_json
 
 _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
 
@@ -145,7 +145,7 @@ def _harness():
     try:
         from llm2vec_gen_jax import harness
     except ImportError as error:
-        raise InputError(f"evaluation needs mteb ({error}): pip install -r requirements-eval.txt") from None
+        raise InputError(f"evaluation needs mteb ({error}): {install_command('eval')}") from None
     return harness
 
 

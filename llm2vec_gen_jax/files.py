@@ -18,6 +18,9 @@ import yaml
 
 from llm2vec_gen_jax.errors import InputError
 
+_HERE = pathlib.Path(__file__).parent
+SHIPPED = _HERE if (_HERE / "configs").is_dir() else _HERE.parent  # of an installed package, of a checkout
+
 
 @contextlib.contextmanager
 def writing(path):
@@ -100,6 +103,20 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def install_command(extra):
+    """Returns the command that installs what an extra needs: from a checkout's requirements, else by its name."""
+    return f"pip install -r requirements-{extra}.txt" if SHIPPED != _HERE else f'pip install "llm2vec-gen-jax[{extra}]"'
+
+
+def shipped(path):
+    """Returns `path`; where nothing is there and it is configs/NAME, the path of the file that this package brings."""
+    parts = pathlib.Path(path).parts
+    if parts[:1] == ("configs",) and ".." not in parts and not os.path.exists(path):
+        if (found := SHIPPED.joinpath(*parts)).exists():
+            return str(found)
+    return path
+
+
 def read_json(path):
     """Reads a JSON object. Raises InputError that names the file (and line) when it is missing or malformed."""
     try:
@@ -141,7 +158,7 @@ def read_array(path, key):
     """Returns the array of a .npy file, mapped, not read. Raises InputError that names `key`, the setting it is of."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python: damage of it raises nearly anything
         raise InputError(f"{key}={path}: not a .npy array ({error})") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{key}={path}: holds many arrays (.npz), expected one (.npy)")

@@ -1,12 +1,11 @@
 """Task instructions by name: the published ones (configs/evaluate/published.yaml), and a user's own over them."""
 
 import dataclasses
-import pathlib
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import read_yaml
+from llm2vec_gen_jax.files import SHIPPED, read_yaml, shipped
 
-PUBLISHED = pathlib.Path(__file__).parent.parent / "configs" / "evaluate" / "published.yaml"
+PUBLISHED = SHIPPED / "configs" / "evaluate" / "published.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Instructions:
 
 def read(file=PUBLISHED):
     """Returns the Instructions of a YAML file. Raises InputError that names the file and the key."""
-    values = read_yaml(file, "file of instructions") or {}
+    values = read_yaml(shipped(file), "file of instructions") or {}
     if not isinstance(values, dict):
         raise InputError(f"instructions={file}: expected `query:` and `document:`, found a {type(values).__name__}")
     kinds = {"query": dict, "document": str, "benchmarks": dict}

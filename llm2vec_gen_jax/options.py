@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 
 from llm2vec_gen_jax.config import TrainConfig
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import is_broken, read_yaml
+from llm2vec_gen_jax.files import is_broken, read_yaml, shipped
 
 
 def load(schema, file=None, overrides=()):
     """Returns an instance of the dataclass `schema`: its defaults, then the YAML `file`, then `key=value` strings.
 
+    configs/NAME is the shipped file where there is none of that name (files.shipped).
     A file may hold every key of the recipe (TrainConfig); those that this command does not use are checked, then
     left out. Raises InputError that names the file, the key and the nearest known key.
     """
@@ -75,7 +76,7 @@ def help_text(schema):
 
 
 def _read_yaml(file):
-    values = read_yaml(file, "config file")
+    values = read_yaml(shipped(file), "config file")
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}

@@ -24,7 +24,7 @@ from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.execution import REMAT, Execution
-from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax.files import read_json, shipped
 from llm2vec_gen_jax.generate import Sampling, continue_prompts
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
@@ -98,7 +98,7 @@ def plan(config):
 
 def _architecture(config):
     if config.architecture:
-        return architecture_lib.from_hf_config(read_json(config.architecture), config.architecture)
+        return architecture_lib.from_hf_config(read_json(shipped(config.architecture)), config.architecture)
     return loading.open_backbone(config.backbone.path, Execution())[0].architecture
 
 

@@ -12,7 +12,16 @@ from llm2vec_gen_jax import distributed, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import exclusive, fingerprint, new_array, read_array, read_json, sha256_file, write_json
+from llm2vec_gen_jax.files import (
+    exclusive,
+    fingerprint,
+    install_command,
+    new_array,
+    read_array,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.loading import EMBEDDER_PATTERNS, load_backbone, open_backbone, resolve_adapter, resolve_embedder
 from llm2vec_gen_jax.model import Model
@@ -162,7 +171,7 @@ def _load_embedder(path, folder):
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise InputError(
-            f"teacher.kind=sentence_transformers needs that library: pip install -r requirements-teachers.txt ({error})"
+            f"teacher.kind=sentence_transformers needs that library: {install_command('teachers')} ({error})"
         ) from None
     try:
         return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)

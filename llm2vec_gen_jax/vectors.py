@@ -1,17 +1,19 @@
 """Finished vectors: truncated, normalised, quantised; the folder of shards that `encode` writes, and its reader."""
 
+import os
 import pathlib
+import re
 
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import changes, read_json, sha256_file
+from llm2vec_gen_jax.files import changes, read_array, read_json, sha256_file
 
 _SHARED = ("model", "input", "config")  # what the manifests of all shares agree in
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 
 
-def finish(embeddings, truncate_dim, normalize):
+def finish(embeddings: np.ndarray, truncate_dim: int | None, normalize: bool) -> np.ndarray:
     """Returns embeddings (n, E) cut to their first truncate_dim dimensions, then brought to unit length."""
     if truncate_dim is not None:
         if not 1 <= truncate_dim <= embeddings.shape[1]:
@@ -20,17 +22,17 @@ def finish(embeddings, truncate_dim, normalize):
     return unit(embeddings) if normalize else embeddings
 
 
-def unit(x):
+def unit(x: np.ndarray) -> np.ndarray:
     """Returns vectors (..., E) of unit length; zero stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def ranges_of(embeddings):
+def ranges_of(embeddings: np.ndarray) -> np.ndarray:
     """Returns (2, E): the least and the largest number of each dimension."""
     return np.stack([embeddings.min(axis=0), embeddings.max(axis=0)])
 
 
-def quantize(embeddings, precision, ranges=None):
+def quantize(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None) -> np.ndarray:
     """Returns embeddings (n, E) in a precision, by the formulas of sentence-transformers 6.
 
     float32, float16: as they are. int8, uint8: 255 steps between each dimension's `ranges` (2, E), default those of
@@ -55,7 +57,9 @@ def quantize(embeddings, precision, ranges=None):
     return (levels - (128 if precision == "int8" else 0)).astype(precision)
 
 
-def load_embeddings(directory, rows=None, verify=False):
+def load_embeddings(
+    directory: str | os.PathLike[str], rows: tuple[int, int] | None = None, verify: bool = False
+) -> np.ndarray:
     """Returns the vectors (n, E) of a folder that `python -m launch.encode` wrote, in the order of the input.
 
     rows: (first, end), to read only these. verify: compare every file read with its checksum in the manifest.
@@ -65,7 +69,7 @@ def load_embeddings(directory, rows=None, verify=False):
     return _load(pathlib.Path(directory).expanduser(), "file", rows, verify)
 
 
-def load_soft_prompts(directory):
+def load_soft_prompts(directory: str | os.PathLike[str]) -> np.ndarray:
     """Returns the soft prompts (n, K, D) of a folder that `python -m launch.encode ... save_soft_prompts=true` wrote.
 
     A single .npy is mapped, not read. Raises InputError for what is missing or incomplete.
@@ -90,9 +94,12 @@ def _load(directory, name, rows, verify):
         path = directory / shard[name]
         if not path.is_file():
             raise InputError(f"{path}: no such file, though the manifest names it")
-        if verify and sha256_file(path) != shard["sha256"]:
+        if verify and sha256_file(path) != shard.get("sha256"):
             raise InputError(f"{path}: is not what was written (its checksum differs from the manifest's)")
-        parts.append(_read_shard(path)[max(first - low, 0) : end - low])
+        array = _read_shard(path)
+        if len(array) != high - low or any(array.shape[1:] != part.shape[1:] for part in parts):
+            raise InputError(f"{path}: has shape {array.shape}, which is not that of rows {low} to {high}")
+        parts.append(array[max(first - low, 0) : end - low])
     if not parts:
         raise InputError(f"{directory}: no vectors in rows {first} to {end}")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -103,7 +110,7 @@ def _manifests(directory):
     paths = sorted(directory.glob("manifest*.json"))
     if not paths:
         raise InputError(f"{directory}: no manifest.json: not a folder that encode wrote, or encode has not finished")
-    manifests = [read_json(path) for path in paths]
+    manifests = [read_manifest(path) for path in paths]
     count = manifests[0]["shard"]["count"]
     missing = set(range(count)) - {manifest["shard"]["index"] for manifest in manifests}
     if missing:
@@ -119,13 +126,56 @@ def _manifests(directory):
     return ends[-1], shards
 
 
+def read_manifest(path):
+    """Returns a manifest of the form that encode writes. Raises InputError for any other."""
+    manifest = read_json(path)
+    share, shards = manifest.get("shard"), manifest.get("shards")
+    if not (
+        isinstance(share, dict)
+        and _are_counts(share.get("index"), share.get("count"), manifest.get("rows"), manifest.get("dimension"))
+        and share["index"] < share["count"]
+        and all(isinstance(manifest.get(key), dict) for key in _SHARED)
+        and isinstance(shards, list)
+        and all(map(is_shard, shards))
+    ):
+        raise InputError(f"{path}: is not as encode wrote it. Encode again, or copy it again")
+    return manifest
+
+
+def is_shard(entry):
+    """Whether a value is what a manifest says of a shard: whole numbers, and names of files in its own folder."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("rows"), list) or len(entry["rows"]) != 2:
+        return False
+    names = [entry.get("file"), *(entry[key] for key in ("soft_prompts", "ranges") if key in entry)]
+    plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.(npy|parquet)", name) for name in names)
+    counts = _are_counts(*entry["rows"], entry.get("shard"), entry.get("cut", 0), entry.get("empty", 0))
+    return plain and counts and entry["rows"][0] < entry["rows"][1]
+
+
+def _are_counts(*values):
+    return all(type(value) is int and value >= 0 for value in values)
+
+
 def _read_shard(path):
+    """Returns the array (n, ...) of a file of vectors. Raises InputError for anything else."""
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = read_array(path, "vectors")
+    else:
+        array = _read_parquet(path)
+    if array.ndim < 2 or array.dtype.kind not in "fiu":
+        raise InputError(f"{path}: holds {array.dtype} {array.shape}, not vectors")
+    return array
+
+
+def _read_parquet(path):
+    import pyarrow
     import pyarrow.parquet
 
-    column = pyarrow.parquet.read_table(path, columns=["vector"])["vector"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    try:
+        column = pyarrow.parquet.read_table(path, columns=["vector"])["vector"].combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    except (pyarrow.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: not a readable file of vectors ({str(error).splitlines()[0]})") from None
 
 
 def write_shard(path, ids, vectors):

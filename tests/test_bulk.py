@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, load_embeddings, vectors
+from llm2vec_gen_jax import config, files, load_embeddings, vectors
 from llm2vec_gen_jax.bulk import encode_corpus
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.errors import InputError
@@ -170,3 +170,51 @@ def test_what_is_altered_or_missing_is_named(model_folder, tmp_path):
     for rows in ((0, 50), (5, 4), (-1, 2)):
         with pytest.raises(InputError, match="has rows 0 to 49"):
             load_embeddings(tmp_path / "out", rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shard": {}},
+        {"shard": {"index": 0, "count": "1"}},
+        {"rows": None},
+        {"model": 1},
+        {"shards": {}},
+        {"shards": [{"file": "x.npy"}]},
+        {"shards": [{"shard": 0, "file": "../x.npy", "rows": [0, 2]}]},
+        {"shards": [{"shard": 0, "file": "/etc/passwd", "rows": [0, 2]}]},
+        {"shards": [{"shard": 0, "file": "x.npy", "rows": [0, True]}]},
+    ],
+)
+def test_a_manifest_that_encode_did_not_write_is_named(tmp_path, change):
+    """And no file outside of its folder is read."""
+    (tmp_path / "out").mkdir()
+    for folder in (tmp_path, tmp_path / "out"):
+        np.save(folder / "x.npy", np.ones((2, 3), np.float32))
+    manifest = {"shard": {"index": 0, "count": 1}, "rows": 2, "dimension": 3, "model": {}, "input": {}, "config": {}}
+    manifest["shards"] = [{"shard": 0, "file": "x.npy", "rows": [0, 2]}]
+    files.write_json(tmp_path / "out/manifest.json", manifest)
+    assert load_embeddings(tmp_path / "out").shape == (2, 3)
+    with pytest.raises(InputError, match="x.npy: is not what was written"):  # it has no checksum
+        load_embeddings(tmp_path / "out", verify=True)
+    files.write_json(tmp_path / "out/manifest.json", manifest | change)
+    with pytest.raises(InputError, match="manifest.json: is not as encode wrote it"):
+        load_embeddings(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, \x00), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (9, 3), }",
+        b"{'descr': '<U4', 'fortran_order': False, 'shape': (2, 3), }",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
+    ],
+)
+def test_damaged_vectors_are_named(tmp_path, header):
+    header += b" " * (117 - len(header)) + b"\n"
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24))
+    with pytest.raises(InputError, match=str(path)):
+        vectors._read_shard(path)

@@ -31,13 +31,13 @@ class PlainReader:
 
     def __init__(self, directory):
         run = yaml.safe_load((directory / "run_config.yml").read_text())
-        dtype = getattr(torch, run["torch_dtype"])
+        backbone, dtype = run["model_name_or_path"], getattr(torch, run["torch_dtype"])
         self.count = int(re.fullmatch(r"last_(\d+)_tokens", run["encoding_mode"])[1])
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.special = run["special_tokens"]
         # The decoder first: adapters are put into the encoder in place.
-        self.decoder = AutoModelForCausalLM.from_pretrained(run["model_name_or_path"]).to(dtype).eval()
-        encoder = AutoModel.from_pretrained(run["model_name_or_path"]).to(dtype)
+        self.decoder = AutoModelForCausalLM.from_pretrained(backbone, trust_remote_code=False).to(dtype).eval()
+        encoder = AutoModel.from_pretrained(backbone, trust_remote_code=False).to(dtype)
         encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
         self.encoder = PeftModel.from_pretrained(encoder, directory / "encoder").eval()
         self.heads = [self._head(directory / f"{name}_mlp") for name in ("reconstruction", "alignment")]

@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+from llm2vec_gen_jax.files import install_command
+
 
 def draw(found, folder):
     """Writes a plot of each table that has one. found: {name: table as JSON}. Returns their paths; none without
@@ -11,7 +13,7 @@ def draw(found, folder):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("plots are left out: pip install -r requirements-study.txt")
+        print(f"plots are left out: {install_command('study')}")
         return []
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
