@@ -14,6 +14,8 @@ from llm2vec_gen_jax.config.common import (
 
 @dataclasses.dataclass
 class CompressionConfig:
+    """The trainable tokens that follow a text."""
+
     num_tokens: int = setting(
         10, "trainable compression tokens K whose last hidden states become the embedding", least=1
     )
@@ -22,6 +24,8 @@ class CompressionConfig:
 
 @dataclasses.dataclass
 class LoraConfig:
+    """A LoRA on the encoder's pass; the decoder stays the frozen LLM."""
+
     rank: int = setting(0, "of the low-rank updates on the encoder's pass (all seven projections); 0: none")
     alpha: float = setting(16.0, "the updates are scaled by alpha / rank")
     dropout: float = setting(0.05, "of the updates' inputs while they train")
@@ -29,6 +33,8 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class TeacherConfig:
+    """What gives the alignment targets: the vector of every response, computed once."""
+
     kind: str = setting(
         "llm2vec",
         "llm2vec: a backbone, mean-pooled, with adapters merged; sentence_transformers: any model of that library",
@@ -55,6 +61,8 @@ class TeacherConfig:
 
 @dataclasses.dataclass
 class DataConfig:
+    """What is trained on, and how it is cut and ordered."""
+
     responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
     split: str = setting("train", "split of a Hugging Face dataset")
     finished_only: bool = setting(False, "leave out responses that were cut (`finish: length`, as `respond` writes it)")
@@ -70,6 +78,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class LossConfig:
+    """The weights of the losses; what has weight 0 is neither read nor computed."""
+
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
     alignment_function: str = setting(
@@ -92,6 +102,8 @@ class LossConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
     learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
     schedule: str = setting("linear", "after the warm-up", ("linear", "constant", "cosine"))
     schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero", least=1)
@@ -102,6 +114,8 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class TrainSettings:
+    """The run: how long, how large, where it is kept, and what its backward pass keeps."""
+
     steps: int = setting(5_000, "optimizer steps", least=1)
     batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "of the initial trainable parameters")
@@ -174,6 +188,8 @@ class PlanConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
+    """The texts that a teacher is trained on."""
+
     path: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses")
     field: str = setting("answer", "of the JSONL objects")
     sentences: bool = setting(True, "SimCSE reads the texts' sentences, not whole texts")
@@ -183,6 +199,8 @@ class CorpusConfig:
 
 @dataclasses.dataclass
 class MntpConfig:
+    """Masked next-token prediction, a teacher's first stage (LLM2Vec, BehnamGhader et al. 2024)."""
+
     steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
     batch_size: int = setting(32, "blocks per step", least=1)
     max_length: int = setting(512, "tokens of a block", least=2)
@@ -199,6 +217,8 @@ class MntpConfig:
 
 @dataclasses.dataclass
 class SimcseConfig:
+    """Unsupervised SimCSE, a teacher's second stage: two passes of a text with different dropout."""
+
     steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
     batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
     max_length: int = setting(128, "tokens of a text", least=1)
@@ -214,6 +234,8 @@ class SimcseConfig:
 
 @dataclasses.dataclass
 class TeacherSettings:
+    """The run of a teacher's training."""
+
     output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
     overwrite: bool = setting(False, "delete what is in the run directory first")
     seed: int = setting(42, "of everything")
