@@ -65,6 +65,7 @@ CANNOT_RUN = {
 }
 # What stands for something else where a command runs.
 STANDS_FOR = {"CONFIG": "configs/smollm2-135m.yaml", "PUBLISHED_MODEL": "MODEL", "smollm2-135m": "tiny"}
+REST = ["data.responses=responses.jsonl", "train.output=runs/more"]  # what ... stands for, after `train CONFIG`
 TRAIN = ["backbone.path=tiny", "backbone.dtype=float32", "train.steps=2", "train.batch_size=8", "train.remat=none"]
 TRAIN += ["compression.num_tokens=3", "data.max_query_length=40", "data.max_answer_length=24", "kernels.attention=xla"]
 STUDY = {"queries": 8, "held_out": 3, "max_new_tokens": 12, "steps": 2, "schedule_steps": 3, "ablation_steps": 2}
@@ -91,8 +92,8 @@ SMALL = {
     "evaluate": ["limit=4", "max_new_tokens=4", "batch_size=8", "dtype=float32"],
     "reproduce": ["backbone.path=tiny", "teacher.adapters=", *(f"sizes.{key}={n}" for key, n in STUDY.items())],
     "plan": [
-        *("architecture=tiny/config.json", "topology=cpu:8", "train.batch_size=8", "search=false"),
-        *("query_length=16", "answer_length=16"),
+        *("architecture=tiny/config.json", "topology=cpu:8", "mesh.data=4", "mesh.fsdp=2", "train.batch_size=8"),
+        *("query_length=16", "answer_length=16", "search=false"),
     ],
 }
 ADAPTERS_OF_OTHERS = ("configs/qwen3", "configs/smollm2-135m.yaml", "CONFIG")  # do not fit the tiny backbone
@@ -154,7 +155,6 @@ CASES = cases()
 
 def split(words):
     """Returns (name, words) of a command of ours: ("lens logit", ["MODEL", ...]); (None, words) of another."""
-    words = [word for word in words if word != "..."]
     if words[0] == "llm2vec-gen":
         words = ["python", "-m", f"launch.{words[1]}", *words[2:]]
     if words[:2] != ["python", "-m"] or not words[2].startswith("launch."):
@@ -169,8 +169,12 @@ def stand_in(words, folder):
     """Returns the words with what stands for something else replaced, and patterns of configs expanded in a folder."""
     found = []
     for word in words:
-        word = STANDS_FOR.get(word, word).replace("$i", "0")
-        found += sorted(map(str, folder.glob(word))) if word.endswith("*.yaml") else [word]
+        if word == "...":
+            found += REST
+        elif word.endswith("*.yaml"):
+            found += sorted(map(str, folder.glob(word)))
+        else:
+            found.append(STANDS_FOR.get(word, word).replace("$i", "0"))
     return found
 
 
@@ -278,7 +282,7 @@ def test_prose_is_true(page, parse):
             assert key in keys, f"{page.name}: `{span}`"
         found = COMMAND.match(span)
         if found and not found[2].startswith("NAME"):
-            name, words = split(["python", "-m", *f"launch.{found[2]}".split()])
+            name, words = split(["python", "-m", *f"launch.{found[2].replace(' ...', '')}".split()])
             parse(name, stand_in(words, ROOT))
 
 
@@ -413,6 +417,8 @@ def test_a_command_runs(name, words, here, command, monkeypatch):
         key, _, value = word.partition("=")
         if key in OUTPUTS and (here / value).exists():
             shutil.rmtree(value) if (here / value).is_dir() else (here / value).unlink()
+    if name == "quickstart":  # its output's default
+        shutil.rmtree("runs/quickstart")
     before = {path for path in here.rglob("*")}
     if "input=-" in given:
         monkeypatch.setattr(sys, "stdin", open(here / "texts.txt", encoding="utf-8"))
