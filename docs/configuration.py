@@ -5,7 +5,7 @@ import pathlib
 import textwrap
 import typing
 
-from llm2vec_gen_jax import config, options
+from llm2vec_gen_jax import config
 from llm2vec_gen_jax.config import common
 from llm2vec_gen_jax.files import write_text
 
@@ -122,12 +122,10 @@ def _kind(kind):
 
 
 def _shown(value):
-    return next(iter(options.to_yaml(_One(value)).removeprefix("value: ").splitlines())) if value != "" else "''"
-
-
-@dataclasses.dataclass
-class _One:
-    value: typing.Any
+    """Returns a value as it is written on a command line."""
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return {None: "null", "": "''"}.get(value, str(value).lower() if isinstance(value, bool) else str(value))
 
 
 def _paragraphs(text):
