@@ -30,11 +30,12 @@ from llm2vec_gen_jax import LLM2VecGen, config, options
 from llm2vec_gen_jax.errors import InputError
 
 from .conftest import write_jsonl
-from .test_commands import ACTIONS, COMMANDS, talker_folder  # noqa: F401  a fixture
+from .test_commands import ACTIONS, COMMANDS, schema_of, talker_folder  # noqa: F401  a fixture
 from .test_evaluate import TYPES, write_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMED = re.compile(rf"({'|'.join(sorted(COMMANDS, key=len, reverse=True))}) (.*=.*)")  # `encode MODEL key=value`
 COMMAND = re.compile(r"(python -m launch\.|llm2vec-gen )(.+)", re.S)
 OPTIONAL = re.compile(r"(?<=\s)\[(?:--\w|\w+=)[^\]]*\](?=\s|$)")  # [key=value ...], [--preset cpu|gpu]
 NOT_SHELL = {"text", "json", "yaml", "python", "toml"}
@@ -56,7 +57,7 @@ CANNOT_RUN = {
     "tasks=mteb-lite": "downloads from the hub",
     "python -m tests.peer": "installs PyTorch from a package index; test_parity.py does it where it can",
     "python -m pytest": "is this run",
-    "python -m benchmarks.": "measures for minutes; test_benchmarks.py and test_chaos.py run them on tiny models",
+    "python -m benchmarks.": "measures for minutes; test_benchmarks.py, test_serve.py and test_chaos.py run them small",
     "python=PYTORCH_ENV": "needs that environment; tests/test_convert.py runs it",
     "output=vectors shard.index=1": "the other share of the command before it",
     "serve MODEL": "the page of the server runs as a whole",
@@ -72,7 +73,7 @@ STUDY = {"queries": 8, "held_out": 3, "max_new_tokens": 12, "steps": 2, "schedul
 STUDY |= {"batch_size": 8, "seeds": 1, "limit": 4, "hyde_limit": 2, "hyde_tokens": 4, "decoded_tokens": 4, "timed": 2}
 # What is added to each command, by its name, to make it small.
 SMALL = {
-    "quickstart": ["backbone.path=talker", "queries=8", "steps=2", "max_new_tokens=8"],
+    "quickstart": ["backbone.path=talker", "queries=16", "steps=2", "max_new_tokens=8"],
     "synthesize": ["backbone.path=talker", "count=3", "batch_size=4", "max_new_tokens=24"],
     "respond": ["backbone.path=tiny", "limit=4", "batch_size=2", "max_new_tokens=4"],
     "train": TRAIN,
@@ -91,12 +92,11 @@ SMALL = {
     "convert verify": ["max_new_tokens=2"],
     "evaluate": ["limit=4", "max_new_tokens=4", "batch_size=8", "dtype=float32"],
     "reproduce": ["backbone.path=tiny", "teacher.adapters=", *(f"sizes.{key}={n}" for key, n in STUDY.items())],
-    "plan": [
+    "plan": [  # for processors: the compiler for TPUs is no requirement, and test_tpu.py has it
         *("architecture=tiny/config.json", "topology=cpu:8", "mesh.data=4", "mesh.fsdp=2", "train.batch_size=8"),
         *("query_length=16", "answer_length=16", "search=false"),
     ],
 }
-ADAPTERS_OF_OTHERS = ("configs/qwen3", "configs/smollm2-135m.yaml", "CONFIG")  # do not fit the tiny backbone
 OUTPUTS = ("output", "train.output", "merged", "backbone_output")
 FAST = ("decode", "encode", "lens logit", "convert from_pytorch", "respond")  # a second or two each; others are slow
 
@@ -280,6 +280,11 @@ def test_prose_is_true(page, parse):
     for span in re.findall(r"`([^`\n]+)`", text):
         for key in re.findall(r"(?:^|\s)([a-z_]+\.[a-z_]+)=", span):
             assert key in keys, f"{page.name}: `{span}`"
+        if found := NAMED.match(span):
+            known = options._leaves(schema_of(found[1]))
+            assert all(key in known for key in re.findall(r"(?<=\s)([\w.]+)=", f" {found[2]}")), (
+                f"{page.name}: `{span}`"
+            )
         found = COMMAND.match(span)
         if found and not found[2].startswith("NAME"):
             name, words = split(["python", "-m", *f"launch.{found[2].replace(' ...', '')}".split()])
