@@ -500,7 +500,7 @@ def test_the_page_of_the_server_runs(here):
     shell = [text for _, language, text in blocks(ROOT / "docs/serving.md") if language == "bash"]
     [plain] = [words for text in shell for words in commands(text) if words[-2:] == ["launch.serve", "MODEL"]]
     server = subprocess.Popen(
-        [*plain, f"port={port}", "max_length=40", "batch_size=2", "decode.max_new_tokens=4"],
+        [*plain, f"port={port}", "max_length=40", "batch_size=2"],
         cwd=here,
         env=environment(),
         stdout=subprocess.PIPE,
