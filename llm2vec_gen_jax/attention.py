@@ -15,7 +15,7 @@ from llm2vec_gen_jax.layers import drop, product
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of tokens already read, rotated. Inside a layer without the leading L.
+    """Keys and values of tokens already read, rotated, of execution.stacked. Inside a layer without the leading L.
 
     Heads come before slots: the products of a token with a cache then need no copy of it in another order.
     """
@@ -61,7 +61,7 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
         own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
         segments = own_BT, jnp.concatenate([visibility.cache_BS.astype(jnp.int32), own_BT], axis=1)
         k_BTGH, v_BTGH = (
-            jnp.concatenate([jnp.swapaxes(slots, 1, 2), own], axis=1)
+            jnp.concatenate([jnp.swapaxes(slots, 1, 2).astype(own.dtype), own], axis=1)
             for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
         )
     if not causal:
@@ -78,12 +78,12 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
     # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
     blocked = visibility.causal and cache is None and key is None
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
-    mixed = []
-    for first in range(0, T, size):
-        last = min(first + size, T)
+    sizes = [min(size, T - first) for first in range(0, T, size)]
+    mixed, last = [], 0
+    for queries in jax.lax.split(q_BTNH, sizes, axis=1):  # its gradient is a concatenation, that of slices a sum
+        first, last = last, last + queries.shape[1]
         end = last if visibility.causal else T
-        seen, queries = _seen(visibility, first, last, end), q_BTNH[:, first:last]
-        own = k_BTGH[:, :end], v_BTGH[:, :end]
+        seen, own = _seen(visibility, first, last, end), (k_BTGH[:, :end], v_BTGH[:, :end])
         mixed.append(_mix(queries, *own, seen, visibility.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
@@ -99,8 +99,6 @@ def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, execution, key, dropout)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
         seen = cache_BS[:, None, None, None, :]
-        if execution.target == "cpu":  # XLA's compiler for it has no bfloat16 products of this layout
-            cache = jax.tree.map(lambda x: x.astype(jnp.float32), cache)
         queries = q_BTGRH.astype(cache.k_LBGSH.dtype)
         cached = jnp.where(seen, product("btgrh,bgsh->bgrts", queries, cache.k_LBGSH) * scale, -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)

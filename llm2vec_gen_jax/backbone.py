@@ -17,11 +17,6 @@ KEPT = "kept"  # the name of what a backward pass may keep
 _keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
-def kept(x):
-    """Marks an array that the backward pass keeps."""
-    return checkpoint_name(x, KEPT)
-
-
 class Block(nn.Module):
     """One pre-norm transformer layer.
 
@@ -30,13 +25,17 @@ class Block(nn.Module):
 
     architecture: Architecture
     execution: Execution
+    dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.stacked(dtype)
 
     @nn.compact
     def __call__(self, x_BTD, cache, lora, dropout, rope, visibility, where_BP):
-        a = self.architecture
+        a, stacked = self.architecture, self.execution.stacked(self.dtype)
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
         rate = dropout.attention if dropout else 0.0
         *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
+
+        def kept(x):  # marks an array that the backward pass keeps
+            return checkpoint_name(x.astype(stacked), KEPT).astype(x.dtype)
 
         def project(name, x, equation, shape, axes, bias_dims=()):
             y = layers.Linear(equation, shape, axes, bias_dims, name=name)(x)
@@ -52,7 +51,7 @@ class Block(nn.Module):
         def norm(name, axis):
             return layers.RMSNorm(a.norm_eps, axis, name=name)
 
-        x_BTD = over_batch(x_BTD, self.execution.mesh)
+        x_BTD = over_batch(x_BTD.astype(self.dtype), self.execution.mesh)
         y_BTD = norm("attention_norm", "norm")(x_BTD)
         q_BTNH = heads("query", y_BTD, N, "heads")
         k_BTGH = heads("key", y_BTD, G, "kv_heads")
@@ -68,9 +67,10 @@ class Block(nn.Module):
         y_BTD = norm("mlp_norm", "norm")(x_BTD)
         gate_BTF = kept(project("gate", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
         up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
-        active_BTF = nn.silu(gate_BTF.astype(jnp.float32)).astype(x_BTD.dtype)  # exp of bfloat16 is slow on a CPU
-        x_BTD = x_BTD + project("down", active_BTF * up_BTF, "btf,fd->btd", (F, D), ("mlp", "embed"))
-        own = KVCache(jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2))
+        active_BTF = nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+        x_BTD = x_BTD + project("down", active_BTF.astype(self.dtype), "btf,fd->btd", (F, D), ("mlp", "embed"))
+        x_BTD = x_BTD.astype(stacked)
+        own = KVCache(*(jnp.swapaxes(x, 1, 2).astype(stacked) for x in (k_BTGH, v_BTGH)))
         return x_BTD, (own, None if where_BP is None else _at(x_BTD, where_BP))
 
 
@@ -103,7 +103,9 @@ class Backbone(nn.Module):
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(a, self.execution)
+        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(
+            a, self.execution, self.embedding.dtype
+        )
         self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
 
     def embed(self, ids):
@@ -115,9 +117,9 @@ class Backbone(nn.Module):
 
         cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
         pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
-        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H).
+        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.stacked).
         """
-        x_BTD, (own, _) = self.layers(x_BTD, cache, lora, dropout, self._rope(positions_BT), visibility, None)
+        x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, visibility, None)
         return self.final_norm(over_batch(x_BTD, self.execution.mesh)), own
 
     def states(self, x_BTD, positions_BT, visibility, where_BP, lora=None):
@@ -126,14 +128,18 @@ class Backbone(nn.Module):
         Returns states (L + 1, B, P, D): the embeddings, then the result of each layer, of the last one after the
         final norm (what `hidden_states` of transformers holds).
         """
-        first_BPD, rope = _at(x_BTD, where_BP), self._rope(positions_BT)
-        _, (_, states_LBPD) = self.layers(x_BTD, None, lora, None, rope, visibility, where_BP)
+        first_BPD = _at(x_BTD, where_BP)
+        _, (_, states_LBPD) = self._run(x_BTD, None, lora, None, positions_BT, visibility, where_BP)
+        states_LBPD = states_LBPD.astype(x_BTD.dtype)
         last_BPD = self.final_norm(states_LBPD[-1])
         return jnp.concatenate([first_BPD[None], states_LBPD[:-1], last_BPD[None]])
 
-    def _rope(self, positions_BT):
-        a = self.architecture
-        return layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
+    def _run(self, x_BTD, cache, lora, dropout, positions_BT, visibility, where_BP):
+        a, dtype = self.architecture, x_BTD.dtype
+        rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
+        x_BTD = x_BTD.astype(self.execution.stacked(dtype))
+        x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, visibility, where_BP)
+        return x_BTD.astype(dtype), made
 
     def head_VD(self):
         """Returns the output matrix (V, D); the embedding table when they are tied."""

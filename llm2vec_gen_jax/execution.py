@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm2vec_gen_jax.errors import InputError
@@ -54,6 +55,14 @@ class Execution:
         if self.target == "gpu" and dtype.itemsize == 2 and self._has_tensor_cores():
             return "cudnn"
         return "pallas" if self.target == "tpu" else "xla"
+
+    def stacked(self, dtype):
+        """Returns the dtype in which arrays of `dtype` are stacked over layers or slots.
+
+        XLA's CPU compiler neither slices half precision nor updates a slice of it: it would make a float32 copy of the
+        whole stack for every layer. So there the stack is float32 to begin with, and holds the same numbers.
+        """
+        return jnp.dtype(jnp.float32 if self.target == "cpu" and jnp.dtype(dtype).itemsize == 2 else dtype)
 
     def _has_tensor_cores(self):
         """cuDNN's flash attention is for Ampere (8.0) and later."""

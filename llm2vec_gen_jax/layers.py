@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", _partitioned(nn.initializers.ones, self.axis_name), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * scale.astype(x.dtype)
+        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -131,12 +131,11 @@ def rope_angles(positions_BT, head_dim, theta, scaling):
 
 
 def rotate(x_BTNH, rope):
-    """Applies the angles of `rope_angles` to queries or keys."""
-    cos_BTH, sin_BTH = rope
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    turned_BTNH = jnp.concatenate([-second, first], axis=-1)
-    cos, sin = (angle[:, :, None, :].astype(x_BTNH.dtype) for angle in (cos_BTH, sin_BTH))
-    return x_BTNH * cos + turned_BTNH * sin
+    """Applies the angles of `rope_angles` to queries or keys, in float32. Returns x's dtype."""
+    cos, sin = (angle_BTH[:, :, None, :] for angle_BTH in rope)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x_BTNH.astype(jnp.float32) * cos + turned * sin).astype(x_BTNH.dtype)
 
 
 def _partitioned(initializer, *axes):

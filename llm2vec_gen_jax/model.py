@@ -145,7 +145,7 @@ class Model:
         """
         cache = jax.lax.stop_gradient(cache)
         slots = cache.k_LBGSH.shape[3]
-        x_MD = trainable["tokens"].astype(cache.k_LBGSH.dtype)
+        x_MD = trainable["tokens"].astype(frozen["embedding"].dtype)
         x_BMD = jnp.broadcast_to(x_MD, (len(lengths_B), *x_MD.shape))
         positions_BM = lengths_B[:, None] + jnp.arange(self.num_appended)
         visibility = Visibility(causal=True, cache_BS=jnp.arange(slots) < lengths_B[:, None])

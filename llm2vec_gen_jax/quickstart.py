@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import download
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_jsonl
+from llm2vec_gen_jax.loading import TEACHERS
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.respond import open_backbone, respond
 from llm2vec_gen_jax.synthesize import synthesize
@@ -55,7 +57,8 @@ def quickstart(config):
         ),
         backbone,
     )
-    print("3/4  its own vectors of the responses are the targets; compression tokens and heads train", flush=True)
+    whose = "the shipped teacher's" if _teachers(config) else "its own"
+    print(f"3/4  {whose} vectors of the responses are the targets; compression tokens and heads train", flush=True)
     model_directory = train(_train_config(config, responses), backbone=backbone)
     print("4/4  a look at the result\n", flush=True)
     model = LLM2VecGen.from_pretrained(
@@ -66,9 +69,15 @@ def quickstart(config):
     return model_directory
 
 
+def _teachers(config):
+    """Adapters of the teacher: the default backbone's come with the package; another backbone teaches as it is."""
+    return list(TEACHERS) if config.backbone.path == download.NAME else []
+
+
 def _train_config(config, responses):
     return config_lib.TrainConfig(
         backbone=config.backbone,
+        teacher=config_lib.TeacherConfig(adapters=_teachers(config)),
         kernels=config.kernels,
         mesh=config.mesh,
         data=config_lib.DataConfig(responses=str(responses), seed=config.seed),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import gguf
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax import config, sharding
+from llm2vec_gen_jax import config, generate, sharding
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.data import pad
@@ -114,6 +115,29 @@ def test_a_bfloat16_pass_makes_no_float32_copy_of_the_layers(tiny):
     for leaf in jax.tree.leaves(params["layers"]):
         if leaf.ndim > 2:  # a matrix for each layer
             assert f"f32[{','.join(map(str, leaf.shape))}]" not in program
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers slice bfloat16")
+def test_bfloat16_of_all_layers_is_never_converted_at_once(tiny):
+    """What the backward pass keeps, and the keys and values of generation."""
+    backbone, B, T, N = tiny("qwen3"), 5, 11, 6
+    L, model = backbone.architecture.num_layers, Backbone(backbone.architecture)
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), backbone.frozen)
+    positions_BT = np.broadcast_to(np.arange(T), (B, T))
+
+    def total(x_BTD, params):
+        return model.apply({"params": params}, x_BTD, positions_BT, CAUSAL)[0].astype("float32").sum()
+
+    x_BTD = np.ones((B, T, backbone.architecture.hidden_size), "bfloat16")
+    backward = jax.jit(jax.grad(total)).lower(x_BTD, params)
+    prompt, lengths_B = np.ones((B, T), np.int32), np.full(B, T, np.int32)
+    decode = jax.jit(generate.continue_prompts, static_argnums=(0, 1, 2)).lower(
+        model, generate.Sampling(N), (0,), params, prompt, lengths_B, np.arange(B), np.uint32(0)
+    )
+    for lowered, width in ((backward, T), (decode, T + N)):
+        loops = lowered.compile().as_text().split("ENTRY")[0]  # once, before or after the layers, it may be
+        stacks = re.findall(rf"= \w+\[{L},{B},[\d,]*{width}[\d,]*\]\S* convert\(", loops)
+        assert f"[{L},{B}," in loops and not stacks
 
 
 # Who sees whom
