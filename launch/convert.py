@@ -14,6 +14,7 @@ from llm2vec_gen_jax.files import require_new
 
 
 def from_pytorch(path, config):
+    """Writes what a published directory or hub id holds as a model directory with exact heads."""
     from llm2vec_gen_jax import LLM2VecGen
 
     options.require(config, "output")
@@ -24,6 +25,7 @@ def from_pytorch(path, config):
 
 
 def to_pytorch(path, config):
+    """Writes a model directory, its backbone and the merged encoder, whichever PyTorch needs or the user asks for."""
     from llm2vec_gen_jax import LLM2VecGen, export
     from llm2vec_gen_jax.loading import resolve_path
 
@@ -50,6 +52,7 @@ def to_pytorch(path, config):
 
 
 def verify(path, config):
+    """Prints the comparison of both frameworks; exit code 1 where they differ."""
     from llm2vec_gen_jax.verify import verify
 
     report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)

@@ -15,6 +15,7 @@ from llm2vec_gen_jax.vectors import load_soft_prompts
 
 
 def main(path, config):
+    """Writes or prints a line {text, decoded} for each text, {decoded} for each soft prompt."""
     from llm2vec_gen_jax import LLM2VecGen
 
     given = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]

@@ -11,6 +11,7 @@ from llm2vec_gen_jax.config import EncodeConfig
 
 
 def main(path, config):
+    """Encodes, unless told to stop; then cleans up and ends with 143 (SIGTERM) or 130 (SIGINT)."""
     from llm2vec_gen_jax.bulk import encode_corpus
 
     came = []

@@ -21,6 +21,7 @@ from llm2vec_gen_jax.files import require_new, write_text
 
 
 def logit(path, config):
+    """The top of the vocabulary for each compression token, as a table or JSONL."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.lens.logit import over_tokens
 
@@ -37,6 +38,7 @@ def logit(path, config):
 
 
 def build_index(path, config):
+    """Keeps hidden states of a corpus for `query`."""
     from llm2vec_gen_jax.lens.latent import build_index
 
     count = build_index(path, config)
@@ -44,6 +46,7 @@ def build_index(path, config):
 
 
 def query(path, config):
+    """The nearest contexts of each compression token, as a table or JSONL."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.lens.search import Index, latent_lens
 
@@ -62,6 +65,7 @@ def query(path, config):
 
 
 def generations(path, config):
+    """The published script's table of texts and what is decoded from their embeddings."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.lens import generations
 
@@ -75,6 +79,7 @@ def generations(path, config):
 
 
 def report(path, config):
+    """One HTML page of everything that the embeddings of some texts hold."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.lens.report import write_report
 

@@ -24,6 +24,7 @@ class Student:
     show_progress: bool = False
 
     def encode(self, texts, instruction=""):
+        """Returns the embeddings (n, E) of texts."""
         return self.model.encode(
             texts,
             prompt=instruction,
@@ -48,6 +49,7 @@ class Teacher:
     show_progress: bool = False
 
     def encode(self, texts, instruction=""):
+        """Returns the mean-pooled last hidden states (n, D) of texts."""
         ids = self.backbone.tokenizer.encode([_join(instruction, text) for text in texts], self.max_length)
         architecture, execution = self.backbone.architecture, self.backbone.execution
         shards = sharding.batch_shards(execution.mesh)
@@ -75,6 +77,7 @@ class Clock:
     shapes: set = dataclasses.field(default_factory=set)
 
     def add(self, shape, seconds, queries):
+        """Counts a batch: its shape, the seconds it took, and its number of queries."""
         if shape in self.shapes:
             self.seconds, self.queries = self.seconds + seconds, self.queries + queries
         else:
@@ -123,6 +126,7 @@ class Hyde:
         return answers
 
     def encode(self, texts, instruction=""):
+        """Returns the teacher's vectors (n, D) of the answers that the LLM writes to texts."""
         return dataclasses.replace(self.teacher, max_length=self.max_length).encode(self.answers(texts, instruction))
 
 

@@ -49,6 +49,10 @@ class MTEBEncoder(AbsEncoder):
         )
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **_):
+        """What mteb calls: returns the vectors (n, E) of the batches of a DataLoader.
+
+        Raises InputError for a task without instructions.
+        """
         name = task_metadata.name
         if name not in self.instructions:
             raise InputError(f"no instruction for task {name}{nearest(name, self.instructions)}")
@@ -60,7 +64,7 @@ class MTEBEncoder(AbsEncoder):
 
 
 class _Folder:
-    """A tasks.Task in the place of a dataset on the hub. `kind`: what mteb calls its type."""
+    """A tasks.Task in the place of a dataset on the hub. `kind`: what mteb calls its type. build(): its dataset."""
 
     kind: str
     task: tasks.Task
@@ -70,6 +74,8 @@ class _Folder:
 
 
 class Retrieval(_Folder, AbsTaskRetrieval):
+    """Judgements of queries that a limit left out are left out too."""
+
     kind = "Retrieval"
 
     def build(self):

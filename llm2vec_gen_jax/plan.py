@@ -45,6 +45,7 @@ class Program:
 
     @property
     def peak(self):
+        """Bytes per device while it runs."""
         return self.arguments + self.beside
 
 

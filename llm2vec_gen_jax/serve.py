@@ -71,6 +71,7 @@ class Refused(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
 
     def response(self):
+        """Returns the HTTP response, with what a client should know of when to come again."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}

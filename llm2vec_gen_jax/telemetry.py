@@ -29,14 +29,17 @@ class Telemetry:
         make(gauge, "ready", "whether everything is compiled").set_function(lambda: server.ready)
 
     def request(self, endpoint, status, seconds):
+        """Counts an answered request: its status, and its seconds from headers to answer."""
         self._requests.labels(endpoint, status).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
     def read(self, texts, tokens):
+        """Counts embedded texts and their tokens."""
         self._texts.inc(texts)
         self._tokens.inc(tokens)
 
     def batch(self, kind, waited, requests, items, seconds):
+        """Counts what was computed together; waited: seconds of its oldest request."""
         for metric, value in (
             (self._waited, waited),
             (self._batch_requests, requests),

@@ -175,6 +175,27 @@ def test_pickle_is_read_by_the_restricted_unpickler_alone():
     assert whole == restricted[0].bases
 
 
+# Linen's own method; harness._Folder says what `build` gives; the module's docstring is the command of a `main`.
+DESCRIBED_ELSEWHERE = {("", "setup"), ("harness", "build"), *((module, "main") for module in LAUNCH)}
+
+
+@pytest.mark.parametrize("module", sorted(FILES | LAUNCH))
+def test_everything_public_says_what_it_does(module):
+    tree = ast.parse((FILES | LAUNCH)[module].read_text())
+    assert ast.get_docstring(tree), f"{module}: what is it for?"
+
+    def undescribed(node):
+        for inner in node.body:
+            if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and inner.name[0] != "_":
+                elsewhere = {("", inner.name), (module, inner.name)} & DESCRIBED_ELSEWHERE
+                if not (ast.get_docstring(inner) or elsewhere):
+                    yield inner.name
+                if isinstance(inner, ast.ClassDef):
+                    yield from (f"{inner.name}.{name}" for name in undescribed(inner))
+
+    assert not list(undescribed(tree)), f"{module}: a docstring with shapes, units and errors is missing"
+
+
 def test_importing_the_package_starts_neither_jax_nor_torch():
     code = f"import sys, {PACKAGE}; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT.parent, text=True).split()

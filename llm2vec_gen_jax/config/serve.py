@@ -7,6 +7,8 @@ from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, KernelsConfig, MeshCo
 
 @dataclasses.dataclass
 class DecodeSettings:
+    """/v1/decode: text out of embeddings."""
+
     enabled: bool = setting(True, "offer /v1/decode, and soft_prompts in /v1/embeddings")
     batch_size: int = setting(8, "texts that are decoded together", least=1)
     max_inputs: int = setting(64, "of one request", least=1)

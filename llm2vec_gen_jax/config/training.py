@@ -14,6 +14,8 @@ from llm2vec_gen_jax.config.common import (
 
 @dataclasses.dataclass
 class CompressionConfig:
+    """The trainable tokens that follow a text."""
+
     num_tokens: int = setting(
         10, "trainable compression tokens K whose last hidden states become the embedding", least=1
     )
@@ -22,6 +24,8 @@ class CompressionConfig:
 
 @dataclasses.dataclass
 class LoraConfig:
+    """A LoRA on the encoder's pass; the decoder stays the frozen LLM."""
+
     rank: int = setting(0, "of the low-rank updates on the encoder's pass (all seven projections); 0: none")
     alpha: float = setting(16.0, "the updates are scaled by alpha / rank")
     dropout: float = setting(0.05, "of the updates' inputs while they train")
@@ -29,6 +33,8 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class TeacherConfig:
+    """What gives the alignment targets: the vector of every response, computed once."""
+
     kind: str = setting(
         "llm2vec",
         "llm2vec: a backbone, mean-pooled, with adapters merged; sentence_transformers: any model of that library",
@@ -55,6 +61,8 @@ class TeacherConfig:
 
 @dataclasses.dataclass
 class DataConfig:
+    """What is trained on, and how it is cut and ordered."""
+
     responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
     split: str = setting("train", "split of a Hugging Face dataset")
     finished_only: bool = setting(False, "leave out responses that were cut (`finish: length`, as `respond` writes it)")
@@ -70,6 +78,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class LossConfig:
+    """The weights of the losses; what has weight 0 is neither read nor computed."""
+
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
     alignment_function: str = setting(
@@ -92,6 +102,8 @@ class LossConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
+    """AdamW, its schedule and clipping."""
+
     learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
     schedule: str = setting("linear", "after the warm-up", ("linear", "constant", "cosine"))
     schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero", least=1)
@@ -113,6 +125,8 @@ class RunSettings:
 
 @dataclasses.dataclass
 class TrainSettings(RunSettings):
+    """The run: how long, how large, where it is kept, and what its backward pass keeps."""
+
     checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
     steps: int = setting(5_000, "optimizer steps", least=1)
     batch_size: int = setting(32, "global batch size", least=1)
@@ -191,6 +205,8 @@ class PlanConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
+    """The texts that a teacher is trained on."""
+
     path: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses")
     field: str = setting("answer", "of the JSONL objects")
     sentences: bool = setting(True, "SimCSE reads the texts' sentences, not whole texts")
@@ -212,6 +228,8 @@ class StageConfig:
 
 @dataclasses.dataclass
 class MntpConfig(StageConfig):
+    """Masked next-token prediction, a teacher's first stage (LLM2Vec, BehnamGhader et al. 2024)."""
+
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
     batch_size: int = setting(32, "blocks per step", least=1)
     max_length: int = setting(512, "tokens of a block", least=2)
@@ -222,6 +240,8 @@ class MntpConfig(StageConfig):
 
 @dataclasses.dataclass
 class SimcseConfig(StageConfig):
+    """Unsupervised SimCSE, a teacher's second stage: two passes of a text with different dropout."""
+
     learning_rate: float = setting(3e-5, "peak learning rate of AdamW")
     batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
     max_length: int = setting(128, "tokens of a text", least=1)
@@ -231,6 +251,8 @@ class SimcseConfig(StageConfig):
 
 @dataclasses.dataclass
 class TeacherSettings(RunSettings):
+    """The run of a teacher's training."""
+
     checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
     seed: int = setting(42, "of everything")
     adapter_dtype: str = setting("float32", "of the written adapters", ("float32", "bfloat16"))

@@ -48,6 +48,7 @@ class PlainReader:
         return lambda x: torch.nn.functional.linear(x, state["projection.weight"], state["projection.bias"])
 
     def encode(self, texts, max_length):
+        """Returns (embeddings (n, E), soft prompts (n, K, D)) of texts that are padded together."""
         texts = [text + "".join(self.special) for text in texts]
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         ids = batch["input_ids"]
@@ -77,9 +78,11 @@ class PublishedReader:
         self.model.model.eval()
 
     def encode(self, texts, max_length):
+        """Returns (embeddings (n, E), soft prompts (n, K, D)) of texts that are padded together."""
         return self.model.encode(texts, max_length=max_length, get_recon_hidden_states=True)
 
     def decode(self, soft_prompt, max_new_tokens):
+        """Greedy ids of a soft prompt (K, D)."""
         unread = torch.ones(1, 1, dtype=torch.long)  # generate() wants ids, but given soft prompts ignores them
         ids = self.model.model.generate(
             unread, unread, max_new_tokens=max_new_tokens, decoder_inputs_embeds=soft_prompt[None]
@@ -89,6 +92,7 @@ class PublishedReader:
 
 @torch.no_grad()
 def main(directory, request_path, out_path):
+    """Reads the directory, and writes what the request asks for."""
     request = json.loads(Path(request_path).read_text())
     published = importlib.util.find_spec("llm2vec_gen") is not None
     reader = (PublishedReader if published else PlainReader)(Path(directory))
