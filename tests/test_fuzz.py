@@ -28,7 +28,7 @@ from llm2vec_gen_jax.loading import open_backbone
 
 from .conftest import one_device_mesh, tiny_torch_model, write_jsonl
 from .embedders import TEXTS, K
-from .test_backbone import write_gguf
+from .test_gguf import write_gguf
 
 FUZZ = hypothesis.settings(
     max_examples=int(os.environ.get("LLM2VEC_GEN_FUZZ", "20")),
