@@ -163,6 +163,7 @@ def test_a_run_that_fails_ends_as_failed(tracker, tmp_path):
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
 def test_a_missing_package_is_named_with_its_installation(package, tmp_path, monkeypatch, tiny_folder, tiny):
     monkeypatch.chdir(tmp_path)
+    tiny("qwen3")  # what it imports can be found no longer when the path is empty
     (tmp_path / package / "offline-run").mkdir(parents=True)  # not the package, though Python could import it
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
