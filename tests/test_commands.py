@@ -15,7 +15,7 @@ from .conftest import check_error, write_jsonl
 from .embedders import K
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "start", "convert", "lens"}
+FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__", "start", "convert", "lens"}
 ACTIONS = {"convert": ("from_pytorch", "to_pytorch", "verify")}
 ACTIONS |= {"lens": ("logit", "build_index", "query", "generations", "report")}
 COMMANDS = sorted(FILES | {f"{name} {action}" for name, actions in ACTIONS.items() for action in actions})

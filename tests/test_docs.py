@@ -286,7 +286,7 @@ def test_prose_is_true(page, parse):
                 f"{page.name}: `{span}`"
             )
         found = COMMAND.match(span)
-        if found and not found[2].startswith("NAME"):
+        if found and not found[2].startswith(("NAME", "COMMAND")):
             name, words = split(["python", "-m", *f"launch.{found[2].replace(' ...', '')}".split()])
             parse(name, stand_in(words, ROOT))
 
@@ -439,6 +439,7 @@ PYTHON = [
     if language == "python"
 ]
 NEEDS = {"openai": "runs with the page of the server", "get_tasks": "downloads from the hub"}
+LIBRARIES = ("sentence_transformers", "langchain_core", "llama_index")  # of requirements-integrations.txt
 
 
 @pytest.mark.parametrize("text", PYTHON)
@@ -452,6 +453,9 @@ def test_python_runs(text, here, command, monkeypatch):
                     module = pytest.importorskip(node.module) if node.module.endswith("harness") else None
                     assert module is None or all(hasattr(module, alias.name) for alias in node.names)
             pytest.skip(reason)
+    for library in LIBRARIES:
+        if f"import {library}" in text or f"from {library}" in text:
+            pytest.importorskip(library)
     monkeypatch.chdir(here)
     if "load_embeddings" in text:
         assert command("encode", "MODEL", "input=texts.txt", "output=vectors", *SMALL["encode"])[0] == 0

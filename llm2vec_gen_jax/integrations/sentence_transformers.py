@@ -71,7 +71,7 @@ class LLM2VecGenModule(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path, subfolder="", **options):
-        """Reads what `save` wrote. That library asks for trust_remote_code=True where a module is not its own."""
+        """Reads what `save` wrote. That library asks to be told to trust a module that is not its own."""
         hub = {name: options.get(name) for name in ("token", "cache_folder", "revision")}
         folder = cls.load_dir_path(
             model_name_or_path, subfolder, **hub, local_files_only=options.get("local_files_only", False)
