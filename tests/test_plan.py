@@ -115,6 +115,7 @@ def test_remat_policies_trade_memory(tiny_words):
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.2 * peaks[-1]
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys, tmp_path):
     words = (*tiny_words, "topology=h100:4", "search=true", f"output={tmp_path / 'rows.jsonl'}")
     rows = planned(*words)

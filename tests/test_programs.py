@@ -47,7 +47,7 @@ def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
     monkeypatch.setattr(trainer, "_ahead", ahead)
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        run("train.steps=12", "train.checkpoint_every=100", *words)
+        run("train.steps=12", "train.checkpoint_every=100", "data.max_buckets=3", *words)
     names = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     late = [record.getMessage() for record in caplog.records[begun[0] :]]
     assert sum("train_step" in name for name in names) > 2  # there are several shapes
@@ -56,6 +56,7 @@ def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
 
 def method_of(tiny, tiny_folder, tmp_path):
     words = (f"backbone.path={tiny_folder('qwen3')}", "compression.num_tokens=4", "train.batch_size=4")
+    words += ("data.max_buckets=2",)
     settings = options.load(config.TrainConfig, None, words)
     backbone = tiny("qwen3")
     examples = data.tokenize(RECORDS, backbone.tokenizer, settings.data, 4)

@@ -165,6 +165,7 @@ def test_plots_are_drawn(finished, tmp_path):
     assert {path.stem for path in plots.draw({"cost": table(output, "cost")}, tmp_path)} == {"cost"}
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(words, tmp_path, launch):
     """A real process, killed while it trains; without mteb's tasks."""
     write_task(tmp_path / "tasks" / "safety", "safety_retrieval")
