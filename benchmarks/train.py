@@ -64,7 +64,7 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
         label = f"published, {dtype}, checkpointing {checkpointing}"
         own = side.of_peer(arguments) | {"checkpointing": checkpointing == "on"}
         sides.append(side.Side(label, spec | own, {"batches": recut[0][:1]}, arguments))
-    steps, rows = arguments.steps, np.concatenate([batch.rows for batch in batches[0]])
+    steps, rows = arguments.steps, np.concatenate([batch.rows for part in batches for batch in part])
     try:
         commands = [{"first": first, "last": first + steps} for first in range(0, len(batches) * steps, steps)]
         theirs = [[{"batches": parts}] * (len(sides) - 1) for parts in recut]
