@@ -93,7 +93,7 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
     ]
     if targets:
         each = table[0]["target_seconds_per_sample"] = targets["seconds"] / len(rows)
-        ratios = [side.ratio(ours, other, each * len(rows)) for other in sides[1:]]
+        ratios = [side.ratio(ours, other, each * len(rows) / len(batches)) for other in sides[1:]]
         told = ", ".join(f"{ratio:.2f}x" for ratio in ratios if ratio)
         counted = f"; counted into every step, as for a single epoch, ours is {told}" if told else ""
         notes.append(f"ours has its targets from before training, at {each:.4f} s a sample{counted}")
