@@ -30,8 +30,8 @@ from llm2vec_gen_jax import LLM2VecGen, config, options
 from llm2vec_gen_jax.errors import InputError
 
 from .conftest import write_jsonl
-from .test_commands import ACTIONS, COMMANDS, schema_of
 from .tasks import TYPES, write_task
+from .test_commands import ACTIONS, COMMANDS, schema_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
