@@ -1,7 +1,6 @@
 """What a backbone is: the numbers and switches that its own config.json (or GGUF metadata) states."""
 
 import dataclasses
-import math
 
 from llm2vec_gen_jax.errors import InputError
 
@@ -55,6 +54,7 @@ _FAMILIES = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
+_MOST = 1e30  # numbers of a config stay below it: float32 holds them
 # Keys that change the computation, and the only values that the code implements.
 _SUPPORTED = {
     "hidden_act": ("silu",),
@@ -105,7 +105,7 @@ def from_hf_config(config, source):
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_positive(config, "rms_norm_eps", (int, float), source),
+        norm_eps=float(_positive(config, "rms_norm_eps", (int, float), source)),
         rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
         rope_scaling=_rope_scaling(scaling, source),
         tied_embeddings=config.get("tie_word_embeddings", False),
@@ -156,6 +156,6 @@ def _positive(values, key, kinds, source, default=None):
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise InputError(f"{source}: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MOST:
         raise InputError(f"{source}: {key}={value!r} is not a positive {'whole ' if kinds is int else ''}number")
     return value

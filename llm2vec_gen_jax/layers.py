@@ -5,6 +5,7 @@ G key/value heads, H head size, D hidden size, F MLP size, V vocabulary, L layer
 model code end in their dimensions: q_BTNH.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -120,11 +121,10 @@ def rope_angles(positions_BT, head_dim, theta, scaling):
     """
     frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
+        factor, low, high, length = map(float, dataclasses.astuple(scaling))
         wavelength_H = 2 * jnp.pi / frequency_H
-        ratio = scaling.original_max_position_embeddings / wavelength_H
-        blend = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        frequency_H = frequency_H * (blend + (1 - blend) / scaling.factor)
+        blend = jnp.clip((length / wavelength_H - low) / (high - low), 0.0, 1.0)
+        frequency_H = frequency_H * (blend + (1 - blend) / factor)
     angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
     angle_BTH = jnp.concatenate([angle_BTH, angle_BTH], axis=-1)
     return jnp.cos(angle_BTH), jnp.sin(angle_BTH)

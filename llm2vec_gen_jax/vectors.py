@@ -1,5 +1,6 @@
 """Finished vectors: truncated, normalised, quantised; the folder of shards that `encode` writes, and its reader."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -112,9 +113,10 @@ def _manifests(directory):
         raise InputError(f"{directory}: no manifest.json: not a folder that encode wrote, or encode has not finished")
     manifests = [read_manifest(path) for path in paths]
     count = manifests[0]["shard"]["count"]
-    missing = set(range(count)) - {manifest["shard"]["index"] for manifest in manifests}
+    found = {manifest["shard"]["index"] for manifest in manifests}
+    missing = list(itertools.islice((index for index in range(count) if index not in found), 10))
     if missing:
-        raise InputError(f"{directory}: shares {sorted(missing)} of {count} have not finished")
+        raise InputError(f"{directory}: shares {missing} of {count} have not finished")
     for manifest in manifests[1:]:
         differing = changes({key: manifests[0][key] for key in _SHARED}, {key: manifest[key] for key in _SHARED})
         if differing:

@@ -261,6 +261,18 @@ def test_every_field_changes_the_output_or_the_shapes(field, tiny, tiny_folder):
             weights.load(source, architecture, one_device_mesh(), "float32")
 
 
+def test_a_rope_scaling_may_be_of_large_whole_numbers(tiny):
+    backbone = tiny("llama3")
+    scaling = architecture_lib.RopeScaling(2**31, 1, 4, 64)
+    whole = dataclasses.replace(backbone.architecture, rope_scaling=scaling)
+    scaling = architecture_lib.RopeScaling(float(2**31), 1.0, 4.0, 64)
+    assert_same_outputs(
+        outputs(backbone, architecture=whole),
+        outputs(backbone, architecture=dataclasses.replace(whole, rope_scaling=scaling)),
+        1e-6,
+    )
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(architecture_lib.RopeScaling)])
 def test_every_field_of_the_rope_scaling_changes_the_output(field, tiny):
     backbone = tiny("llama3")

@@ -118,6 +118,7 @@ def test_damaged_soft_prompts_and_adapters_are_named(command, model_folder, tiny
         ("config.json", {"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive"),
         ("config.json", {"num_key_value_heads": 3}, "config.json: num_attention_heads=4 must be a multiple"),
         ("config.json", {"rope_parameters": "default"}, "config.json: rope_parameters='default' is not an object"),
+        ("config.json", {"num_attention_heads": 10**400}, "is not a positive"),
         ("generation_config.json", {"eos_token_id": ["2"]}, "generation_config.json: eos_token_id=['2'] is not"),
         ("tokenizer_config.json", {"chat_template": "{% if %}"}, "the chat template cannot be used"),
         ("tokenizer_config.json", {"eos_token": 2}, "no readable tokenizer"),

@@ -172,6 +172,21 @@ def test_what_is_altered_or_missing_is_named(model_folder, tmp_path):
             load_embeddings(tmp_path / "out", rows)
 
 
+def test_a_manifest_of_very_many_shares_is_named(tmp_path):
+    """And their numbers are not made."""
+    manifest = {
+        "shard": {"index": 0, "count": 2**62},
+        "rows": 2,
+        "dimension": 3,
+        "model": {},
+        "input": {},
+        "config": {},
+    }
+    files.write_json(tmp_path / "manifest.json", manifest | {"shards": []})
+    with pytest.raises(InputError, match=r"shares \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\] of 46"):
+        load_embeddings(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [

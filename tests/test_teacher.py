@@ -156,6 +156,8 @@ def test_another_backbone_takes_the_students_place_and_gives_it_back(tiny_folder
         ("a_field_of_the_future", 1),
         ("lora_alpha", None),
         ("r", None),
+        ("rank_pattern", "none"),
+        ("alpha_pattern", {"(": 4}),
     ],
 )
 def test_an_adapter_that_is_not_plain_lora_is_named(tiny, tmp_path, field, value):

@@ -85,7 +85,17 @@ def check(config, file, but=()):
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
             raise InputError(f"{file}: {key} is missing or not a number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key) and not _are_patterns(config[key]):
+            raise InputError(f"{file}: {key} is not an object of numbers by regular expressions")
     return config
+
+
+def _are_patterns(value):
+    try:
+        return all(re.compile(key) and isinstance(number, (int, float)) for key, number in value.items())
+    except (AttributeError, re.error):
+        return False
 
 
 def scale_of(config, rank, alpha):
@@ -163,7 +173,7 @@ def _stack(factors, config, module, layers, shape, folder, folded):
         if set(pair) != {"A", "B"}:
             raise InputError(f"{folder}: {name} has lora_{'/'.join(pair)} only")
         r = len(pair["A"])
-        if shapes != {"A": (r, size), "B": (out, r)}:
+        if not r or shapes != {"A": (r, size), "B": (out, r)}:
             raise InputError(f"{folder}: {name} has shapes {shapes}, the backbone's weight is {shape}")
         expected = _pattern(config.get("rank_pattern"), name, config["r"])
         if r != expected:
