@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import struct
 import sys
+import time
 
 import pytest
 
@@ -57,11 +58,9 @@ def tracker(request, tmp_path, monkeypatch):
 
 def wandb_runs(folder, project):
     """What the files of offline runs, put together as their upload does, hold."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     runs = {}
     for file in sorted(folder.rglob("*.wandb"), key=lambda file: file.stat().st_mtime_ns):
-        records = [Record.FromString(entry) for entry in log_entries(file)]
+        records = finished_records(file)
         start = next(record.run for record in records if record.HasField("run"))
         assert start.project == project and file.is_relative_to(folder / start.display_name)
         run = runs.setdefault(start.run_id, {"id": start.run_id, "name": start.display_name, "rows": []})
@@ -77,15 +76,30 @@ def wandb_runs(folder, project):
     return list(runs.values())
 
 
+def finished_records(file, seconds=60):
+    """The records of a run that has ended: wandb's own process may still be writing the last when `finish` returns."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    until = time.monotonic() + seconds
+    while True:
+        records = [Record.FromString(entry) for entry in log_entries(file)]
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < until, f"{file}: no end among {len(records)} records"
+        time.sleep(0.05)
+
+
 def log_entries(file):
     """The entries of a log in LevelDB's format: blocks of 32 KiB, chunks of (checksum, length, kind, bytes)."""
     data, at, entry = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b"", b":W&B")
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:  # the rest of a block, too short for a chunk
             at += 2**15 - at % 2**15
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # being written
         entry += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
