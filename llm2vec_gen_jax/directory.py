@@ -15,6 +15,7 @@ from llm2vec_gen_jax.loading import fetch_from_hub, is_hub_id
 from llm2vec_gen_jax.model import Model
 
 HEADS = published.HEADS
+MODELS = ("smollm2-135m",)  # trained embedders that come with the package, in models/
 PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 
@@ -59,8 +60,11 @@ def special_token_names(count):
 
 
 def local_folder(path):
-    """Returns the folder of a model directory, fetched when `path` is a hub id."""
-    return fetch_from_hub(path, PATTERNS) if is_hub_id(path) else pathlib.Path(path).expanduser()
+    """Returns the folder of a model directory: one of MODELS by its name, or fetched when `path` is a hub id."""
+    folder = pathlib.Path(path).expanduser()
+    if not folder.exists() and str(path) in MODELS:
+        return pathlib.Path(__file__).parent / "models" / str(path)
+    return fetch_from_hub(path, PATTERNS) if is_hub_id(path) else folder
 
 
 def read(path):

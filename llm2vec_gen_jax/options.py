@@ -191,5 +191,8 @@ def _check(instance, prefix=""):
             _check(value, f"{name}.")
         elif field.metadata["choices"] and value is not None and value not in field.metadata["choices"]:
             raise InputError(f"{name}={value}: unknown{nearest(value, field.metadata['choices'])}")
-        elif isinstance(value, (int, float)) and not field.metadata["least"] <= value < math.inf:
-            raise InputError(f"{name}={value}: must be a number, at least {field.metadata['least']}")
+        elif isinstance(value, (int, float)):
+            least, most = field.metadata["least"], field.metadata["most"]
+            if not (least <= value <= most and value < math.inf):
+                limit = f" and at most {most}" if most < math.inf else ""
+                raise InputError(f"{name}={value}: must be a number, at least {least}{limit}")

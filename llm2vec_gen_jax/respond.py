@@ -34,9 +34,12 @@ def respond(config, backbone=None):
     """Writes the responses of a RespondConfig; an interrupted run goes on where it stopped. Returns the path.
 
     One line {id, question, answer, finish} per query, longest prompts first; finish is "stop", or "length" for a
-    response cut at max_new_tokens. Every query is answered once, however often the run is killed and repeated.
+    response cut at max_new_tokens. Every query is answered once, however often the run is killed and repeated; with
+    samples=N N times, in lines that also have `sample`, from 0.
     """
     options.require(config, "input", "output")
+    if config.samples > 1 and not config.temperature:
+        raise InputError(f"samples={config.samples}: greedy responses are all alike. Pass a temperature, such as 1")
     path = shard_path(config.output, config.shard)
     records = data.read_records(config.input, ("question",), limit=config.limit)
     for number, record in enumerate(records):
@@ -53,28 +56,36 @@ def respond(config, backbone=None):
         "batch": [config.batch_size, config.max_prompt_length],
         "shard": [config.shard.index, config.shard.count],
     }
-    mine = list(range(config.shard.index, len(records), config.shard.count))
-    prompts = {row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in mine}
-    mine.sort(key=lambda row: -len(prompts[row]))
+    if config.samples > 1:
+        run["samples"] = config.samples
+    queries = range(config.shard.index, len(records), config.shard.count)
+    prompts = {
+        row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in queries
+    }
+    mine = [(row, sample) for row in queries for sample in range(config.samples)]
+    mine.sort(key=lambda item: -len(prompts[item[0]]))
     with JsonlAppender(path, run, config.overwrite) as output:
-        done = {row["id"] for row in output.rows}
+        done = {(row["id"], row.get("sample", 0)) for row in output.rows}
         with progress.bar(len(mine), "response", "respond", initial=len(done)) as bar:
             for start in range(0, len(mine), config.batch_size):
-                rows = mine[start : start + config.batch_size]
-                if all(records[row]["id"] in done for row in rows):
+                items = mine[start : start + config.batch_size]
+                missing = [(records[row]["id"], sample) not in done for row, sample in items]
+                if not any(missing):
                     continue
                 # A batch that was cut off half-way is computed whole again: its numbers do not change.
-                ids = [prompts[row] for row in rows] + [[0]] * (config.batch_size - len(rows))
-                numbers = np.array(rows + [0] * (config.batch_size - len(rows)))
+                padding = config.batch_size - len(items)
+                ids = [prompts[row] for row, _ in items] + [[0]] * padding
+                numbers = np.array([row + sample * len(records) for row, sample in items] + [0] * padding)
                 answers = generate(backbone, ids, sampling, config.seed, numbers)
                 new = [
                     records[row]
+                    | ({"sample": sample} if config.samples > 1 else {})
                     | {
                         "answer": backbone.tokenizer.decode(answer).strip(),
                         "finish": "stop" if ended(answer, sampling) else "length",
                     }
-                    for row, answer in zip(rows, answers)
-                    if records[row]["id"] not in done
+                    for (row, sample), answer, wanted in zip(items, answers, missing)
+                    if wanted
                 ]
                 output.append(new)
                 bar.update(len(new))

@@ -55,15 +55,6 @@ def read_targets(path, records, rows):
     return targets
 
 
-def centre(examples):
-    """Takes the mean of all targets out of the targets of Examples, and of those of negative answers: what all
-    vectors of an LLM share says nothing about a text."""
-    mean_E = examples.target.mean(axis=0, dtype=np.float64).astype(np.float32)
-    examples.target = examples.target - mean_E
-    if examples.negative_target is not None:
-        examples.negative_target = examples.negative_target - mean_E
-
-
 def targets_of(backbone, config, answers, responses):
     """Returns (targets (n, E) float32, backbone) of stripped answers by the teacher of a TrainConfig.
 

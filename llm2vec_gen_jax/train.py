@@ -18,6 +18,7 @@ from llm2vec_gen_jax import (
     progress,
     sharding,
     supervised,
+    targets,
     teacher,
 )
 from llm2vec_gen_jax.errors import InputError
@@ -103,10 +104,9 @@ def train(config, show_progress=True, backbone=None):
     else:
         for name, column in supervised.targets(config.loss).items():
             answers = [records[row][column].strip() for row in examples.row]
-            targets, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
-            setattr(examples, name, targets)
-    if config.teacher.centre:
-        teacher.centre(examples)
+            vectors, backbone = teacher.targets_of(backbone, config, answers, config.data.responses)
+            setattr(examples, name, vectors)
+    targets.reshape(examples, config.teacher, [records[row]["question"].strip() for row in examples.row])
     method = Method(config, backbone, examples)
     run = Run(method.task(), config.train, config.optimizer, backbone.mesh, output, config)
     run.start(resuming)

@@ -65,6 +65,28 @@ def test_shards_together_are_the_whole(talker, tmp_path, monkeypatch):
         assert len(whole) == 14
 
 
+def test_several_samples_of_each_query_resume_wherever_they_are_cut(talker, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "queries.jsonl", [{"question": f"q {'x' * (n % 3)}"} for n in range(5)])
+    more = {"temperature": 1.0, "samples": 3}
+    path = respond(respond_settings(tmp_path, **more), talker)
+    whole, rows = path.read_bytes(), rows_of(path)
+    assert sorted((row["id"], row["sample"]) for row in rows) == [(n, k) for n in range(5) for k in range(3)]
+    assert len({row["answer"] for row in rows}) > 10, "samples of one query are alike"
+    for cut in (0, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert respond(respond_settings(tmp_path, **more), talker).read_bytes() == whole
+    parts = []
+    for index in range(2):
+        settings = respond_settings(tmp_path, **more, shard=config.ShardConfig(index, 2))
+        parts += rows_of(respond(settings, talker))
+    assert sorted(map(str, parts)) == sorted(map(str, rows))
+    with pytest.raises(InputError, match="a.jsonl: holds another run .samples: 3 -> "):
+        respond(respond_settings(tmp_path, temperature=1.0), talker)
+    with pytest.raises(InputError, match="samples=2: .*temperature"):
+        respond(respond_settings(tmp_path, samples=2), talker)
+
+
 def test_a_finished_respond_writes_nothing_and_other_settings_are_refused(talker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "queries.jsonl", [{"question": f"q{n}"} for n in range(6)])

@@ -71,7 +71,7 @@ def study(words, tasks, output, *more):
 def finished(words, task_folders, tmp_path_factory):
     if importlib.util.find_spec("mteb") is None:
         pytest.skip("needs requirements-eval.txt")
-    more = ["comparisons=[budget, centred-cosine, 'mine: loss.alignment=2 compression.num_tokens=2']"]
+    more = ["comparisons=[budget, centred-cosine, sampled-4, 'mine: loss.alignment=2 compression.num_tokens=2']"]
     return study(words, task_folders, tmp_path_factory.mktemp("study"), *more)
 
 
@@ -97,11 +97,13 @@ def test_the_headline_is_of_the_scores(finished):
 def test_every_part_has_its_table(finished):
     output, report = finished
     runs = {row["run"]: row for row in table(output, "comparisons")["rows"]}
-    trained = ["base", "alignment-only", "reconstruction-only", "tokens-1", "centred-cosine", "mine"]
+    trained = ["base", "alignment-only", "reconstruction-only", "tokens-1", "centred-cosine", "sampled-4", "mine"]
     assert list(runs) == [*trained, "teacher", "causal"]
-    assert [runs[name]["tokens"] for name in trained] == [10, 10, 10, 1, 10, 2]
+    assert [runs[name]["tokens"] for name in trained] == [10, 10, 10, 1, 10, 10, 2]
     assert runs["alignment-only"]["reconstruction_loss"] == 0 < runs["base"]["reconstruction_loss"]
     assert 0 <= runs["centred-cosine"]["alignment_loss"] <= 2 != runs["base"]["alignment_loss"]
+    sampled = files.read_jsonl(output / "sampled-4.jsonl")
+    assert {row["sample"] for _, row in sampled} == {0, 1, 2, 3}, "four responses to each query"
     assert set(runs["base"]) >= {"sts", "classification", "retrieval", "mean"}
     assert "clustering" not in runs["base"] and "safety_retrieval" not in runs["base"]
     beside = table(output, "hyde")
@@ -149,8 +151,9 @@ def test_a_finished_study_is_not_repeated_and_grows(finished, words, task_folder
     _, again = study(words, task_folders, output, "comparisons=[budget, centred-cosine]")
     assert again.splitlines()[2] == report.splitlines()[2]
     printed = capsys.readouterr().out.splitlines()
-    names = [path.stem for path in (output / "stages").iterdir() if not path.stem.split("-")[-3:-2] == ["mine"]]
-    assert {f"{name}: done before" for name in names if "mine" not in name} <= set(printed)
+    names = {path.stem for path in (output / "stages").iterdir()}
+    asked = {name for name in names if "mine" not in name and "sampled" not in name}
+    assert {line.removesuffix(": done before") for line in printed} & names == asked
     assert before == {file: file.stat().st_mtime_ns for file in (output / "scores").rglob("*.json")}
     with pytest.raises(InputError, match="holds another study .sizes.steps: 3 -> 4"):
         study(words, task_folders, output, "sizes.steps=4")

@@ -1,40 +1,41 @@
-"""Alignment targets: computed once, resumed, from a file, centred."""
+"""Alignment targets: computed once, resumed, from a file, averaged, centred, whitened."""
 
 import json
 
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import data, teacher
+from llm2vec_gen_jax import config, data, targets, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.train import train
 
-from .adapters import ANSWERS, FAMILY, kept, settings_of, targets
+from .adapters import ANSWERS, FAMILY, kept, settings_of
+from .adapters import targets as computed
 from .conftest import write_jsonl
 
 # Computed once
 
 
 def test_targets_are_kept_beside_the_responses_and_reused(tiny, tiny_folder, responses):
-    first, _ = targets(tiny(FAMILY), tiny_folder, responses)
+    first, _ = computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
     np.save(file, first + 1)
-    again, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
+    again, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
     np.testing.assert_array_equal(again, first + 1)
     # Another attention, text or backbone is another file.
-    other, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
+    other, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
     assert np.abs(other - first).max() > 1e-3
-    targets(tiny(FAMILY), tiny_folder, responses, answers=[*ANSWERS[:-1], "y"])
-    targets(tiny(FAMILY), tiny_folder, responses, "data.max_answer_length=3")
-    targets(tiny("llama"), tiny_folder, responses)
+    computed(tiny(FAMILY), tiny_folder, responses, answers=[*ANSWERS[:-1], "y"])
+    computed(tiny(FAMILY), tiny_folder, responses, "data.max_answer_length=3")
+    computed(tiny("llama"), tiny_folder, responses)
     assert len(kept(responses)) == 5
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, responses):
     answers = [f"answer {'x' * (number % 30)}" for number in range(50)]
     words = ("teacher.batch_size=4",)
-    whole, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+    whole, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
     (file,) = kept(responses)
     partial, marker = file.with_suffix(".partial.npy"), file.with_suffix(".partial.json")
     order = np.argsort([-len(answer) for answer in answers], kind="stable")  # a token per byte
@@ -44,7 +45,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, 
         cut[order[:done]] = whole[order[:done]] + 0.5  # to see that these are not computed again
         np.save(partial, cut)
         marker.write_text(json.dumps({"done": done}))
-        found, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found[order[:done]], whole[order[:done]] + 0.5)
         np.testing.assert_array_equal(found[order[done:]], whole[order[done:]])
         assert kept(responses) == [file]
@@ -52,15 +53,15 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, 
     for leftover, content in ((marker, json.dumps({"done": 48})), (partial, "torn")):
         file.unlink()
         leftover.write_text(content)
-        found, _ = targets(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found, whole)
         assert kept(responses) == [file]
 
 
 def test_the_batch_a_text_is_in_is_no_matter(tiny, tiny_folder, responses):
-    one, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=1")
+    one, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=1")
     kept(responses)[0].unlink()
-    all_, _ = targets(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=8")
+    all_, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=8")
     np.testing.assert_allclose(one, all_, atol=1e-5)
 
 
@@ -128,5 +129,33 @@ def test_centred_targets_are_the_targets_less_their_mean(tiny_folder, tmp_path):
     assert loss("plain", "teacher.centre=true") == pytest.approx(loss("centred"), rel=1e-5)
     assert loss("plain") > 2 * loss("centred", "teacher.centre=false")
     examples = data.Examples([], [], np.arange(2), np.array([[1.0, 2], [3, 6]]), {}, np.array([[0.0, 0], [2, 4]]))
-    teacher.centre(examples)
+    targets.reshape(examples, config.TeacherConfig(centre=True), ["a", "b"])
     assert examples.target.tolist() == [[-1, -2], [1, 2]] and examples.negative_target.tolist() == [[-2, -4], [0, 0]]
+
+
+@pytest.mark.parametrize("count, power", [(200, 1.0), (200, 0.5), (200, 0.0), (5, 1.0)])
+def test_whitened_targets_have_the_covariance_to_a_power(count, power):
+    """Of fewer texts than directions too: what has no variance gets none."""
+    generator = np.random.default_rng(0)
+    targets_BE = (generator.normal(3, 1, (count, 8)) * 4.0 ** -np.arange(8)).astype(np.float32)
+    mean_E, matrix_EE = targets.whitening(targets_BE, power)
+    whitened_BE = (targets_BE - mean_E) @ matrix_EE
+    before_EE, after_EE = np.cov(targets_BE.T, bias=True), np.cov(whitened_BE.T, bias=True)
+    variances_E, axes_EE = np.linalg.eigh(before_EE)
+    expected_E = np.where(variances_E > 1e-6 * variances_E.max(), np.abs(variances_E) ** (1 - power), 0)
+    expected_E *= variances_E.sum() / expected_E.sum()
+    np.testing.assert_allclose(after_EE, (axes_EE * expected_E) @ axes_EE.T, atol=1e-3 * expected_E.max())
+    np.testing.assert_allclose(whitened_BE.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(matrix_EE, matrix_EE.T, atol=1e-6)
+
+
+def test_equal_targets_stay_finite():
+    mean_E, matrix_EE = targets.whitening(np.ones((3, 4), np.float32), 1.0)
+    assert mean_E.tolist() == [1] * 4 and matrix_EE.tolist() == [[0] * 4] * 4
+
+
+def test_records_of_one_question_share_the_mean_of_their_targets():
+    examples = data.Examples([], [], np.arange(4), np.array([[1.0, 2], [5, 5], [3, 6], [7, 8]], np.float32), {}, None)
+    targets.reshape(examples, config.TeacherConfig(average=True, centre=True), ["b", "a", "b", "c"])
+    mean = np.array([[2, 4], [5, 5], [2, 4], [7, 8]], np.float32).mean(axis=0)
+    np.testing.assert_allclose(examples.target + mean, [[2, 4], [5, 5], [2, 4], [7, 8]])

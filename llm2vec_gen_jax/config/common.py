@@ -1,17 +1,18 @@
 """How a setting is declared, and the groups of settings that many commands share."""
 
 import dataclasses
+import math
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKBONE_DTYPES = (*DTYPES, "int8")
 
 
-def setting(default, help, choices=None, least=0):
+def setting(default, help, choices=None, least=0, most=math.inf):
     """Declares a config field with its help text and, where only some values make sense, the choices.
 
-    least: the smallest value of a number.
+    least, most: the smallest and largest value of a number.
     """
-    metadata = {"help": help, "choices": choices, "least": least}
+    metadata = {"help": help, "choices": choices, "least": least, "most": most}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

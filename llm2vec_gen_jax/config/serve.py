@@ -14,7 +14,7 @@ class DecodeSettings:
     max_inputs: int = setting(64, "of one request", least=1)
     max_new_tokens: int = setting(128, "tokens of a decoded text; a request's max_tokens can be less", least=1)
     temperature: float = setting(0.0, "0: greedy")
-    top_p: float = setting(1.0, "nucleus of the sampling")
+    top_p: float = setting(1.0, "nucleus of the sampling", most=1)
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ class LoraConfig:
 
     rank: int = setting(0, "of the low-rank updates on the encoder's pass (all seven projections); 0: none")
     alpha: float = setting(16.0, "the updates are scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the updates' inputs while they train")
+    dropout: float = setting(0.05, "of the updates' inputs while they train", most=0.99)
 
 
 @dataclasses.dataclass
@@ -55,7 +55,11 @@ class TeacherConfig:
         None, "kind=sentence_transformers: put before every answer; null: the model's own for documents"
     )
     normalize: bool = setting(False, "kind=sentence_transformers: targets of unit length")
+    average: bool = setting(False, "records of one question share the mean of their targets (`respond samples=N`)")
     centre: bool = setting(False, "the mean of all targets is taken out of each")
+    whiten: float = setting(
+        0.0, "centre, and even out the variance of the targets' directions: 1 wholly, 0 not at all", most=1
+    )
     batch_size: int = setting(32, "responses per teacher pass", least=1)
 
 
@@ -223,7 +227,7 @@ class StageConfig:
     schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
     rank: int = setting(16, "of the LoRA on all seven projections", least=1)
     alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the LoRA's inputs")
+    dropout: float = setting(0.05, "of the LoRA's inputs", most=0.99)
 
 
 @dataclasses.dataclass
@@ -246,7 +250,7 @@ class SimcseConfig(StageConfig):
     batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
     max_length: int = setting(128, "tokens of a text", least=1)
     scale: float = setting(20.0, "of the cosines (inverse temperature)")
-    attention_dropout: float = setting(0.3, "of the attention weights: what makes two passes differ")
+    attention_dropout: float = setting(0.3, "of the attention weights: what makes two passes differ", most=0.99)
 
 
 @dataclasses.dataclass

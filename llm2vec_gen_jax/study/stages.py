@@ -30,12 +30,16 @@ OWN = {
     "cosine": ["loss.alignment_function=cosine"],
     "centred": ["teacher.centre=true"],
     "centred-cosine": ["teacher.centre=true", "loss.alignment_function=cosine"],
+    "half-whitened": ["teacher.whiten=0.5"],
+    "whitened": ["teacher.whiten=1"],
+    "sampled-4": ["teacher.average=true"],
     "finished-only": ["data.finished_only=true"],
     "alignment-10": ["loss.alignment=10"],
     "reconstruction-10": ["loss.reconstruction=10"],
     "longer": [],
 }
 LENGTH = {"longer": 3}  # times the steps of the others
+SAMPLED = {"sampled-4": 4}  # responses to each of as many fewer queries
 PAID = {
     "minutes": ["alignment-only", "reconstruction-only", "tokens-1"],
     "hours": [name for name in PAPER if name != "lora-8"],
@@ -113,17 +117,24 @@ class Study:
             self.stage("synthesize", options.to_dict(settings), lambda: synthesize(settings))
         wanted = {"source": source, "queries": sizes.queries, "held_out": sizes.held_out}
         self.stage("queries", wanted, lambda: self._choose_queries(source))
-        for name in ("train", "held_out"):
+        plain = {"train": {}, "held_out": {}}
+        sampled = {
+            name: {"limit": max(sizes.queries // count, 1), "samples": count, "temperature": 1.0}
+            for name, count in SAMPLED.items()
+            if name in self.arms
+        }
+        for name, how in (plain | sampled).items():
             settings = config_lib.RespondConfig(
                 **common,
-                input=str(self.output / f"{name}.queries.jsonl"),
+                **how,
+                input=str(self.output / f"{'train' if name in sampled else name}.queries.jsonl"),
                 output=str(self.responses(name)),
                 max_new_tokens=sizes.max_new_tokens,
             )
             self.stage(f"respond-{name}", options.to_dict(settings), lambda settings=settings: respond(settings))
 
     def responses(self, name):
-        """Returns the path of the responses `name` (train | held_out)."""
+        """Returns the path of the responses `name` (train | held_out, or a comparison of SAMPLED)."""
         return self.output / f"{name}.jsonl"
 
     def train(self, name, steps, seed=0):
@@ -131,7 +142,7 @@ class Study:
         sizes, run = self.sizes, self.output / "runs" / f"{name}-{steps}-{seed}"
         schedule = steps * sizes.schedule_steps // sizes.steps
         recipe = [
-            f"data.responses={self.responses('train')}",
+            f"data.responses={self.responses(name if name in SAMPLED else 'train')}",
             f"train.steps={steps}",
             f"train.batch_size={sizes.batch_size}",
             f"train.checkpoint_every={max(steps // 10, 1)}",
