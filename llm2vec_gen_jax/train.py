@@ -16,6 +16,7 @@ from llm2vec_gen_jax import (
     optim,
     options,
     progress,
+    ridge,
     sharding,
     supervised,
     targets,
@@ -181,7 +182,7 @@ class Method:
                 "lora": self.model.lora_rank,
             },
         }
-        return Task(self.init, self.step, self.batches, record, self.where, self.compile)
+        return Task(self.init, self.step, self.batches, record, self.where, self.compile, self.begin)
 
     def init(self):
         """Returns the trainable tree to start from: that of train.init_from, or a fresh one."""
@@ -194,14 +195,25 @@ class Method:
         init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.backbone.mesh))
         return init(jax.random.key(config.seed), self.backbone.frozen)
 
+    def begin(self, trainable):
+        """Returns the trainable tree of the first step."""
+        examples = self.config.train.ridge_examples
+        return ridge.start(self, trainable, examples) if examples else trainable
+
     def step(self, state, batch):
         """One update on a batch that is on the mesh."""
-        frozen, cache = self.backbone.frozen, None
-        if not self.model.lora_rank:  # a LoRA changes what the query's states are: then the step reads it itself
-            cache = self.prefix(frozen, batch.pop("query"))
-            if "extra" in batch:
-                batch["extra_cache"] = self.extra_prefix(frozen, batch.pop("extra"))
-        return self.update(state, frozen, cache, batch)
+        cache, batch = self.read(batch)
+        return self.update(state, self.backbone.frozen, cache, batch)
+
+    def read(self, batch):
+        """Returns (keys and values of the queries, what is left of the batch); None and all of it with a LoRA, which
+        changes what the query's states are."""
+        if self.model.lora_rank:
+            return None, batch
+        cache = self.prefix(self.backbone.frozen, batch.pop("query"))
+        if "extra" in batch:
+            batch["extra_cache"] = self.extra_prefix(self.backbone.frozen, batch.pop("extra"))
+        return cache, batch
 
     def compile(self, state, steps, show_progress, beat=lambda what: None):
         """Compiles every program that the batches of `steps` need, the largest first; so what does not fit is known

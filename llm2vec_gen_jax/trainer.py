@@ -125,7 +125,7 @@ class Task:
     counted as tokens. record: JSON of what a checkpoint only fits. where(step): which rows of which file a step
     (from 0) reads, for the error about a loss that is not finite. compile(state, steps, show_progress, beat): makes
     ready the programs that a range of steps (from 0) needs, where that is not left to the first call of each; beat is
-    the Watchdog's.
+    the Watchdog's. begin(trainable): the tree of the first step, where init()'s only has its shapes.
     """
 
     init: Callable
@@ -134,6 +134,7 @@ class Task:
     record: dict
     where: Callable
     compile: Callable | None = None
+    begin: Callable | None = None
 
 
 class Run:
@@ -162,6 +163,8 @@ class Run:
         if found is not None:
             self.state, self.first_step = found
             print(f"resuming {self.output} at step {self.first_step}")
+        elif self.task.begin:
+            self.state = start(self.task.begin(self.state.trainable))
 
     def loop(self, show_progress, name="train"):
         """Trains to train.steps, logging and checkpointing on the way. Raises distributed.Preempted when asked to stop.

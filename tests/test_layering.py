@@ -32,7 +32,7 @@ FLOORS = (
     "formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
-    "directory encode losses trainer",
+    "directory encode losses ridge trainer",
     "generate lens.states teacher unsupervised",
     "export study.decoded lens.latent lens.logit respond train",
     "ablate api lens.generations lens.search plan synthesize",

@@ -136,6 +136,10 @@ class TrainSettings(RunSettings):
     batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "of the initial trainable parameters")
     init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
+    ridge_examples: int = setting(
+        0,
+        "examples on which ridge regression solves the alignment head before the first step; 0: none, as published",
+    )
     remat: str = setting(
         "auto",
         "the backward pass keeps all of a layer, its matrix products or only its input; auto: the most that fits",

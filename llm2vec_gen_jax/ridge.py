@@ -1,0 +1,107 @@
+"""A start for the alignment head: ridge regression of the targets on what compression tokens give before training.
+
+Beyond the paper, whose head starts at random and spends its first thousands of steps on what is a linear problem.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm2vec_gen_jax import data, distributed, progress, sharding
+from llm2vec_gen_jax.errors import InputError
+
+_PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
+_HELD_OUT = 10  # each tenth batch chooses among them
+
+
+def start(method, trainable, examples, show_progress=True):
+    """Returns a trainable tree with the alignment head solved on the first batches of a Method's plan.
+
+    examples: how many to use, at most one epoch. The penalty is that of the least error on batches that are held out;
+    the solution is of all of them. Every process of a run calls it, and gets the same.
+    Raises InputError where there are too few examples to hold any out.
+    """
+    plan, mesh = method.plan, method.backbone.mesh
+    count = min(-(-examples // plan.batch_size), plan.batches_per_epoch)
+    if count < 2:
+        raise InputError(f"train.ridge_examples={examples}: less than two batches of {plan.batch_size} are too few")
+    D, E = method.model.architecture.hidden_size, method.model.embedding_size
+    sums = [sharding.put_replicated(_nothing(D, E), mesh) for _ in range(2)]
+    add = jax.jit(
+        functools.partial(_add, model=method.model), donate_argnums=0, out_shardings=sharding.replicated(mesh)
+    )
+    origin = None
+    with progress.bar(count * plan.batch_size, "example", "ridge", enabled=show_progress) as bar:
+        for number, batch in enumerate(data.iterate(method.batches, 0, count)):
+            if distributed.stop_requested():
+                raise distributed.Preempted("stopped as asked, before the first step")
+            batch = {name: batch[name] for name in ("query", "query_lengths", "target")}
+            cache, batch = method.read(sharding.put_batch(batch, mesh))
+            frozen = method.backbone.frozen
+            if origin is None:
+                # Numbers near zero, because their squares are summed in float32.
+                origin = jax.jit(_means, static_argnums=0, out_shardings=sharding.replicated(mesh))(
+                    method.model, trainable, frozen, cache, batch
+                )
+            fold = number % _HELD_OUT == 0
+            sums[fold] = add(sums[fold], origin, trainable, frozen, cache, batch)
+            bar.update(plan.batch_size)
+    kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.read(x), np.float64), part) for part in sums)
+    errors = [_error(_solve(kept, penalty), held_out) for penalty in _PENALTIES]
+    best = int(np.argmin(errors))
+    kernel_DE, bias_E = _solve(jax.tree.map(np.add, kept, held_out), _PENALTIES[best])
+    x_D, y_E = (np.asarray(sharding.read(x), np.float64) for x in origin)
+    head = {"kernel": kernel_DE, "bias": bias_E + y_E - x_D @ kernel_DE}
+    spread = held_out["yy"] - np.square(held_out["y"]).sum() / held_out["n"]
+    print(
+        f"alignment head: solved on {count * plan.batch_size} examples, penalty {_PENALTIES[best]:g}, "
+        f"explains {1 - errors[best] / spread:.3f} of the targets' variance on those held out",
+        flush=True,
+    )
+    head = {name: value.astype(np.float32) for name, value in head.items()}
+    return trainable | {"alignment": sharding.put_replicated(head, mesh)}
+
+
+def _nothing(D, E):
+    shapes = {"n": (), "x": (D,), "y": (E,), "xx": (D, D), "xy": (D, E), "yy": ()}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _inputs(model, trainable, frozen, cache, batch):
+    """Returns what the alignment head maps: the mean soft prompts (B, D) of a batch."""
+    if cache is None:
+        return model.encode(trainable, frozen, batch["query"], batch["query_lengths"])[1].mean(axis=1)
+    return model.compress(trainable, frozen, cache, batch["query_lengths"])[1].mean(axis=1)
+
+
+def _means(model, trainable, frozen, cache, batch):
+    return _inputs(model, trainable, frozen, cache, batch).mean(axis=0), batch["target"].mean(axis=0)
+
+
+def _add(sums, origin, trainable, frozen, cache, batch, *, model):
+    x_BD = _inputs(model, trainable, frozen, cache, batch) - origin[0]
+    y_BE = batch["target"] - origin[1]
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    new = {"n": jnp.float32(len(x_BD)), "x": x_BD.sum(axis=0), "y": y_BE.sum(axis=0)}
+    new |= {"xx": product(x_BD.T, x_BD), "xy": product(x_BD.T, y_BE), "yy": jnp.square(y_BE).sum()}
+    return jax.tree.map(jnp.add, sums, new)
+
+
+def _solve(sums, penalty):
+    """Returns (kernel (D, E), bias (E,)) of the least squared error, the kernel penalised."""
+    n, x_D, y_E = sums["n"], sums["x"] / sums["n"], sums["y"] / sums["n"]
+    variance_DD = sums["xx"] / n - np.outer(x_D, x_D)
+    covariance_DE = sums["xy"] / n - np.outer(x_D, y_E)
+    D = len(x_D)
+    kernel_DE = np.linalg.solve(variance_DD + penalty * np.trace(variance_DD) / D * np.eye(D), covariance_DE)
+    return kernel_DE, y_E - x_D @ kernel_DE
+
+
+def _error(head, sums):
+    """Returns the squared error of a head, from sums alone: that of all examples together."""
+    kernel_DE, bias_E = head
+    cross = (kernel_DE * sums["xy"]).sum() + bias_E @ sums["y"]
+    square = (kernel_DE * (sums["xx"] @ kernel_DE)).sum() + 2 * sums["x"] @ kernel_DE @ bias_E
+    return sums["yy"] - 2 * cross + square + sums["n"] * bias_E @ bias_E

@@ -1,0 +1,123 @@
+"""The alignment head's start: the ridge regression of numpy, on any mesh, once, and better than a random head."""
+
+import jax
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax import config, data, ridge, sharding
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax.train import Method, train
+
+from .adapters import settings_of
+from .conftest import write_jsonl
+
+WORDS = ("train.batch_size=8", "compression.num_tokens=2", "loss.reconstruction=0", "train.remat=none")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The path of responses, and their questions."""
+    rows = [{"question": f"{'why ' * (n % 7)}{n * 7919 % 1000}?", "answer": f"{n}"} for n in range(100)]
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    return tmp_path / "responses.jsonl", [row["question"] for row in rows]
+
+
+def method_of(tiny_folder, backbone, path, targets, *words):
+    settings = settings_of(tiny_folder, *WORDS, f"data.responses={path}", *words)
+    records = data.read_records(path, ("question", "answer"))
+    examples = data.tokenize(records, backbone.tokenizer, settings.data, 2)
+    examples.target = targets
+    return Method(settings, backbone, examples)
+
+
+@pytest.mark.parametrize("words", [(), ("lora.rank=2",)])
+def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, words):
+    """On all examples that it reads, with a penalty that suits those held out."""
+    path, texts = questions
+    backbone = tiny("qwen3")
+    targets = np.random.default_rng(0).normal(5, 1, (len(texts), 6)).astype(np.float32)
+    method = method_of(tiny_folder, backbone, path, targets, *words)
+    before = method.init()
+    after = ridge.start(method, before, 1000, show_progress=False)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before["reconstruction"], after["reconstruction"]))
+    np.testing.assert_array_equal(before["tokens"], after["tokens"])
+    rows = np.concatenate([method.plan[step].rows for step in range(method.plan.batches_per_epoch)])
+    assert len(rows) == 96, "one epoch at most"
+    batch = {name: np.stack([method.batches[step][name] for step in range(12)]) for name in ("query_lengths",)}
+    assert batch["query_lengths"].size == 96
+
+    def inputs(row):
+        ids = np.asarray(method.examples.query[row])[None]
+        found = method.model.encode(before, backbone.frozen, ids, np.array([ids.shape[1]], np.int32))
+        return np.asarray(found[1], np.float64).mean(axis=1)[0]
+
+    x, y = np.array([inputs(row) for row in rows]), np.asarray(targets[rows], np.float64)
+    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+    variance = (x - x_mean).T @ (x - x_mean) / len(x)
+    solutions = []
+    for penalty in ridge._PENALTIES:
+        scaled = penalty * np.trace(variance) / len(variance) * np.eye(len(variance))
+        kernel = np.linalg.solve(variance + scaled, (x - x_mean).T @ (y - y_mean) / len(x))
+        solutions.append((kernel, y_mean - x_mean @ kernel))
+    fits = [
+        np.allclose(kernel, after["alignment"]["kernel"], atol=2e-2 * np.abs(kernel).max() + 1e-5)
+        and np.allclose(x @ kernel + bias, x @ after["alignment"]["kernel"] + after["alignment"]["bias"], atol=1e-2)
+        for kernel, bias in solutions
+    ]
+    assert fits[int(np.argmax(fits))] and fits[-1], "targets that say nothing are best met by their mean"
+
+
+def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, questions):
+    path, texts = questions
+    backbone = tiny("qwen3")
+    blind = method_of(tiny_folder, backbone, path, np.zeros((len(texts), 6), np.float32))
+    trainable = blind.init()
+    model = blind.model
+    encode = jax.jit(model.encode)
+    ids = [np.asarray(query) for query in blind.examples.query]
+    width = max(map(len, ids))
+    targets = encode(trainable, backbone.frozen, data.pad(ids, width), np.array([*map(len, ids)], np.int32))[0]
+    found = []
+    for devices in (1, 4):
+        mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:devices])
+        from llm2vec_gen_jax.loading import load_backbone
+
+        there = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
+        method = method_of(tiny_folder, there, path, np.asarray(targets))
+        start = ridge.start(method, method.init(), 1000, show_progress=False)
+        again = method.model.encode(start, there.frozen, data.pad(ids, width), np.array([*map(len, ids)], np.int32))[0]
+        found.append(np.asarray(again))
+        spread = np.asarray(targets).std()
+        assert np.abs(found[-1] - targets).max() < 0.05 * spread
+    np.testing.assert_allclose(*found, atol=0.02 * spread)
+
+
+def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp_path, capsys, monkeypatch):
+    path, texts = questions
+    targets = np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32)
+    np.save(tmp_path / "targets.npy", targets)
+    words = (*WORDS, f"data.responses={path}", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}")
+    words += ("train.checkpoint_every=1", "train.log_every=1")
+
+    def run(name, *more):
+        settings = settings_of(tiny_folder, *words, f"train.output={tmp_path / name}", *more)
+        train(settings, show_progress=False)
+        return read_metrics(tmp_path / name)
+
+    plain = run("plain", "train.steps=1")
+    assert (
+        run("solved", "train.steps=1", "train.ridge_examples=96")[0]["alignment_loss"] < plain[0]["alignment_loss"] / 5
+    )
+    assert "alignment head: solved on 96 examples" in capsys.readouterr().out
+    monkeypatch.setattr(ridge, "start", None)  # a resumed run does not ask for it
+    assert len(run("solved", "train.steps=2", "train.ridge_examples=96")) == 2
+    with pytest.raises(InputError, match="holds another run .train.ridge_examples: 96 -> 0"):
+        run("solved", "train.steps=3")
+
+
+def test_too_few_examples_are_named(tiny, tiny_folder, questions):
+    path, texts = questions
+    method = method_of(tiny_folder, tiny("qwen3"), path, np.zeros((len(texts), 6), np.float32))
+    with pytest.raises(InputError, match="train.ridge_examples=8: less than two batches of 8"):
+        ridge.start(method, method.init(), 8)
