@@ -11,10 +11,12 @@ def model_card(record, identifier, license=None):
     """Returns the text of a card.
 
     record: a PublishedModel; of its `extra`, "config" (resolved settings of the training run), "data" (facts about
-    what it was trained on) and "metrics" (last logged values) are shown where they are there. identifier: what the
-    usage examples load. license: SPDX id of the backbone, whose terms hold for what was trained on it.
+    what it was trained on), "metrics" (last logged values) and "scores" ({task: its main score}) are shown where they
+    are there. identifier: what the usage examples load. license: SPDX id of the backbone, whose terms hold for what was
+    trained on it.
     """
     extra, base = record.extra, _hub_id(record.backbone)
+    scores = extra.get("scores") or {}
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
         "library_name": "llm2vec_gen_jax",
@@ -58,6 +60,9 @@ def model_card(record, identifier, license=None):
         "```",
         "",
         *([] if base else _local_backbone(record)),
+        *(["## Scores", "", "| task | score |", "|---|---|"] if scores else []),
+        *[f"| {name} | {score:.3f} |" for name, score in scores.items()],
+        *([""] if scores else []),
         "## Training",
         "",
         *[f"* {line}" for line in _facts(extra)],
