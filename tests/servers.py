@@ -1,0 +1,92 @@
+"""Servers in processes of their own, and what is asked of them: shared by the tests of the server."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+for needed in ("httpx", "orjson", "prometheus_client", "starlette", "uvicorn"):
+    pytest.importorskip(needed, reason="needs requirements-serve.txt")
+httpx = pytest.importorskip("httpx")
+
+ROOT = pathlib.Path(__file__).parent.parent
+MOST_NEW = 8
+SMALL = ["port=0", "name=tiny", "max_length=100", "batch_size=2"]
+SMALL += [f"decode.max_new_tokens={MOST_NEW}", "decode.batch_size=2"]
+
+
+def environment(key=None):
+    """Of a process that runs on one device."""
+    given = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return given | ({"LLM2VEC_GEN_API_KEY": key} if key else {})
+
+
+class Running:
+    """A server in a process of its own. url: where it answers."""
+
+    def __init__(self, folder, *words, key=None):
+        command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *words]
+        self.process = subprocess.Popen(command, env=environment(key), stdout=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().split()[-1].removesuffix("/v1")
+
+    def ready(self):
+        assert self.process.stdout.readline().startswith("ready: ")
+        return self
+
+    def post(self, path, content, **options):
+        """Sends an object, or bytes as they are. Returns the response."""
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return httpx.post(f"{self.url}/v1/{path}", content=content, timeout=120, **options)
+
+    def metric(self, name):
+        """The sum of a metric's lines, 0 where there is none."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=120).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llm2vec_gen_{name}"))
+
+    def until(self, name, value):
+        """Waits for a metric to have a value."""
+        for _ in range(1200):
+            if self.metric(name) == value:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{name} stays {self.metric(name)}")
+
+    def address(self):
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def healthy(self):
+        assert self.process.poll() is None
+        return httpx.get(f"{self.url}/health", timeout=120).json() == {"status": "ok"}
+
+
+@contextlib.contextmanager
+def running(*words, **options):
+    server = Running(*words, **options)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+def check_refusal(response, status, *expected, code=None):
+    """An error of OpenAI's shape."""
+    assert response.status_code == status, response.text
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"} and isinstance(error["type"], str)
+    for part in expected:
+        assert part in error["message"]
+    if code:
+        assert error["code"] == code

@@ -1,0 +1,88 @@
+"""The command `convert`: folders are converted there and back, and `verify` finds each difference."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.verify import verify
+
+from .conversion import load, new_model, same_trees
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny, tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedder") / "model"
+    new_model(tiny("llama")).save_pretrained(folder)
+    return folder
+
+
+def wait(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_verify_prints_a_table_and_fails_on_a_changed_number(launch, model_folder, tmp_path):
+    code, out, err = wait(launch(tmp_path, "convert", "verify", str(model_folder)))
+    assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
+    assert "transformers" in out and "What is the capital of France?" in out
+    ours = load(model_folder)
+    # As if one framework's copy of a head had been damaged: in PyTorch's file and in ours, another number.
+    record = published.read(model_folder)
+    record.alignment["bias"] = record.alignment["bias"] + np.eye(24, dtype=np.float32)[0] * 1e-2
+    path = tmp_path / "changed"
+    tokenizer = ours.backbone.tokenizer.hf
+    config = json.loads((model_folder / "encoder" / "config.json").read_text())
+    config["vocab_size"] = ours.backbone.architecture.vocab_size
+    published.write(path, record, tokenizer, config, "")
+    (path / "alignment_mlp.safetensors").write_bytes((model_folder / "alignment_mlp.safetensors").read_bytes())
+    code, out, err = wait(launch(tmp_path, "convert", "verify", str(path)))
+    assert code == 2 and "alignment_mlp.safetensors: projection.bias differs" in err
+    (path / "alignment_mlp").unlink()  # now only the safetensors copy is left, which PyTorch does not read
+    code, out, err = wait(launch(tmp_path, "convert", "verify", str(path)))
+    assert code == 2 and "PyTorch" in err and "cannot read it" in err
+
+
+def test_a_difference_fails(model_folder, tmp_path):
+    """Right-padded in PyTorch, as a tokenizer without its padding side would be: the vectors are others."""
+    path = tmp_path / "model"
+    load(model_folder).save_pretrained(path)
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    assert settings["padding_side"] == "left"
+    file.write_text(json.dumps(settings | {"padding_side": "right"}))
+    report = verify(path, sys.executable)
+    assert not report.passed and "FAIL" in str(report) and "<-- differs" in str(report)
+
+
+def test_verify_without_pytorch_says_so(model_folder, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    report = verify(model_folder, str(bare))
+    assert report.passed and "PyTorch is not installed" in str(report)
+    with pytest.raises(InputError, match="python=/nowhere/python: No such file"):
+        verify(model_folder, "/nowhere/python")
+
+
+def test_from_and_to_pytorch(launch, model_folder, tmp_path):
+    code, out, err = wait(launch(tmp_path, "convert", "from_pytorch", str(model_folder), "output=here"))
+    assert code == 0, err
+    same_trees(load(tmp_path / "here").trainable, load(model_folder).trainable)
+    words = ("output=there", "backbone_output=llm", "merged=merged", "torch_dtype=bfloat16")
+    code, out, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", *words))
+    assert code == 0 and "written: merged" in out, err
+    run = yaml.safe_load((tmp_path / "there" / "run_config.yml").read_text())
+    assert run["torch_dtype"] == "bfloat16" and run["model_name_or_path"] == str(tmp_path / "llm")
+    same_trees(load(tmp_path / "there").trainable, load(model_folder).trainable)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    code, _, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", "output=there"))
+    assert code == 2 and "output=there: exists already" in err
+    code, _, err = wait(launch(tmp_path, "convert", "verfy", "here"))
+    assert code == 2 and "did you mean 'verify'" in err
+    code, out, _ = wait(launch(tmp_path, "convert", "--help"))
+    assert code == 0 and all(f"convert {name} MODEL" in out for name in ("from_pytorch", "to_pytorch", "verify"))

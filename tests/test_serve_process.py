@@ -1,0 +1,66 @@
+"""The server as a process: its start, its end by a signal, and its benchmark."""
+
+import concurrent.futures
+import json
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import check_error
+from .embedders import E
+from .servers import ROOT, SMALL, check_refusal, environment, running
+
+httpx = pytest.importorskip("httpx", reason="needs requirements-serve.txt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_after_what_is_in_flight(model_folder, number):
+    with running(model_folder, "max_wait_ms=2000", "warmup=false") as server:
+        server.ready()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answer = pool.submit(server.post, "embeddings", {"input": "one"})
+            server.until("waiting", 1)
+            server.process.send_signal(number)
+            assert len(answer.result().json()["data"][0]["embedding"]) == E
+        assert server.process.wait(60) == 0
+        with pytest.raises(httpx.ConnectError):
+            server.post("embeddings", {"input": "one"})
+
+
+def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, tmp_path):
+    check_error(command("serve", tmp_path / "nowhere", "port=0"), "nowhere")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        check_error(command("serve", model_folder, f"port={port}"), f"port={port}", "in use")
+    check_error(command("serve", model_folder, "port=70000"), "port=70000")
+    check_error(command("serve", model_folder, "host=no.such.host.invalid"), "host=no.such.host.invalid")
+    check_error(command("serve", model_folder, "port=0", "max_length=4"), "max_length must exceed")
+    monkeypatch.setenv("LLM2VEC_GEN_API_KEY", " ")
+    check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY is empty")
+
+
+def test_requests_are_refused_while_programs_compile(model_folder):
+    with running(model_folder, "max_length=512", "batch_size=16") as server:
+        response = httpx.get(f"{server.url}/health", timeout=120)
+        if response.json() == {"status": "compiling"}:  # a cache of compiled programs can be faster
+            assert response.status_code == 503
+            response = server.post("embeddings", {"input": "a"})
+            if response.status_code != 200:
+                check_refusal(response, 503, "being compiled", code="not_ready")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def test_the_benchmark_agrees_with_the_model(model_folder, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.serve", str(model_folder), *SMALL[2:], "--texts", "24"]
+    command += ["--concurrency", "4", "--per-request", "1", "5", "--rounds", "2", "--output", str(tmp_path / "rows")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *rows, alone = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["requests"] for row in rows] == [2 * 24, 2 * 5]
+    for row in rows:
+        assert row["errors"] == 0 and row["difference"] < 1e-5 and 0 < row["p50"] <= row["p99"]
+        assert row["of_encode"] == pytest.approx(row["texts_per_second"] / alone["texts_per_second"])
