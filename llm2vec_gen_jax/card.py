@@ -17,6 +17,7 @@ def model_card(record, identifier, license=None):
     """
     extra, base = record.extra, _hub_id(record.backbone)
     scores = extra.get("scores") or {}
+    convert = record.backbone == download.NAME  # a GGUF file of a wheel, which PyTorch does not find
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
         "library_name": "llm2vec_gen_jax",
@@ -53,9 +54,10 @@ def model_card(record, identifier, license=None):
         "",
         "PyTorch ([llm2vec-gen](https://pypi.org/project/llm2vec-gen/)), the same vectors:",
         "",
+        *(_to_pytorch(identifier) if convert else []),
         "```python",
         "from llm2vec_gen.models import LLM2VecGenModel",
-        f"model = LLM2VecGenModel.from_pretrained({identifier!r})",
+        f"model = LLM2VecGenModel.from_pretrained({('model-pt' if convert else identifier)!r})",
         'vectors = model.encode(["What is the capital of France?"])',
         "```",
         "",
@@ -86,6 +88,11 @@ def _hub_id(backbone):
 def _dataset(extra):
     source = str((extra.get("data") or {}).get("responses", ""))
     return source if source.count("/") == 1 and not source.endswith((".jsonl", ".gz", ".json")) else None
+
+
+def _to_pytorch(identifier):
+    command = f"python -m launch.convert to_pytorch {identifier} output=model-pt"
+    return ["```bash", f"{command}  # writes out the backbone too", "```", ""]
 
 
 def _local_backbone(record):

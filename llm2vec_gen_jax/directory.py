@@ -60,11 +60,18 @@ def special_token_names(count):
 
 
 def local_folder(path):
-    """Returns the folder of a model directory: one of MODELS by its name, or fetched when `path` is a hub id."""
+    """Returns the folder of a model directory: one of MODELS by its name, or fetched when `path` is a hub id.
+
+    Raises InputError where there is none.
+    """
     folder = pathlib.Path(path).expanduser()
-    if not folder.exists() and str(path) in MODELS:
+    if folder.exists():
+        return folder
+    if str(path) in MODELS:
         return pathlib.Path(__file__).parent / "models" / str(path)
-    return fetch_from_hub(path, PATTERNS) if is_hub_id(path) else folder
+    if is_hub_id(path):
+        return fetch_from_hub(path, PATTERNS)
+    raise InputError(f"{path}: no such directory, hub id (OWNER/NAME) or model of this package: {', '.join(MODELS)}")
 
 
 def read(path):

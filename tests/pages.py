@@ -36,6 +36,7 @@ CANNOT_RUN = {
     "output=vectors shard.index=1": "the other share of the command before it",
     "serve MODEL": "the page of the server runs as a whole",
     "budget=full": "the same command as the others, on sizes that nobody waits for",
+    "train.init_from=": "goes on from the run of the command before it",
     "process_id=$i": "runs as a whole in test_docs_run.py",
 }
 # What stands for something else where a command runs.

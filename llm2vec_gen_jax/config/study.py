@@ -94,8 +94,8 @@ class ReproduceConfig:
     table is of the rest. tasks=DIR holds task folders as for `evaluate`.
 
     comparisons= of the paper: tokens-1, -2, -5, -20, -50 (K), thoughts-10, alignment-only, reconstruction-only, lora-8,
-    supervised-teacher; beyond it: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, finished-only,
-    alignment-10, reconstruction-10, longer; your own: "NAME: key=value key=value", keys of `train`.
+    supervised-teacher; beyond it: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, ridge,
+    finished-only, alignment-10, reconstruction-10, longer; your own: "NAME: key=value key=value", keys of `train`.
     """
 
     backbone: BackboneConfig = section(BackboneConfig)

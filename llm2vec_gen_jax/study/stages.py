@@ -33,6 +33,7 @@ OWN = {
     "half-whitened": ["teacher.whiten=0.5"],
     "whitened": ["teacher.whiten=1"],
     "sampled-4": ["teacher.average=true"],
+    "ridge": ["train.ridge_examples=1000000"],  # at most one epoch
     "finished-only": ["data.finished_only=true"],
     "alignment-10": ["loss.alignment=10"],
     "reconstruction-10": ["loss.reconstruction=10"],
