@@ -1,5 +1,7 @@
 """The model card: README.md of a model directory, with the metadata that the Hugging Face hub reads."""
 
+import json
+
 import yaml
 
 from llm2vec_gen_jax import download
@@ -47,7 +49,7 @@ def model_card(record, identifier, license=None):
         "",
         "```python",
         "from llm2vec_gen_jax import LLM2VecGen",
-        f"model = LLM2VecGen.from_pretrained({identifier!r})",
+        f"model = LLM2VecGen.from_pretrained({json.dumps(identifier)})",
         'vectors, soft_prompts = model.encode(["What is the capital of France?"], return_soft_prompts=True)',
         "answers = model.decode(soft_prompts)  # the text that the LLM reads out of the embedding",
         "```",
@@ -57,7 +59,7 @@ def model_card(record, identifier, license=None):
         *(_to_pytorch(identifier) if convert else []),
         "```python",
         "from llm2vec_gen.models import LLM2VecGenModel",
-        f"model = LLM2VecGenModel.from_pretrained({('model-pt' if convert else identifier)!r})",
+        f"model = LLM2VecGenModel.from_pretrained({json.dumps('model-pt' if convert else identifier)})",
         'vectors = model.encode(["What is the capital of France?"])',
         "```",
         "",

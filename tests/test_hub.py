@@ -81,7 +81,7 @@ def test_push_to_hub_uploads_what_loads_elsewhere(tiny, tiny_folder, tmp_path, m
     again = LLM2VecGen.from_pretrained(tmp_path / "uploaded", "float32", tiny_folder("llama"), one_device_mesh())
     same_trees(again.trainable, model.trainable)
     card = (tmp_path / "uploaded" / "README.md").read_text()
-    assert card.count("from_pretrained('someone/embedder')") == 2
+    assert card.count('from_pretrained("someone/embedder")') == 2
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "someone/llm" and front["library_name"] == "llm2vec_gen_jax"
 

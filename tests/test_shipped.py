@@ -51,7 +51,7 @@ def test_what_it_decodes_is_text(shipped):
 def test_the_card_has_scores_and_no_path_of_a_machine():
     for name in directory.MODELS:
         card = (FOLDER / name / "README.md").read_text()
-        assert f"from_pretrained('{name}')" in card and "## Scores" in card and "STS" in card
+        assert f'from_pretrained("{name}")' in card and "## Scores" in card and "STS" in card
         for file in (FOLDER / name).rglob("*"):
             if file.suffix in (".md", ".json", ".yml") and file.name != "tokenizer.json":
                 assert not re.search(r"""(^|[\s"'`=])(/|~/|[A-Z]:\\)\w""", file.read_text(), flags=re.M), file
