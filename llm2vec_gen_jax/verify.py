@@ -32,9 +32,10 @@ TEXTS = (
 BATCHES = (TEXTS[:-1], TEXTS[-1:])  # padding beside each other, but not to the longest
 DECODED = 2  # of them
 MAX_LENGTH = 512
-# (least cosine, largest difference, whether that of embeddings is relative to the largest value) by dtype. That of soft
-# prompts always is, above 1: states of the first positions can be hundreds large.
-LIMITS = {"float32": (0.99999, 1e-4, False), "bfloat16": (0.999, 0.05, True), "float16": (0.9995, 0.01, True)}
+# (least cosine, largest difference of embeddings, relative to the largest value above what) by dtype. A soft
+# prompt may differ by three times as much, relative above 1: it is one state, where an embedding is the mean of ten,
+# and that of an empty text rounds the most.
+LIMITS = {"float32": (0.99999, 1e-4, 1.0), "bfloat16": (0.999, 0.05, 0.0), "float16": (0.9995, 0.01, 0.0)}
 
 
 @dataclasses.dataclass
@@ -53,12 +54,12 @@ class Report:
         return all(row["ok"] for row in self.rows) and (self.decoded_equal or not exact)
 
     def __str__(self):
-        cosine, difference, relative = LIMITS[self.dtype]
+        cosine, difference, above = LIMITS[self.dtype]
         lines = [f"{'text':<42} {'cosine':>10} {'embedding':>10} {'soft prompts':>13} {'decoded':>9}"]
         for row in self.rows:
             numbers = " ".join(f"{row[key]:>{width}}" for key, width in _COLUMNS.items())
             lines.append(f"{row['text']} {numbers}  {'' if row['ok'] else '<-- differs'}".rstrip())
-        unit = "of the largest value" if relative else "absolute"
+        unit = "of the largest value" + " where that is above 1" * bool(above)
         lines.append(f"limits in {self.dtype}: cosine {cosine}, largest difference {difference} {unit}")
         if self.reader is None:
             lines.append("PyTorch is not installed here: only this side was checked (python=PATH names another Python)")
@@ -154,12 +155,12 @@ def _compare(ours, theirs, our_prompts, their_prompts):
 
 
 def _within(values, limits):
-    cosine, difference, relative = limits
+    cosine, difference, above = limits
     embedding, soft_prompts = values["largest"]
     return bool(
         values["cosine"] >= cosine
-        and values["embedding"] <= difference * (embedding if relative else 1.0)
-        and values["soft_prompts"] <= difference * max(soft_prompts, 1.0)
+        and values["embedding"] <= difference * max(embedding, above)
+        and values["soft_prompts"] <= 3 * difference * max(soft_prompts, 1.0)
     )
 
 

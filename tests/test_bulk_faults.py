@@ -31,7 +31,10 @@ def run_in_process(process):
     return out
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(model_folder, tmp_path, launch, how):
     texts = [f"{number} " + "word " * (number * 13 % 60) for number in range(3000)]
     write_texts(tmp_path, texts)

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -11,6 +13,7 @@ def run(*words):
     return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.slow
 def test_training_survives_every_kind_of_fault():
     done = run("benchmarks.chaos", "--faults", "12", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -254,6 +254,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 def test_an_index_goes_on_after_a_kill_with_the_same_bytes(launch, model_folder, corpus, tmp_path):
     words = [f"input={corpus}", "contexts=100000", "contexts_per_token=1000", "batch_size=1", "dtype=float32"]
     done = launch(tmp_path, "lens", "build_index", str(model_folder), *words, "output=whole")

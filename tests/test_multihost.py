@@ -151,6 +151,7 @@ def test_processes_that_do_not_agree_say_so(cluster):
         assert code == 2 and "no.npy" in err
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_in_the_restore_is_no_damage(cluster):
     words = ("train.checkpoint_every=2", "train.watchdog=20")
     cluster("lost", 2, 1, *words, "train.steps=4").succeed()

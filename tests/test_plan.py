@@ -110,6 +110,7 @@ def test_activations_are_split_like_the_batch_and_never_by_their_width(tiny_word
     assert "all-reduce" not in programs["prefix"].compiled.as_text()
 
 
+@pytest.mark.slow
 def test_remat_policies_trade_memory(tiny_words):
     peaks = [planned(*tiny_words, "topology=cpu:1", f"train.remat={name}")[0]["train"] for name in REMAT]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.2 * peaks[-1]

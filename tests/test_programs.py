@@ -36,7 +36,14 @@ def run(tmp_path, monkeypatch, tiny, tiny_folder):
     return start
 
 
-@pytest.mark.parametrize("words", [(), ("lora.rank=2",), ("loss.repeat=0.5", "loss.contrastive=0.1", "lora.rank=0")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        pytest.param(("lora.rank=2",), marks=pytest.mark.slow),
+        pytest.param(("loss.repeat=0.5", "loss.contrastive=0.1", "lora.rank=0"), marks=pytest.mark.slow),
+    ],
+)
 def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
     begun = []
 
@@ -64,6 +71,7 @@ def method_of(tiny, tiny_folder, tmp_path):
     return Method(settings, backbone, examples)
 
 
+@pytest.mark.slow
 def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monkeypatch):
     """With the memory of the compiled steps themselves as the limit."""
 

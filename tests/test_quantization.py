@@ -46,6 +46,7 @@ def loss_and_gradient(backbone, trainable):
     return jax.value_and_grad(total)(trainable, backbone.frozen)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_near_those_of_bfloat16_on_any_mesh(tiny_folder):
     folder = str(tiny_folder("qwen3"))
     plain = load_backbone(folder, "bfloat16", one_device_mesh())

@@ -317,6 +317,7 @@ def run(tmp_path, tiny, tiny_folder, name, *words, devices=1, records=RECORDS):
 WORDS = ("loss.repeat=0.5", "loss.negative=0.7", "loss.margin=0.3", "loss.contrastive=0.2", "loss.margin_threshold=20")
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_that_on_one(tmp_path, tiny, tiny_folder):
     one = run(tmp_path, tiny, tiny_folder, "one", *WORDS)
     eight = run(tmp_path, tiny, tiny_folder, "eight", *WORDS, "mesh.fsdp=2", devices=8)

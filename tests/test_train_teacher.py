@@ -208,6 +208,7 @@ def test_the_adapters_load_in_peft_with_the_same_vectors(place, tiny, tiny_folde
         assert all(np.isfinite(row["loss"]) for row in records)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_adapters(launch, place, tiny_folder):
     words = (f"backbone.path={tiny_folder('llama3')}", *WORDS, "simcse.steps=30")
     whole = launch(place, "train_teacher", *words, "train.output=whole")
