@@ -18,7 +18,6 @@ def model_card(record, identifier, license=None):
     trained on it.
     """
     extra, base = record.extra, _hub_id(record.backbone)
-    scores = extra.get("scores") or {}
     convert = record.backbone == download.NAME  # a GGUF file of a wheel, which PyTorch does not find
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
@@ -64,9 +63,7 @@ def model_card(record, identifier, license=None):
         "```",
         "",
         *([] if base else _local_backbone(record)),
-        *(["## Scores", "", "| task | score |", "|---|---|"] if scores else []),
-        *[f"| {name} | {score:.3f} |" for name, score in scores.items()],
-        *([""] if scores else []),
+        *(_scores(extra["scores"]) if extra.get("scores") else []),
         "## Training",
         "",
         *[f"* {line}" for line in _facts(extra)],
@@ -103,6 +100,11 @@ def _local_backbone(record):
         "(PyTorch reads it too), or pass `backbone=` to `LLM2VecGen.from_pretrained`.",
         "",
     ]
+
+
+def _scores(scores):
+    rows = [f"| {name} | {score:.3f} |" for name, score in scores.items()]
+    return ["## Scores", "", "| task | score |", "|---|---|", *rows, ""]
 
 
 def _facts(extra):

@@ -88,6 +88,13 @@ def cosine_alignment(embedding_BE, target_BE):
     return 1 - jnp.mean(jnp.sum(embedding_BE * target_BE, axis=-1))
 
 
+def embed(trainable, model, frozen, cache, batch, dropout=None):
+    """(embedding_BE, soft_prompts_BKD) of a batch as `total` takes it: what is differentiated, and nothing more."""
+    if model.lora_rank:
+        return model.encode(trainable, frozen, batch["query"], batch["query_lengths"], dropout)
+    return model.compress(trainable, frozen, cache, batch["query_lengths"])
+
+
 ALIGNMENTS = {"mse": alignment, "cosine": cosine_alignment}  # by loss.alignment_function
 
 
@@ -100,12 +107,7 @@ def total(trainable, model, frozen, cache, batch, weights, dropout=None):
     LossConfig; a loss of weight 0 is not computed.
     Returns (loss, {"reconstruction_loss", "alignment_loss", ...}), float32.
     """
-    if model.lora_rank:
-        embedding_BE, soft_prompts_BKD = model.encode(
-            trainable, frozen, batch["query"], batch["query_lengths"], dropout
-        )
-    else:
-        embedding_BE, soft_prompts_BKD = model.compress(trainable, frozen, cache, batch["query_lengths"])
+    embedding_BE, soft_prompts_BKD = embed(trainable, model, frozen, cache, batch, dropout)
     parts = {"reconstruction_loss": jnp.float32(0), "alignment_loss": jnp.float32(0)}
     align = ALIGNMENTS[weights.alignment_function]
     if weights.reconstruction:

@@ -9,46 +9,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import data, distributed, progress, sharding
+from llm2vec_gen_jax import data, distributed, losses, progress, sharding
 from llm2vec_gen_jax.errors import InputError
 
 _PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
 _HELD_OUT = 10  # each tenth batch chooses among them
 
 
-def start(method, trainable, examples, show_progress=True):
+def start(method, trainable, examples):
     """Returns a trainable tree with the alignment head solved on the first batches of a Method's plan.
 
     examples: how many to use, at most one epoch. The penalty is that of the least error on batches that are held out;
     the solution is of all of them. Every process of a run calls it, and gets the same.
     Raises InputError where there are too few examples to hold any out.
     """
-    plan, mesh = method.plan, method.backbone.mesh
+    plan, mesh, frozen = method.plan, method.backbone.mesh, method.backbone.frozen
+    replicated = sharding.replicated(mesh)
     count = min(-(-examples // plan.batch_size), plan.batches_per_epoch)
     if count < 2:
         raise InputError(f"train.ridge_examples={examples}: less than two batches of {plan.batch_size} are too few")
     D, E = method.model.architecture.hidden_size, method.model.embedding_size
-    sums = [sharding.put_replicated(_nothing(D, E), mesh) for _ in range(2)]
-    add = jax.jit(
-        functools.partial(_add, model=method.model), donate_argnums=0, out_shardings=sharding.replicated(mesh)
-    )
+    sums = {part: sharding.put_replicated(_nothing(D, E), mesh) for part in ("kept", "held out")}
+    means = jax.jit(functools.partial(_means, method.model), out_shardings=replicated)
+    add = jax.jit(functools.partial(_add, method.model), donate_argnums=0, out_shardings=replicated)
     origin = None
-    with progress.bar(count * plan.batch_size, "example", "ridge", enabled=show_progress) as bar:
+    with progress.bar(count * plan.batch_size, "example", "ridge") as bar:
         for number, batch in enumerate(data.iterate(method.batches, 0, count)):
             if distributed.stop_requested():
                 raise distributed.Preempted("stopped as asked, before the first step")
             batch = {name: batch[name] for name in ("query", "query_lengths", "target")}
             cache, batch = method.read(sharding.put_batch(batch, mesh))
-            frozen = method.backbone.frozen
-            if origin is None:
-                # Numbers near zero, because their squares are summed in float32.
-                origin = jax.jit(_means, static_argnums=0, out_shardings=sharding.replicated(mesh))(
-                    method.model, trainable, frozen, cache, batch
-                )
-            fold = number % _HELD_OUT == 0
-            sums[fold] = add(sums[fold], origin, trainable, frozen, cache, batch)
+            if origin is None:  # numbers near zero, because their squares are summed in float32
+                origin = means(trainable, frozen, cache, batch)
+            part = "kept" if number % _HELD_OUT else "held out"
+            sums[part] = add(sums[part], origin, trainable, frozen, cache, batch)
             bar.update(plan.batch_size)
-    kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.read(x), np.float64), part) for part in sums)
+    kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.read(x), np.float64), sums[part]) for part in sums)
     errors = [_error(_solve(kept, penalty), held_out) for penalty in _PENALTIES]
     best = int(np.argmin(errors))
     kernel_DE, bias_E = _solve(jax.tree.map(np.add, kept, held_out), _PENALTIES[best])
@@ -71,16 +67,15 @@ def _nothing(D, E):
 
 def _inputs(model, trainable, frozen, cache, batch):
     """Returns what the alignment head maps: the mean soft prompts (B, D) of a batch."""
-    if cache is None:
-        return model.encode(trainable, frozen, batch["query"], batch["query_lengths"])[1].mean(axis=1)
-    return model.compress(trainable, frozen, cache, batch["query_lengths"])[1].mean(axis=1)
+    _, soft_prompts_BKD = losses.embed(trainable, model, frozen, cache, batch)
+    return soft_prompts_BKD.mean(axis=1)
 
 
 def _means(model, trainable, frozen, cache, batch):
     return _inputs(model, trainable, frozen, cache, batch).mean(axis=0), batch["target"].mean(axis=0)
 
 
-def _add(sums, origin, trainable, frozen, cache, batch, *, model):
+def _add(model, sums, origin, trainable, frozen, cache, batch):
     x_BD = _inputs(model, trainable, frozen, cache, batch) - origin[0]
     y_BE = batch["target"] - origin[1]
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

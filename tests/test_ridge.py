@@ -41,7 +41,7 @@ def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, signa
     targets += signal * np.array([[len(text)] for text in texts])
     method = method_of(tiny_folder, backbone, path, targets, *words)
     before = method.init()
-    after = ridge.start(method, before, 1000, show_progress=False)
+    after = ridge.start(method, before, 1000)
     assert jax.tree.all(jax.tree.map(np.array_equal, before["reconstruction"], after["reconstruction"]))
     np.testing.assert_array_equal(before["tokens"], after["tokens"])
     rows = np.concatenate([method.plan[step].rows for step in range(method.plan.batches_per_epoch)])
@@ -85,7 +85,7 @@ def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, question
         mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:devices])
         there = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
         method = method_of(tiny_folder, there, path, np.asarray(targets))
-        start = ridge.start(method, method.init(), 1000, show_progress=False)
+        start = ridge.start(method, method.init(), 1000)
         found.append(np.asarray(method.model.encode(start, there.frozen, ids_BT, lengths_B)[0]))
         assert np.abs(found[-1] - targets).max() < 0.05 * spread
     np.testing.assert_allclose(*found, atol=0.02 * spread)

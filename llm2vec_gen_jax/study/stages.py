@@ -118,17 +118,16 @@ class Study:
             self.stage("synthesize", options.to_dict(settings), lambda: synthesize(settings))
         wanted = {"source": source, "queries": sizes.queries, "held_out": sizes.held_out}
         self.stage("queries", wanted, lambda: self._choose_queries(source))
-        plain = {"train": {}, "held_out": {}}
-        sampled = {
-            name: {"limit": max(sizes.queries // count, 1), "samples": count, "temperature": 1.0}
-            for name, count in SAMPLED.items()
-            if name in self.arms
-        }
-        for name, how in (plain | sampled).items():
+        asked = {"train": ("train", {}), "held_out": ("held_out", {})}
+        for name, count in SAMPLED.items():
+            if name in self.arms:
+                limit = max(sizes.queries // count, 1)
+                asked[name] = "train", {"limit": limit, "samples": count, "temperature": 1.0}
+        for name, (queries, how) in asked.items():
             settings = config_lib.RespondConfig(
                 **common,
                 **how,
-                input=str(self.output / f"{'train' if name in sampled else name}.queries.jsonl"),
+                input=str(self.output / f"{queries}.queries.jsonl"),
                 output=str(self.responses(name)),
                 max_new_tokens=sizes.max_new_tokens,
             )
