@@ -28,6 +28,7 @@ SIZES = {
     "batch_size": 8,
     "seeds": 2,
     "limit": 6,
+    "documents": 0,
     "hyde_limit": 4,
     "hyde_tokens": 8,
     "decoded_tokens": 8,
@@ -247,6 +248,22 @@ def test_development_and_test_share_no_row(task_folders, tmp_path):
     key = json.dumps
     assert sorted(map(key, test["Small-classification"].data["test"])) == sorted(map(key, original["test"]))
     assert test["Small-classification"].data["test"] != original["test"], "shuffled, so that the first are a sample"
+
+
+def test_a_cut_pool_keeps_what_is_asked_for(task_folders, tmp_path):
+    splits.split(task_folders, tmp_path, documents=3, queries=2)
+    views = {task.name: task for part in ("development", "test") for task in _read(tmp_path / part)}
+    whole = {task.name: task for task in _read(task_folders)}
+    for name in ("Small-retrievalDevelopment", "Small-retrieval", "Small-safety_retrieval"):
+        original, cut = whole[name.removesuffix("Development")].data, views[name].data
+        kept = {row["id"] for row in cut["corpus"]}
+        asked = [row["id"] for row in cut["queries"]][:2]
+        judged = {document for query in asked for document in original["qrels"][query]}
+        assert len(asked) == 2 and judged <= kept < {row["id"] for row in original["corpus"]}
+        assert len(kept) == max(3, len(judged))
+    for name in ("Small-classificationDevelopment", "Small-classification"):
+        labels = [row["label"] for row in views[name].data["train"]]
+        assert len(labels) == 3 and len(set(labels)) == min(3, len({row["label"] for row in views[name].data["test"]}))
 
 
 def _read(folder):

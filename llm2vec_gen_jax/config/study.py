@@ -22,6 +22,9 @@ class SizesConfig:
     learning_rate: float | None = setting(None, "peak")
     seeds: int | None = setting(None, "trainings of the headline", least=1)
     limit: int | None = setting(None, "queries or test rows of a task; 0: all")
+    documents: int | None = setting(
+        None, "of a retrieval task, the judged ones among them, and training rows of a classification task; 0: all"
+    )
     hyde_limit: int | None = setting(None, "queries or test rows of a task that HyDE answers; 0: all")
     hyde_tokens: int | None = setting(None, "tokens of an answer of HyDE", least=1)
     decoded_tokens: int | None = setting(None, "tokens of a decoded text", least=1)
@@ -41,6 +44,7 @@ BUDGETS = {
         learning_rate=1e-3,
         seeds=1,
         limit=50,
+        documents=200,
         hyde_limit=10,
         hyde_tokens=64,
         decoded_tokens=48,
@@ -57,6 +61,7 @@ BUDGETS = {
         learning_rate=1e-3,
         seeds=3,
         limit=500,
+        documents=0,
         hyde_limit=100,
         hyde_tokens=128,
         decoded_tokens=128,
@@ -73,6 +78,7 @@ BUDGETS = {
         learning_rate=5e-4,
         seeds=3,
         limit=0,
+        documents=0,
         hyde_limit=0,
         hyde_tokens=256,
         decoded_tokens=256,

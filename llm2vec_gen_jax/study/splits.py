@@ -1,32 +1,36 @@
 """Development and test views of task folders: what settings are chosen on is never what the final table is of.
 
-A view is a folder of its own; files that it does not change are links to the task's, so nothing is copied.
+A view is a task folder of its own.
 """
 
+import collections
 import json
 import pathlib
 import random
 import shutil
 
 from llm2vec_gen_jax import tasks
-from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, read_lines, write_json, write_text
+from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, write_json, write_text
 
 _TEXTS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
 
 
-def split(folder, output):
+def split(folder, output, documents=0, queries=0):
     """Writes OUTPUT/development/NAME and OUTPUT/test/NAME for the task folders at or below `folder`.
 
     STS: a task whose name ends in Dev is for development, others are for the test. Classification: each label's
     training rows in turn train and test a development task; the test is as it was. Retrieval: queries in turn are of
     the one and of the other, of the same corpus. Clustering and safety: test only. Rows of a test are shuffled, so that
     the first ones are a sample.
+
+    documents: the most that a corpus keeps, by chance beside all that is judged for the first `queries` questions, and
+    the most training rows of a classification, its labels in turn; 0: all, for each of both.
     Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for a folder that is no task.
     """
     found = {"development": {}, "test": {}}
     for place in tasks.find(folder):
         task = tasks.read(place)
-        for part, write in _views(task, place.resolve()).items():
+        for part, write in _views(task, place.resolve(), documents, queries).items():
             view = pathlib.Path(output) / part / place.name
             shutil.rmtree(view, ignore_errors=True)
             with atomic_directory(view) as temporary:
@@ -62,7 +66,7 @@ def types(folder):
     return {values["name"]: values["type"] for values in settings}
 
 
-def _views(task, place):
+def _views(task, place, documents, queries):
     """Returns {part: what writes its files into a folder}."""
 
     def shuffled(folder):
@@ -70,18 +74,28 @@ def _views(task, place):
         random.Random(0).shuffle(rows)
         _write_rows(folder / "test.jsonl", rows)
         if task.type == "classification":
-            (folder / "train.jsonl").symlink_to(place / "train.jsonl")
+            rows = [row for _, row in read_jsonl(place / "train.jsonl")]
+            _write_rows(folder / "train.jsonl", _in_turn(rows, documents))
 
     def halved(folder):
-        _halve(folder, [row for _, row in read_jsonl(place / "train.jsonl")])
+        train, test = _halve([row for _, row in read_jsonl(place / "train.jsonl")])
+        random.Random(0).shuffle(test)
+        _write_rows(folder / "train.jsonl", _in_turn(train, documents))
+        _write_rows(folder / "test.jsonl", test)
 
-    def queries(first):
+    def asked(first, step):
         def write(folder):
-            _link(folder, place, "corpus.jsonl", "queries.jsonl")
-            order = list(task.data["qrels"])
-            kept = set(order[first::2])
-            lines = [line for number, line in read_lines(place / "qrels.tsv") if line.split("\t")[0] in kept]
-            write_text(folder / "qrels.tsv", "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
+            qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::step]}
+            leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
+            judged = {name for query in leading for name in qrels[query]}
+            corpus = _sample([row for _, row in read_jsonl(place / "corpus.jsonl")], documents, judged)
+            known = {row["_id"] for row in corpus}
+            lines = ["query-id\tcorpus-id\tscore"]
+            for query, grades in qrels.items():
+                lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in known]
+            (folder / "queries.jsonl").symlink_to(place / "queries.jsonl")
+            _write_rows(folder / "corpus.jsonl", corpus)
+            write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
 
         return write
 
@@ -90,27 +104,43 @@ def _views(task, place):
     if task.type == "classification":
         return {"development": halved, "test": shuffled}
     if task.type == "retrieval":
-        return {"development": queries(0), "test": queries(1)}
+        return {"development": asked(0, 2), "test": asked(1, 2)}
     if task.type == "clustering":
         return {"test": shuffled}
-    return {"test": lambda folder: _link(folder, place, "corpus.jsonl", "queries.jsonl", "qrels.tsv")}
+    return {"test": asked(0, 1)}
 
 
-def _halve(folder, rows):
-    seen, halves = {}, ([], [])
+def _halve(rows):
+    """Returns two halves of rows, of each label in turn."""
+    halves = ([], [])
+    for turn, row in _turns(rows):
+        halves[turn % 2].append(row)
+    return halves
+
+
+def _in_turn(rows, most):
+    """Returns at most so many rows (0: all as they are), each label's first, then each one's second."""
+    return [row for _, row in sorted(_turns(rows), key=lambda pair: pair[0])][:most] if most else rows
+
+
+def _turns(rows):
+    """Returns [(how many rows of its label came before, row)]."""
+    seen, turns = collections.Counter(), []
     for row in rows:
-        number = seen.get(row["label"], 0)
-        seen[row["label"]] = number + 1
-        halves[number % 2].append(row)
-    random.Random(0).shuffle(halves[1])
-    for name, half in zip(("train", "test"), halves):
-        _write_rows(folder / f"{name}.jsonl", half)
+        turns.append((seen[row["label"]], row))
+        seen[row["label"]] += 1
+    return turns
+
+
+def _sample(rows, most, judged):
+    """Returns, in their order, the rows whose _id is judged and others by chance, `most` in all (0: all rows)."""
+    others = [row["_id"] for row in rows if row["_id"] not in judged]
+    wanted = max(most - len(judged), 0)
+    if not most or wanted >= len(others):
+        return rows
+    chosen = judged.union(random.Random(0).sample(others, wanted))
+    return [row for row in rows if row["_id"] in chosen]
 
 
 def _write_rows(file, rows):
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _link(folder, place, *names):
-    for name in names:
-        (folder / name).symlink_to(place / name)

@@ -75,8 +75,12 @@ class Study:
 
     def run(self):
         """Runs the stages in their order. Returns the path of the report."""
+        limits = (self.sizes.limit, self.sizes.hyde_limit)
+        cut = {"documents": self.sizes.documents, "queries": max(limits) if all(limits) else 0}
         self.stage(
-            "tasks", {"tasks": self.config.tasks}, lambda: splits.split(self.config.tasks, self.output / "tasks")
+            "tasks",
+            {"tasks": self.config.tasks} | cut,
+            lambda: splits.split(self.config.tasks, self.output / "tasks", **cut),
         )
         self.types = {part: splits.types(self.output / "tasks" / part) for part in ("development", "test")}
         # What is not installed, or no task, is said before the work.
