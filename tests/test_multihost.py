@@ -143,6 +143,16 @@ def test_what_two_processes_began_one_finishes(cluster):
     assert contents(moved / "model") == contents(stayed / "model")
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_tracked_run(cluster, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = cluster("tracked", 2, 1, "train.steps=2", "tracking=wandb").succeed()
+    (log,) = (run.parent).rglob("*.wandb")
+    identity = json.loads((run / "tracking.json").read_text())["wandb"]
+    assert log.is_relative_to(run) and log.name == f"run-{identity}.wandb"
+
+
 def test_processes_that_do_not_agree_say_so(cluster):
     for code, _, err in cluster("seeds", 2, 1, "train.steps=2", different=["train.seed=7"]).wait():
         assert code == 2
