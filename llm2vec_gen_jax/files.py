@@ -100,7 +100,13 @@ def write_text(path, text):
 
 def write_json(path, value):
     """Writes indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value, indent=None):
+    """Returns JSON with all letters as they are, but for half of a surrogate pair, of which no file can be written."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if is_broken(text) else text
 
 
 def install_command(extra):
@@ -311,7 +317,7 @@ class JsonlAppender:
 
     def append(self, rows):
         """Writes a list of objects in one piece and waits until they are on disk."""
-        lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        lines = [to_json(row).encode() for row in rows]
         with writing(self.path):
             self.file.write(b"".join(line + b"\n" for line in lines))
             self.file.flush()

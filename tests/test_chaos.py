@@ -20,6 +20,7 @@ def test_training_survives_every_kind_of_fault():
     assert "12 of 12 survived" in done.stdout
 
 
+@pytest.mark.slow
 def test_encode_and_respond_survive_kills_and_damage():
     done = run("benchmarks.chaos_jobs", "--kills", "3", "--damages", "3")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -149,3 +149,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_any_text_of_json_can_be_written_and_read_again(tmp_path):
+    record = {"name": "half of a pair: \ud800", "\udfff": "é"}
+    files.write_json(tmp_path / "record.json", record)
+    assert files.read_json(tmp_path / "record.json") == record
+    with files.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
+        appender.append([record])
+    with files.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
+        assert appender.rows == [record]
+    files.write_json(tmp_path / "plain.json", {"name": "é"})
+    assert "é" in (tmp_path / "plain.json").read_text(), "letters stay letters"
