@@ -57,6 +57,7 @@ def main():
                 row, found = measure(url, texts, concurrency, per_request, arguments.rounds)
                 rows.append(row)
                 vectors.append(found)
+                print(f"{row['side']}: {row['texts_per_second']:.2f} texts/s", file=sys.stderr, flush=True)
     expected, seconds, tokens = encode(arguments, config, texts)
     per_second = len(texts) / seconds
     for row, found in zip(rows, vectors):
