@@ -116,7 +116,7 @@ class Corpus:
         def guarded(read):
             try:
                 return read()
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
                 raise InputError(f"{file}: damaged or not readable ({str(error).splitlines()[0]})") from None
 
         names, pieces = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
@@ -124,7 +124,13 @@ class Corpus:
             key = "field" if missing[0] == self.field else "id_field"
             raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
         for length, table in pieces(columns):
-            yield length, lambda table=table: guarded(lambda: table().to_pylist())
+            yield length, lambda table=table: guarded(lambda: _rows(table()))
+
+
+def _rows(table):
+    """Returns the dicts of an Arrow table. An Arrow file is not checked as it is opened: a wrong offset is a crash."""
+    table.validate(full=True)
+    return table.to_pylist()
 
 
 def _open_parquet(path):

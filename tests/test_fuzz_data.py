@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llm2vec_gen_jax import LLM2VecGen, config, data, load_embeddings, vectors
 from llm2vec_gen_jax.bulk import encode_corpus
 from llm2vec_gen_jax.corpus import Corpus
+from llm2vec_gen_jax.errors import InputError
 
 from .conftest import write_jsonl
 from .embedders import TEXTS
@@ -47,6 +48,17 @@ def tables(tmp_path_factory):
         with make(folder / f"{name}.arrow", table.schema) as writer:
             writer.write_table(table)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_offsets_and_letters_of_an_arrow_file_are_checked(tmp_path, tables):
+    whole, path = tables["file.arrow"], tmp_path / "file.arrow"
+    offsets = (3).to_bytes(4, "little") + (6).to_bytes(4, "little")
+    for old, new in ((b"onetwo", b"one\xff\xffo"), (offsets, b"\xff" * 8)):
+        assert whole.count(old) == 1
+        path.unlink(missing_ok=True)  # an Arrow file is mapped: never altered in place
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(InputError, match="damaged or not readable"):
+            list(Corpus(str(path)).read())
 
 
 @hypothesis.given(st.data(), st.sampled_from(["x.parquet", "file.arrow", "stream.arrow"]))
