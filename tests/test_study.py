@@ -254,13 +254,14 @@ def test_a_cut_pool_keeps_what_is_asked_for(task_folders, tmp_path):
     splits.split(task_folders, tmp_path, documents=3, queries=2)
     views = {task.name: task for part in ("development", "test") for task in _read(tmp_path / part)}
     whole = {task.name: task for task in _read(task_folders)}
-    for name in ("Small-retrievalDevelopment", "Small-retrieval", "Small-safety_retrieval"):
+    for name in ("Small-retrievalDevelopment", "Small-retrieval"):
         original, cut = whole[name.removesuffix("Development")].data, views[name].data
         kept = {row["id"] for row in cut["corpus"]}
         asked = [row["id"] for row in cut["queries"]][:2]
         judged = {document for query in asked for document in original["qrels"][query]}
         assert len(asked) == 2 and judged <= kept < {row["id"] for row in original["corpus"]}
         assert len(kept) == max(3, len(judged))
+    assert (tmp_path / "test/safety_retrieval/corpus.jsonl").is_symlink(), "no text of a safety task is copied"
     for name in ("Small-classificationDevelopment", "Small-classification"):
         labels = [row["label"] for row in views[name].data["train"]]
         assert len(labels) == 3 and len(set(labels)) == min(3, len({row["label"] for row in views[name].data["test"]}))

@@ -24,7 +24,8 @@ def split(folder, output, documents=0, queries=0):
     the first ones are a sample.
 
     documents: the most that a corpus keeps, by chance beside all that is judged for the first `queries` questions, and
-    the most training rows of a classification, its labels in turn; 0: all, for each of both.
+    the most training rows of a classification, its labels in turn; 0: all, for each of both. A safety task is never
+    cut: no text of it is copied.
     Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for a folder that is no task.
     """
     found = {"development": {}, "test": {}}
@@ -83,31 +84,39 @@ def _views(task, place, documents, queries):
         _write_rows(folder / "train.jsonl", _in_turn(train, documents))
         _write_rows(folder / "test.jsonl", test)
 
-    def asked(first, step):
+    def asked(first):
         def write(folder):
-            qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::step]}
+            qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::2]}
             leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
             judged = {name for query in leading for name in qrels[query]}
-            corpus = _sample([row for _, row in read_jsonl(place / "corpus.jsonl")], documents, judged)
+            rows = [row for _, row in read_jsonl(place / "corpus.jsonl")]
+            corpus = _sample(rows, documents, judged)
             known = {row["_id"] for row in corpus}
             lines = ["query-id\tcorpus-id\tscore"]
             for query, grades in qrels.items():
                 lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in known]
             (folder / "queries.jsonl").symlink_to(place / "queries.jsonl")
-            _write_rows(folder / "corpus.jsonl", corpus)
+            if corpus is rows:
+                (folder / "corpus.jsonl").symlink_to(place / "corpus.jsonl")
+            else:
+                _write_rows(folder / "corpus.jsonl", corpus)
             write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
 
         return write
+
+    def linked(folder):
+        for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+            (folder / name).symlink_to(place / name)
 
     if task.type == "sts":
         return {"development" if task.name.endswith("Dev") else "test": shuffled}
     if task.type == "classification":
         return {"development": halved, "test": shuffled}
     if task.type == "retrieval":
-        return {"development": asked(0, 2), "test": asked(1, 2)}
+        return {"development": asked(0), "test": asked(1)}
     if task.type == "clustering":
         return {"test": shuffled}
-    return {"test": asked(0, 1)}
+    return {"test": linked}
 
 
 def _halve(rows):
