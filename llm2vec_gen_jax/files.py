@@ -103,6 +103,11 @@ def write_json(path, value):
     write_text(path, to_json(value, indent=2) + "\n")
 
 
+def write_jsonl(path, rows):
+    """Writes a JSON object to a line, atomically."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
 def to_json(value, indent=None):
     """Returns JSON with all letters as they are, but for half of a surrogate pair, of which no file can be written."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 import pathlib
 
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import atomic_path, require_new, write_text
+from llm2vec_gen_jax.files import atomic_path, require_new, write_jsonl
 
 _COLUMNS = ("input_text", "output_text")
 
@@ -38,7 +37,7 @@ def generations(embedder, texts, max_new_tokens, batch_size=16, max_length=None,
 def write_table(path, rows):
     """Writes rows of `generations` as .csv (RFC 4180) or .jsonl, complete or not at all."""
     if pathlib.Path(path).suffix == ".jsonl":
-        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return write_jsonl(path, rows)
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, _COLUMNS, lineterminator="\r\n")
     writer.writeheader()

@@ -1,16 +1,15 @@
 """Development and test views of task folders: what settings are chosen on is never what the final table is of.
 
-A view is a task folder of its own.
+A view is a task folder of its own; files of which it keeps all rows in their order are links to the task's.
 """
 
 import collections
-import json
 import pathlib
 import random
 import shutil
 
 from llm2vec_gen_jax import tasks
-from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, write_json, write_text
+from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 _TEXTS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
 
@@ -71,42 +70,32 @@ def _views(task, place, documents, queries):
     """Returns {part: what writes its files into a folder}."""
 
     def shuffled(folder):
-        rows = [row for _, row in read_jsonl(place / "test.jsonl")]
+        rows = _rows(place / "test.jsonl")
         random.Random(0).shuffle(rows)
-        _write_rows(folder / "test.jsonl", rows)
+        write_jsonl(folder / "test.jsonl", rows)
         if task.type == "classification":
-            rows = [row for _, row in read_jsonl(place / "train.jsonl")]
-            _write_rows(folder / "train.jsonl", _in_turn(rows, documents))
+            _keep(folder, place / "train.jsonl", lambda rows: _in_turn(rows, documents))
 
     def halved(folder):
-        train, test = _halve([row for _, row in read_jsonl(place / "train.jsonl")])
+        train, test = _halve(_rows(place / "train.jsonl"))
         random.Random(0).shuffle(test)
-        _write_rows(folder / "train.jsonl", _in_turn(train, documents))
-        _write_rows(folder / "test.jsonl", test)
+        write_jsonl(folder / "train.jsonl", _in_turn(train, documents))
+        write_jsonl(folder / "test.jsonl", test)
 
     def asked(first):
         def write(folder):
             qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::2]}
             leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
             judged = {name for query in leading for name in qrels[query]}
-            rows = [row for _, row in read_jsonl(place / "corpus.jsonl")]
-            corpus = _sample(rows, documents, judged)
+            corpus = _keep(folder, place / "corpus.jsonl", lambda rows: _sample(rows, documents, judged))
             known = {row["_id"] for row in corpus}
             lines = ["query-id\tcorpus-id\tscore"]
             for query, grades in qrels.items():
                 lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in known]
-            (folder / "queries.jsonl").symlink_to(place / "queries.jsonl")
-            if corpus is rows:
-                (folder / "corpus.jsonl").symlink_to(place / "corpus.jsonl")
-            else:
-                _write_rows(folder / "corpus.jsonl", corpus)
+            _link(folder, place, "queries.jsonl")
             write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
 
         return write
-
-    def linked(folder):
-        for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
-            (folder / name).symlink_to(place / name)
 
     if task.type == "sts":
         return {"development" if task.name.endswith("Dev") else "test": shuffled}
@@ -116,7 +105,7 @@ def _views(task, place, documents, queries):
         return {"development": asked(0), "test": asked(1)}
     if task.type == "clustering":
         return {"test": shuffled}
-    return {"test": linked}
+    return {"test": lambda folder: _link(folder, place, "corpus.jsonl", "queries.jsonl", "qrels.tsv")}
 
 
 def _halve(rows):
@@ -151,5 +140,21 @@ def _sample(rows, most, judged):
     return [row for row in rows if row["_id"] in chosen]
 
 
-def _write_rows(file, rows):
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _link(folder, place, *names):
+    for name in names:
+        (folder / name).symlink_to(place / name)
+
+
+def _keep(folder, source, choose):
+    """Links a file of rows into a folder, or writes there the fewer rows that choose(rows) returns. Returns those."""
+    rows = _rows(source)
+    kept = choose(rows)
+    if len(kept) == len(rows):
+        (folder / source.name).symlink_to(source)
+    else:
+        write_jsonl(folder / source.name, kept)
+    return kept
+
+
+def _rows(file):
+    return [row for _, row in read_jsonl(file)]

@@ -1,7 +1,6 @@
 """The whole study from nothing: every stage resumes after a kill, and a finished one is skipped."""
 
 import dataclasses
-import json
 import pathlib
 
 from llm2vec_gen_jax import config as config_lib
@@ -9,7 +8,7 @@ from llm2vec_gen_jax import data, options
 from llm2vec_gen_jax.config import BUDGETS
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.evaluate import evaluate, resolve
-from llm2vec_gen_jax.files import changes, exclusive, read_json, read_jsonl, write_json, write_text
+from llm2vec_gen_jax.files import changes, exclusive, read_json, read_jsonl, write_json, write_jsonl, write_text
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.respond import respond
 from llm2vec_gen_jax.study import plots, readings, splits, tables
@@ -314,8 +313,7 @@ class Study:
                 f"for batches of {sizes.batch_size}"
             )
         for name, part in (("train", rows[:chosen]), ("held_out", held_out)):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-            write_text(self.output / f"{name}.queries.jsonl", "".join(lines))
+            write_jsonl(self.output / f"{name}.queries.jsonl", part)
 
     def _scores(self, part, limit, who):
         name = who.name if isinstance(who, pathlib.Path) else who
