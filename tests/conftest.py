@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Most of the time of the tests goes into compiling tiny programs, which LLVM need not polish; children of the tests
+# inherit it. The real model is compared with the published package on programs as users get them (`optimized`).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -159,6 +162,18 @@ def responses(tmp_path):
     from .adapters import ANSWERS
 
     return write_jsonl(tmp_path / "responses.jsonl", [{"answer": answer} for answer in ANSWERS])
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """From here on the module compiles with XLA's own optimisations."""
+    key = "jax_disable_most_optimizations"
+    before = jax.config.values[key]
+    jax.config.update(key, False)
+    jax.clear_caches()
+    yield
+    jax.config.update(key, before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,8 @@ def test_every_number_of_it_arrives_and_leaves_unchanged(made_there, tmp_path):
             np.testing.assert_array_equal(after.lora["tensors"][key], value)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_checkpoint_in_half_precision(request, peer_python, tmp_path, dtype):
     backbone = backbone_folder(request, "qwen3", tmp_path / "backbone")
     checkpoint, theirs = train_in_pytorch(peer_python, tmp_path, backbone=backbone, dtype=dtype)

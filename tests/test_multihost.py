@@ -133,6 +133,7 @@ def test_two_processes_equal_one(cluster):
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_finishes(cluster):
     """Bit for bit: two numbers have one sum. (More devices are summed in another order by each way of joining them.)"""
     words = ("train.checkpoint_every=2",)
@@ -198,6 +199,7 @@ asyncio.BaseEventLoop.run_in_executor, data.Batches.__getitem__ = slowly, broken
     assert cluster("failing", 1, 1, *words).succeed()
 
 
+@pytest.mark.slow
 def test_joined_processes_encode_a_share_each(cluster, tmp_path):
     model = cluster("trained", 1, 1, "train.steps=1").succeed() / "model"
     (tmp_path / "texts.txt").write_text("\n".join(f"text {'of words ' * (n % 7)}{n}" for n in range(60)))

@@ -88,6 +88,7 @@ def test_flops_are_those_that_xla_counts(tiny_words):
     np.testing.assert_allclose(found["encode"], encode, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_a_mesh_divides_what_a_device_holds(tiny_words):
     (whole,) = planned(*tiny_words, "topology=cpu:1")
     (split,) = planned(*tiny_words, "topology=cpu:8", "mesh.fsdp=4", "mesh.data=1", "mesh.tensor=2")

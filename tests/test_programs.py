@@ -54,10 +54,10 @@ def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
     monkeypatch.setattr(trainer, "_ahead", ahead)
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        run("train.steps=12", "train.checkpoint_every=100", "data.max_buckets=3", *words)
+        run("train.steps=12", "train.checkpoint_every=100", "data.max_buckets=2", *words)
     names = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     late = [record.getMessage() for record in caplog.records[begun[0] :]]
-    assert sum("train_step" in name for name in names) > 2  # there are several shapes
+    assert sum("train_step" in name for name in names) > 1  # there are several shapes
     assert not [name for name in late if "XLA compilation of jit(train_step" in name or "jit(prefix" in name]
 
 

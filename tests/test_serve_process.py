@@ -54,6 +54,7 @@ def test_requests_are_refused_while_programs_compile(model_folder):
         assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_agrees_with_the_model(model_folder, tmp_path):
     command = [sys.executable, "-m", "benchmarks.serve", str(model_folder), *SMALL[2:], "--texts", "24"]
     command += ["--concurrency", "4", "--per-request", "1", "5", "--rounds", "2", "--output", str(tmp_path / "rows")]
