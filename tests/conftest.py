@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Most of the time of the tests goes into compiling tiny programs, which LLVM need not polish; children of the tests
-# inherit it. The real model is compared with the published package on programs as users get them (`optimized`).
+# inherit it. The real model meets the published package in programs as users get them (`optimized`).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402

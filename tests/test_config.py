@@ -290,7 +290,7 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
         "lora.rank=1",
         *(f"loss.{name}=1" for name in ("repeat", "negative", "margin", "contrastive")),
     ]
-    for more in ([], file_teacher, supervised):
+    for more in (file_teacher, supervised):
         train(options.load(TrainConfig, None, [*words, *more]), False)
     (tmp_path / "empty").mkdir()
     embedder = ["train.overwrite=true", "teacher.kind=sentence_transformers", f"teacher.path={tmp_path / 'empty'}"]
