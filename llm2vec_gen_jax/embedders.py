@@ -53,7 +53,8 @@ class Teacher:
         ids = self.backbone.tokenizer.encode([_join(instruction, text) for text in texts], self.max_length)
         architecture, execution = self.backbone.architecture, self.backbone.execution
         shards = sharding.batch_shards(execution.mesh)
-        height = -(-self.batch_size // shards) * shards
+        few = shards << (-(-len(ids) // shards) - 1).bit_length()  # rows: powers of two, so that few shapes compile
+        height = min(-(-self.batch_size // shards) * shards, few)
         order = np.argsort([-len(row) for row in ids], kind="stable")
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
         with progress.bar(len(ids), "text", "encode", enabled=self.show_progress) as bar:

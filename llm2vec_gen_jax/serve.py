@@ -56,6 +56,7 @@ def serve(path, config):
     with _bound(config) as listener:  # before the model is loaded: a taken port is known at once
         model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
         server = Server(model, config, config.name or path, key and key.strip())
+        listener.listen()  # from the line on that names the address: who connects waits for the first answer
         host, port = listener.getsockname()[:2]
         print(f"serving {server.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if key is None and host not in ("127.0.0.1", "::1"):

@@ -28,6 +28,21 @@ def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
     assert teacher.encode([]).shape == (0, 32)
 
 
+def test_few_texts_are_few_rows(tiny, monkeypatch):
+    """One query costs the teacher one row, not a batch; many are batches of one shape."""
+    backbone, pool, shapes = tiny("llama"), embedders.teacher.pool_rows, []
+
+    def pool_rows(architecture, frozen, causal, ids, shape, execution):
+        shapes.append(shape)
+        return pool(architecture, frozen, causal, ids, shape, execution)
+
+    monkeypatch.setattr(embedders.teacher, "pool_rows", pool_rows)
+    teacher = embedders.Teacher(backbone, backbone.frozen, True, batch_size=6)
+    for texts in (1, 3, 5, 13):
+        assert teacher.encode(["text"] * texts).shape == (texts, 32)
+    assert [rows for rows, _ in shapes] == [1, 4, 6, 6, 6, 6]
+
+
 def test_instructions_by_kind(task_folders):
     """A student reads both, HyDE asks the query and embeds documents bare, a teacher reads none unless told to."""
     folder = str(task_folders / "retrieval")

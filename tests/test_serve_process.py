@@ -9,11 +9,14 @@ import sys
 
 import pytest
 
+from llm2vec_gen_jax import config, options
+
 from .conftest import check_error
 from .embedders import E
 from .servers import ROOT, SMALL, check_refusal, environment, running
 
 httpx = pytest.importorskip("httpx", reason="needs requirements-serve.txt")
+from llm2vec_gen_jax import serve  # noqa: E402
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -40,6 +43,16 @@ def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, t
     check_error(command("serve", model_folder, "port=0", "max_length=4"), "max_length must exceed")
     monkeypatch.setenv("LLM2VEC_GEN_API_KEY", " ")
     check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY is empty")
+
+
+def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch, capsys):
+    def run(self, listener):
+        printed = capsys.readouterr().out
+        socket.create_connection(listener.getsockname(), timeout=5).close()
+        assert f":{listener.getsockname()[1]}/v1" in printed
+
+    monkeypatch.setattr(serve.Server, "run", run)
+    serve.serve(str(model_folder), options.load(config.ServeConfig, None, ["port=0"]))
 
 
 def test_requests_are_refused_while_programs_compile(model_folder):
