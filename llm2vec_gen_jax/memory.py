@@ -1,9 +1,12 @@
 """What fits into a device: how much memory it has, how much a program takes, and what follows for training."""
 
+import math
+
 import jax
 
 from llm2vec_gen_jax import distributed
 from llm2vec_gen_jax.costs import chip_of
+from llm2vec_gen_jax.execution import DEFAULT_REMAT, REMAT
 from llm2vec_gen_jax.sharding import batch_shards
 
 _USABLE = 0.92  # of a device's memory; the rest is for batches, fragments and what runs beside
@@ -30,6 +33,11 @@ def taken(compiled):
     return memory.argument_size_in_bytes, beside
 
 
+def bytes_per_device(tree):
+    """Returns the bytes of a tree of arrays or ShapeDtypeStructs that each device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def chunk_tokens(architecture, execution):
     """Returns how many answer tokens' logits, of the whole batch, are to be in memory at a time.
 
@@ -44,22 +52,22 @@ def chunk_tokens(architecture, execution):
     return shards * max(size for size in (256, 512, 1024, 2048, 4096) if size <= max(most, 256))
 
 
-def choose_remat(compile_with, policies, mesh):
-    """Returns the first, and so fastest, remat policy with which a training step fits; all processes the same.
+def choose_remat(compile_with, mesh):
+    """Chooses the remat policy with which a training step fits, `dots` or else `block`; all processes the same.
 
-    compile_with(policy) gives the compiled step of the largest batch, and was last called with what is returned. On a
-    CPU, where there is no limit, it is the second: most that the first keeps are attention weights.
+    compile_with(policy) gives the compiled step of the largest batch; its last call is with the chosen policy.
+    `none` is not tried: to write and read what it keeps costs more than to compute it again (SmolLM2-135M on an H100:
+    20.2 GiB instead of 6.7). On a CPU, whose memory is not known, it is `dots`.
     """
-    most = limit(mesh)
-    if most is None:
-        compile_with(policies[1])
-        return policies[1]
-    for policy in policies:
+    most, last = limit(mesh), REMAT[-1]
+    for policy in REMAT[REMAT.index(DEFAULT_REMAT) :]:
         try:
-            fits = sum(taken(compile_with(policy))) < most
+            fits = sum(taken(compile_with(policy))) < most if most else True
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or policy == policies[-1]:
+            if "RESOURCE_EXHAUSTED" not in str(error) or policy == last:
                 raise
             fits = False
-        if distributed.on_first(lambda fits=fits: fits) or policy == policies[-1]:
-            return policy
+        if policy == last or distributed.on_first(lambda fits=fits: fits):
+            break
+    if policy != DEFAULT_REMAT:
+        print(f"train.remat={policy}, chosen by the memory of the largest batch", flush=True)

@@ -25,7 +25,7 @@ from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_f
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json, shipped
-from llm2vec_gen_jax.generate import Sampling, continue_prompts
+from llm2vec_gen_jax.generate import Sampling, continue_prompts, unrolls
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
@@ -54,11 +54,11 @@ def plan(config):
     jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
     devices, chip = _devices(config.topology)
-    policies = REMAT if config.train.remat == "auto" else (config.train.remat,)
+    policies = REMAT[1:] if config.train.remat == "auto" else (config.train.remat,)
     if config.search:
         meshes = _candidates(config, architecture, devices, chip)
     else:  # where there is no limit, the policy that training takes
-        meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:2][-1:])]
+        meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
     where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
     print(
@@ -198,20 +198,24 @@ def _inputs(config, architecture, execution):
     }
 
 
-def _jitted(config, model):
+def _jitted(config, model, frozen):
     """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
     backbone = Backbone(model.architecture, model.execution)
+    unroll = unrolls(backbone, frozen, config.train.batch_size, config.query_length + config.answer_length)
+    sampling, options = Sampling(config.answer_length), model.execution.compiler_options or None
     return {
         "prefix": jit_prefix(model, config.query_length),
         "step": jit_step(config, model),
-        "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False)),
-        "generate": jax.jit(functools.partial(continue_prompts, backbone, Sampling(config.answer_length), (0,))),
+        "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False), compiler_options=options),
+        "generate": jax.jit(
+            functools.partial(continue_prompts, backbone, sampling, (0,), unroll), compiler_options=options
+        ),
     }
 
 
 def _compile(config, model, inputs):
     """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass, a generated batch."""
-    functions, programs = _jitted(config, model), {}
+    functions, programs = _jitted(config, model, inputs["frozen"]), {}
 
     def compile_one(name, *arguments):
         compiled = functions[name].lower(*arguments).compile()
@@ -238,7 +242,7 @@ def _arguments(config, functions, inputs, mesh):
 def _lower_for_cuda(config, architecture, execution):
     """Raises where something cannot be lowered for NVIDIA's GPUs."""
     model, inputs = _inputs(config, architecture, execution)
-    functions = _jitted(config, model)
+    functions = _jitted(config, model, inputs["frozen"])
     for name, arguments in _arguments(config, functions, inputs, execution.mesh).items():
         jax.export.export(functions[name], platforms=["cuda"])(*arguments)
 
