@@ -43,10 +43,7 @@ def ended(ids, sampling):
 
 def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     count = len(ids) if ids is not None else len(soft_prompts_BKD)
-    shards = sharding.batch_shards(backbone.mesh)
-    # XLA's GPU compiler writes and reads a float32 copy of a weight to multiply it with a single row.
-    least = 2 * shards if backbone.execution.target == "gpu" else shards
-    size = max(-(-count // shards) * shards, least)
+    size = batch_rows(count, backbone.execution)
     row_ids = np.arange(size, dtype=np.int32) if row_ids is None else np.resize(np.asarray(row_ids, np.int32), size)
     if ids is not None:
         lengths_B = np.array([len(row) for row in ids] + [1] * (size - count), np.int32)
@@ -61,6 +58,15 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     out_BN, count_B = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
     out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
     return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
+
+
+def batch_rows(count, execution):
+    """Returns the rows of a batch of `count` prompts: a multiple of its shards, on GPUs at least two for each device.
+
+    XLA's GPU compiler multiplies a single row by way of a float32 copy of the weight.
+    """
+    shards = sharding.batch_shards(execution.mesh) if execution.mesh else 1
+    return max(-(-count // shards), 2 if execution.target == "gpu" else 1) * shards
 
 
 def unrolls(model, frozen, batch_size, slots):

@@ -20,7 +20,13 @@ from .conftest import one_device_mesh
 
 SHAPES = pathlib.Path(__file__).parent.parent / "configs" / "architectures"
 SIZES = {"qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19, "llama3.1-8b": 8.03}
-SIZES |= {"llama3-70b": 70.55, "smollm2-135m": 0.13}  # billions of weights
+SIZES |= {
+    "llama3-70b": 70.55,
+    "smollm2-135m": 0.13,
+    "qwen2.5-0.5b": 0.49,
+    "qwen2.5-7b": 7.62,
+    "llama3.2-1b": 1.24,
+}  # billions
 
 
 def planned(*words):

@@ -9,13 +9,13 @@ import os
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 
 from llm2vec_gen_jax import directory, options, progress, sharding, vectors
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.files import changes, exclusive, new_array, read_json, require_new, sha256_file, write_json
 from llm2vec_gen_jax.generate import ladder
 from llm2vec_gen_jax.lens.states import check_layers
@@ -198,6 +198,6 @@ def _keep(partial, arrays, run, done):
     write_json(partial / _PROGRESS, {"run": run, "done": done})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(platform_jit, static_argnums=(1,))
 def _states(model, layers, frozen, ids_BT, where_BP):
     return model.states_of_text(frozen, ids_BT, where_BP, layers)

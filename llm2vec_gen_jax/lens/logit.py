@@ -11,6 +11,7 @@ import numpy as np
 from llm2vec_gen_jax import sharding
 from llm2vec_gen_jax.config.lens import READINGS
 from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.lens.states import compression_states
 
 _ROWS = 128  # states that are projected together: the logits of more would be large
@@ -129,7 +130,7 @@ def _top(embedder, state, states_BKD, count):
     return probabilities.reshape(B, K, count), ids.reshape(B, K, count)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(platform_jit, static_argnums=(1, 2))
 def _project(model, state, count, trainable, frozen, state_ND):
     if state == "soft_prompts":
         state_ND = model.heads(trainable, state_ND[:, None])[1][:, 0]

@@ -2,15 +2,15 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
 from llm2vec_gen_jax.encode import arrange, plan
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import platform_jit
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(platform_jit, static_argnums=(1,))
 def _states(model, layers, trainable, frozen, packed):
     return model.states_packed(trainable, frozen, packed, layers)
 
