@@ -96,7 +96,8 @@ class Execution:
 
         Each part is accumulated in float32; half precision halves the bytes that the devices exchange.
         """
-        return jnp.dtype(dtype if self.mesh is not None and self.mesh.shape["tensor"] > 1 else jnp.float32)
+        split = self.mesh is not None and self.mesh.shape["tensor"] > 1
+        return jnp.dtype(dtype if split and self.target != "cpu" else jnp.float32)  # CPUs have no such products
 
     @property
     def _device(self):

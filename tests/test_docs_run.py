@@ -49,7 +49,7 @@ SMALL = {
     "convert verify": ["max_new_tokens=2"],
     "evaluate": ["limit=4", "max_new_tokens=4", "batch_size=8", "dtype=float32"],
     "reproduce": ["backbone.path=tiny", "teacher.adapters=", *(f"sizes.{key}={n}" for key, n in STUDY.items())],
-    "plan": [  # for processors: the compiler for TPUs is no requirement, and test_tpu.py has it
+    "plan": [  # for processors: the compiler for TPUs is no requirement, and test_figures.py has it
         *("architecture=tiny/config.json", "topology=cpu:8", "mesh.data=4", "mesh.fsdp=2", "train.batch_size=8"),
         *("query_length=16", "answer_length=16", "search=false"),
     ],
