@@ -1,6 +1,5 @@
 """What training and encoding cost on devices that need not be here: compiled for them, never run."""
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -21,16 +20,15 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
 from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
-from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.costs import GIB, chip_of, reading_flops, training_flops
+from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json, shipped
 from llm2vec_gen_jax.generate import Sampling, continue_prompts
 from llm2vec_gen_jax.model import Model, Packed
+from llm2vec_gen_jax.topologies import compiling_for, described_devices, install_hint
 from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
-
-_TPUS = ("v5e", "v5p", "v6e")
 
 
 @dataclasses.dataclass
@@ -51,9 +49,13 @@ class Program:
 
 def plan(config):
     """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
-    jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
-    devices, chip = _devices(config.topology)
+    devices, chip, compiler = _devices(config.topology)
+    with compiling_for(devices):
+        return _plan(config, architecture, devices, chip, compiler)
+
+
+def _plan(config, architecture, devices, chip, compiler):
     policies = REMAT if config.train.remat == "auto" else (config.train.remat,)
     if config.search:
         meshes = _candidates(config, architecture, devices, chip)
@@ -110,29 +112,11 @@ def _dtype(config):
 
 
 def _devices(topology):
-    """Returns (devices, their Chip or None) of a topology setting."""
-    if topology is None:
-        return jax.devices(), chip_of(jax.devices()[0].device_kind)
-    kind, _, shape = topology.partition(":")
-    if kind in _TPUS:
-        from jax.experimental import topologies
-
-        single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
-        try:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **single)
-        except Exception as error:  # whatever the plugin makes of it
-            hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
-            raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
-        return described.devices, CHIPS[kind]
-    if kind not in (*CHIPS, "cpu") or not shape.isdigit() or int(shape) < 1:
-        raise InputError(f"topology={topology}: expected KIND:SHAPE{nearest(kind, [*CHIPS, 'cpu'])}, see --help")
-    count = int(shape)
-    with contextlib.suppress(RuntimeError):  # a program that has used its devices keeps them
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise InputError(f"topology={topology}: this process has {len(devices)} devices already")
-    return devices[:count], CHIPS.get(kind)
+    """Returns (devices, their Chip or None, name of the compiler) of a topology setting."""
+    if topology:
+        return described_devices(topology)
+    devices = jax.devices()
+    return devices, chip_of(devices[0].device_kind), f"XLA:{devices[0].platform.upper()}"
 
 
 def _candidates(config, architecture, devices, chip):
