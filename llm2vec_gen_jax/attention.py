@@ -15,7 +15,7 @@ from llm2vec_gen_jax.layers import drop, product
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of tokens already read, rotated, of execution.stacked. Inside a layer without the leading L.
+    """Keys and values of tokens already read, rotated, of execution.storage_dtype. Inside a layer without the L.
 
     Heads come before slots: the products of a token with a cache then need no copy of it in another order.
     """
@@ -51,6 +51,7 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
     Queries of padding are defined and unread.
     """
     T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
+    key = key if dropout else None
     kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
     if kernel == "xla":
         return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout)

@@ -25,20 +25,20 @@ class Block(nn.Module):
 
     architecture: Architecture
     execution: Execution
-    dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.stacked(dtype)
+    dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.storage_dtype
 
     @nn.compact
     def __call__(self, x_BTD, cache, lora, dropout, rope, visibility, where_BP):
-        a, stacked = self.architecture, self.execution.stacked(self.dtype)
+        a, stacked = self.architecture, self.execution.storage_dtype(self.dtype)
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
-        rate = dropout.attention if dropout else 0.0
+        sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0
         *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
 
         def kept(x):  # marks an array that the backward pass keeps
             return checkpoint_name(x.astype(stacked), KEPT).astype(x.dtype)
 
         def project(name, x, equation, shape, axes, bias_dims=()):
-            y = layers.Linear(equation, shape, axes, bias_dims, name=name)(x)
+            y = layers.Linear(equation, shape, axes, bias_dims, sums, name=name)(x)
             if lora is None or name not in lora:
                 return y
             x = layers.drop(x, lora_keys[PROJECTIONS.index(name)], dropout.lora) if dropout else x
@@ -112,12 +112,28 @@ class Backbone(nn.Module):
         """Returns the input embeddings (..., D) of token ids (...)."""
         return over_batch(jnp.take(self.embedding, ids, axis=0), self.execution.mesh)
 
+    def decode_step(self, x_B1D, positions_B1, visibility, layer_params, caches):
+        """One new token per row, with a Python loop over the layers instead of a scan.
+
+        On NVIDIA GPUs a scan copies the weights and the cache of each layer before it reads them, which triples the
+        memory traffic of decoding. Compile time grows with depth. layer_params: parameters of each layer
+        (`unstack_layers`). caches: a KVCache of each layer, B G S H.
+        Returns (hidden_B1D after the final norm, keys and values of this token by layer).
+        """
+        a, new = self.architecture, []
+        rope = layers.rope_angles(positions_B1, a.head_dim, a.rope_theta, a.rope_scaling)
+        block = Block(a, self.execution, self.embedding.dtype, parent=None)
+        for params, cache in zip(layer_params, caches, strict=True):
+            x_B1D, (own, _) = block.apply({"params": params}, x_B1D, cache, None, None, rope, visibility, None)
+            new.append(own)
+        return self.final_norm(over_batch(x_B1D, self.execution.mesh)), tuple(new)
+
     def __call__(self, x_BTD, positions_BT, visibility, cache=None, lora=None, dropout=None):
         """Runs every layer over embeddings x_BTD.
 
         cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
         pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
-        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.stacked).
+        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.storage_dtype).
         """
         x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, visibility, None)
         return self.final_norm(over_batch(x_BTD, self.execution.mesh)), own
@@ -137,7 +153,7 @@ class Backbone(nn.Module):
     def _run(self, x_BTD, cache, lora, dropout, positions_BT, visibility, where_BP):
         a, dtype = self.architecture, x_BTD.dtype
         rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
-        x_BTD = x_BTD.astype(self.execution.stacked(dtype))
+        x_BTD = x_BTD.astype(self.execution.storage_dtype(dtype))
         x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, visibility, where_BP)
         return x_BTD.astype(dtype), made
 
@@ -148,7 +164,7 @@ class Backbone(nn.Module):
 
     def logits(self, hidden):
         """Returns float32 logits (..., V) of last hidden states (..., D)."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+        return layers.einsum_f32("...d,vd->...v", hidden, self.head_VD())
 
 
 def _at(x_BTD, where_BP):
@@ -161,6 +177,12 @@ def _to_bits(params):
 
 def _to_floats(params):
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, params)
+
+
+def unstack_layers(stacked):
+    """Returns a tuple of one tree per layer from a tree stacked on a leading layer axis."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(count))
 
 
 def abstract_params(architecture):

@@ -9,10 +9,10 @@ import queue
 import threading
 from typing import Any
 
-import jax
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
+from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.model import Packed
 
 WINDOW = 8192  # texts that are packed together
@@ -22,7 +22,7 @@ _QUADRATIC = 2048  # in a row this long attention costs about as much as the mat
 _SHRINK = 4  # batches of n, n/4, n/16, ... rows compile, so that few rows are not padded to n
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(platform_jit, static_argnums=(1,))
 def _encode(model, soft_prompts, trainable, frozen, packed):
     return model.encode_packed(trainable, frozen, packed, soft_prompts)
 

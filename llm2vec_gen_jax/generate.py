@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import sharding
-from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
-from llm2vec_gen_jax.backbone import Backbone
+from llm2vec_gen_jax import memory, sharding
+from llm2vec_gen_jax.attention import CAUSAL, Visibility
+from llm2vec_gen_jax.backbone import Backbone, unstack_layers
 from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax.execution import platform_jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ def ended(ids, sampling):
 def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     count = len(ids) if ids is not None else len(soft_prompts_BKD)
     shards = sharding.batch_shards(backbone.mesh)
-    size = -(-count // shards) * shards
+    # XLA's GPU compiler writes and reads a float32 copy of a weight to multiply it with a single row.
+    least = 2 * shards if backbone.execution.target == "gpu" else shards
+    size = max(-(-count // shards) * shards, least)
     row_ids = np.arange(size, dtype=np.int32) if row_ids is None else np.resize(np.asarray(row_ids, np.int32), size)
     if ids is not None:
         lengths_B = np.array([len(row) for row in ids] + [1] * (size - count), np.int32)
@@ -54,13 +57,34 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     prompt, lengths_B, row_ids = sharding.put_batch((prompt, lengths_B, row_ids), backbone.mesh)
     stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, backbone.execution)
     seed = np.uint32(seed % 2**32)
-    out_BN, count_B = _generate(model, sampling, stop, backbone.frozen, prompt, lengths_B, row_ids, seed)
+    unroll = unrolls(model, backbone.frozen, size, prompt.shape[1] + sampling.max_new_tokens)
+    out_BN, count_B = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
     out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
     return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
 
 
-def continue_prompts(model, sampling, stop_ids, frozen, prompt, lengths_B, row_ids_B, seed):
-    """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D).
+def unrolls(model, frozen, batch_size, slots):
+    """Returns whether to decode by a Python loop over the layers (`Backbone.decode_step`): on GPUs, where the copy of
+    the layers that it needs fits.
+
+    model: a Backbone. frozen: arrays or ShapeDtypeStructs with shardings. slots: prompt and new tokens of a row.
+    """
+    a, execution = model.architecture, model.execution
+    if execution.target != "gpu":
+        return False
+    limit = memory.limit(execution.mesh)
+    if limit is None:
+        return True
+    mesh, itemsize = execution.mesh, frozen["embedding"].dtype.itemsize
+    shards = sharding.batch_shards(mesh) * mesh.shape["tensor"] if mesh else 1
+    cache = 2 * a.num_layers * batch_size * a.num_kv_heads * slots * a.head_dim * itemsize / shards
+    # The cache: as the prompts' pass leaves it, padded, and by layer.
+    needed = memory.bytes_per_device(frozen) + memory.bytes_per_device(frozen["layers"]) + 3 * cache
+    return needed < limit
+
+
+def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_B, row_ids_B, seed):
+    """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D). unroll: see `unrolls`.
 
     Returns (ids (B, max_new_tokens), number of ids before a stop).
 
@@ -85,6 +109,8 @@ def continue_prompts(model, sampling, stop_ids, frozen, prompt, lengths_B, row_i
 
     hidden_BPD, prefix = model.apply(variables, x_BPD, jnp.broadcast_to(jnp.arange(P), (B, P)), CAUSAL)
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, N), (0, 0))), prefix)
+    if unroll:
+        cache, layer_params = unstack_layers(cache), unstack_layers(frozen["layers"])
     last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     slot = jnp.arange(P + N)
 
@@ -99,14 +125,13 @@ def continue_prompts(model, sampling, stop_ids, frozen, prompt, lengths_B, row_i
         count_B = count_B + ~done_B
         visible_BS = (slot < lengths_B[:, None]) | ((slot >= P) & (slot < P + step))
         x_B1D = model.apply(variables, token_B[:, None], method="embed")
-        hidden_B1D, own = model.apply(
-            variables, x_B1D, (lengths_B + step)[:, None], Visibility(causal=True, cache_BS=visible_BS), cache
-        )
-        cache = KVCache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=3)
-                for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(own))
-            )
+        arguments = x_B1D, (lengths_B + step)[:, None], Visibility(causal=True, cache_BS=visible_BS)
+        if unroll:
+            hidden_B1D, new = model.apply(variables, *arguments, layer_params, cache, method="decode_step")
+        else:
+            hidden_B1D, new = model.apply(variables, *arguments, cache)
+        cache = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=-2), cache, new
         )
         return step + 1, choose(hidden_B1D[:, 0], step + 1), done_B, count_B, out_BN, cache
 
@@ -116,7 +141,7 @@ def continue_prompts(model, sampling, stop_ids, frozen, prompt, lengths_B, row_i
     return out_BN, count_B
 
 
-_generate = jax.jit(continue_prompts, static_argnums=(0, 1, 2))
+_generate = platform_jit(continue_prompts, static_argnums=(1, 2, 3))
 
 
 def _nucleus(logits_BV, top_p):

@@ -28,8 +28,9 @@ class Compressor(nn.Module):
     def setup(self):
         count, D, E = self.num_thought_tokens + self.num_tokens, self.hidden_size, self.embedding_size
         self.tokens = self.param("tokens", nn.initializers.normal(0.02), (count, D))
-        self.reconstruction = nn.Dense(D, kernel_init=_uniform(D), bias_init=_uniform(D))
-        self.alignment = nn.Dense(E, kernel_init=_uniform(D), bias_init=_uniform(D))
+        highest = jax.lax.Precision.HIGHEST  # float32 products, which TPUs and GPUs round by default
+        self.reconstruction = nn.Dense(D, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
+        self.alignment = nn.Dense(E, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
 
     def __call__(self, h_BKD):
         """The chain of the heads (paper, section 3): the alignment head reads what the reconstruction head wrote.

@@ -28,10 +28,14 @@ def cudnn(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments):
     if causal and S != T:  # its own causal mask would have the first query see the first key alone
         causal, ahead = False, (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None, None]
         mask = ahead if mask is None else mask & ahead
-    odd = mask is not None and (T % 2, S % 2)  # the backward pass with a mask takes even lengths only
-    if odd and any(odd):
-        q_BTNH, k_BSGH, v_BSGH = _pad(q_BTNH, T + odd[0]), _pad(k_BSGH, S + odd[1]), _pad(v_BSGH, S + odd[1])
-        mask = jnp.pad(jnp.broadcast_to(mask, (*mask.shape[:2], T, S)), ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
+    even_T, even_S = T + T % 2, S + S % 2  # JAX refuses the backward pass of odd lengths
+    if (even_T, even_S) != (T, S):
+        q_BTNH, k_BSGH, v_BSGH = _pad(q_BTNH, even_T), _pad(k_BSGH, even_S), _pad(v_BSGH, even_S)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], T, S))
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, even_T - T), (0, even_S - S)))
+        elif not causal and lengths_B is None:
+            lengths_B = jnp.full(len(q_BTNH), S, jnp.int32)
     mixed_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSGH, v_BSGH, mask=mask, is_causal=causal, key_value_seq_lengths=lengths_B, implementation="cudnn"
     )
@@ -82,7 +86,9 @@ def splash(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments, mesh, interpret)
 
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)  # splash does not scale
     arrays = _pad(q_BTNH, width_T), _pad(k_BSGH, width_S), _pad(v_BSGH, width_S), *(segments or (None, None))
-    return sharding.on_shards(run, mesh, *arrays)[:, :T]
+    # A TPU multiplies float32 in one bfloat16 pass unless it is told otherwise.
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
+        return sharding.on_shards(run, mesh, *arrays)[:, :T]
 
 
 def _round_up(length):

@@ -14,27 +14,38 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation, x, y):
-    """einsum of two arrays, in the dtype of x, accumulated and returned in float32. y: of that dtype, or int8.
+def einsum_f32(equation, *operands, dtype=jnp.float32):
+    """einsum that accumulates in float32. dtype: of the result.
+
+    float32 operands are multiplied as float32: by default a TPU rounds them to bfloat16, and an NVIDIA GPU to TF32.
+    """
+    precision = jax.lax.Precision.HIGHEST if operands[0].dtype == jnp.float32 else None
+    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(equation, x, y, sums=jnp.float32):
+    """einsum of two arrays, in the dtype of x, accumulated in float32. y: of that dtype, or int8.
+
+    sums: dtype of the result, in which devices that hold parts of a summed dimension add theirs.
 
     Its gradient is taken in that dtype too: without this a bfloat16 weight meets a float32 cotangent in the backward
     pass, and XLA turns the whole product (and a copy of the weight) into float32. An int8 weight has none, and it is
     itself what the backward pass keeps.
     """
-    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+    return einsum_f32(equation, x, y.astype(x.dtype), dtype=sums)
 
 
-def _product_forward(equation, x, y):
-    return product(equation, x, y), (x, y)
+def _product_forward(equation, x, y, sums):
+    return product(equation, x, y, sums), (x, y)
 
 
-def _product_backward(equation, operands, cotangent):
+def _product_backward(equation, sums, operands, cotangent):
     x, y = operands
     inputs, out = equation.split("->")
     x_dims, y_dims = inputs.split(",")
     cotangent = cotangent.astype(x.dtype)
-    x_cotangent = product(f"{out},{y_dims}->{x_dims}", cotangent, y).astype(x.dtype)
+    x_cotangent = product(f"{out},{y_dims}->{x_dims}", cotangent, y, sums).astype(x.dtype)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         return x_cotangent, None
     return x_cotangent, product(f"{x_dims},{out}->{y_dims}", x, cotangent).astype(y.dtype)
@@ -61,19 +72,21 @@ class Linear(nn.Module):
     """`einsum(equation, x, kernel) + bias`: a projection whose axes keep their names.
 
     shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
-    if any, has the kernel dimensions that the equation keeps, and so has the scale of a quantized kernel.
+    if any, has the kernel dimensions that the equation keeps, and so has the scale of a quantized kernel. sums: see
+    `product`.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     bias_dims: tuple[int, ...] = ()
+    sums: jnp.dtype = jnp.dtype(jnp.float32)
 
     @nn.compact
     def __call__(self, x):
         initializer = nn.initializers.normal(self.shape[0] ** -0.5)
         kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
-        y = product(self.equation, x, kernel)
+        y = product(self.equation, x, kernel, self.sums)
         if self.has_variable("params", "scale"):
             y = y * self.get_variable("params", "scale")
         y = y.astype(x.dtype)

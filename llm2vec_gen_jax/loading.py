@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from llm2vec_gen_jax import download, quantization
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import Execution
+from llm2vec_gen_jax.execution import AMPERE, Execution, compute_capability
 from llm2vec_gen_jax.files import fingerprint
 from llm2vec_gen_jax.formats import gguf, hf, weights
 from llm2vec_gen_jax.tokenizer import Tokenizer
@@ -52,9 +52,14 @@ class LoadedBackbone:
 
 
 def resolve_dtype(name):
-    """Returns the jnp dtype of a config's dtype name; auto is float32 on a CPU and bfloat16 elsewhere."""
+    """Returns the jnp dtype of a config's dtype name.
+
+    auto: float32 on a CPU and on NVIDIA GPUs before Ampere, which have no bfloat16 products, else bfloat16.
+    """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        capability = compute_capability(jax.devices()[0])
+        old = capability is not None and capability < AMPERE
+        name = "float32" if old or jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -65,6 +70,7 @@ def load_backbone(path, dtype, mesh, attention="auto"):
     Raises InputError for what is missing or unsupported.
     """
     backbone, source = open_backbone(path, Execution(mesh, attention))
+    backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
     backbone.frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
     return backbone
 

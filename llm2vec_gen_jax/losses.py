@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llm2vec_gen_jax import memory, supervised
+from llm2vec_gen_jax.layers import einsum_f32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -40,7 +41,7 @@ def _scan_chunks(hidden_BSD, head_VD, labels_BS, weights_BS, chunks, with_gradie
 
     def one(total, chunk):
         hidden_BCD, labels_BC, weights_BC = chunk
-        logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+        logits_BCV = einsum_f32("bcd,vd->bcv", hidden_BCD, head_VD)
         top_BC = logits_BCV.max(axis=-1, keepdims=True)
         exp_BCV = jnp.exp(logits_BCV - top_BC)
         norm_BC = exp_BCV.sum(axis=-1, keepdims=True)
@@ -49,8 +50,7 @@ def _scan_chunks(hidden_BSD, head_VD, labels_BS, weights_BS, chunks, with_gradie
         if not with_gradient:
             return total, None
         # d/dhidden = softmax @ head - head[label]; normalised after the product, on D instead of V numbers.
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        mean_BCD = product("bcv,vd->bcd", exp_BCV.astype(head_VD.dtype), head_VD) / norm_BC
+        mean_BCD = einsum_f32("bcv,vd->bcd", exp_BCV.astype(head_VD.dtype), head_VD) / norm_BC
         gradient_BCD = (mean_BCD - jnp.take(head_VD, labels_BC, axis=0)) * weights_BC[..., None]
         return total, gradient_BCD.astype(hidden_BCD.dtype)
 

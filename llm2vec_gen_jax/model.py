@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llm2vec_gen_jax import lora, sharding
+from llm2vec_gen_jax import layers, lora, sharding
 from llm2vec_gen_jax.architecture import Architecture
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
@@ -162,10 +162,12 @@ class Model:
         Returns hidden_BSD: position s predicts answer token s, so the last soft prompt predicts the first token.
         """
         B, S = ids_BS.shape
-        answer_BSD = self._embed(frozen, ids_BS[:, :-1])
+        # The last answer token predicts nothing, but with it the length K + S is even for even K: flash attention on
+        # NVIDIA GPUs takes no odd lengths in training.
+        answer_BSD = self._embed(frozen, ids_BS)
         x_BTD = jnp.concatenate([soft_prompts_BKD.astype(answer_BSD.dtype), answer_BSD], axis=1)
-        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S - 1), CAUSAL)
-        return hidden_BTD[:, self.num_tokens - 1 :]
+        hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S), CAUSAL)
+        return hidden_BTD[:, self.num_tokens - 1 : -1]
 
     def read(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
         """Last hidden states (B, T, D) of texts alone, causal or bidirectional.
@@ -184,7 +186,7 @@ class Model:
         """
         hidden_BTD = self.read(frozen, ids_BT, lengths_B, causal, updates, dropout)
         real_BT = (jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]).astype(jnp.float32)
-        total_BD = jnp.einsum("btd,bt->bd", hidden_BTD.astype(jnp.float32), real_BT)
+        total_BD = layers.einsum_f32("btd,bt->bd", hidden_BTD.astype(jnp.float32), real_BT)
         return total_BD / jnp.maximum(lengths_B, 1)[:, None]
 
     def head_VD(self, frozen):

@@ -20,6 +20,11 @@ def is_quantized(frozen):
     return "scale" in frozen["layers"]["query"]
 
 
+def product_dtype(dtype):
+    """Returns the dtype of the activations and products of a backbone loaded as `dtype`."""
+    return jnp.dtype(jnp.bfloat16 if dtype == jnp.int8 else dtype)
+
+
 def summed(name):
     """The dimensions of a stacked kernel that its product sums over."""
     return tuple(range(1, 1 + _SUMMED.get(name, 1)))

@@ -12,6 +12,7 @@ from llm2vec_gen_jax import distributed, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.files import (
     exclusive,
     fingerprint,
@@ -115,12 +116,12 @@ def pool_rows(architecture, frozen, causal, ids, shape, execution):
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
     arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), execution.mesh)
-    return sharding.read(_mean_pool(architecture, execution, frozen, causal, *arrays))[: len(ids)]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _mean_pool(architecture, execution, frozen, causal, ids_BT, lengths_B):
     model = Model(architecture, 1, 0, architecture.hidden_size, execution=execution)
+    return sharding.read(_mean_pool(model, causal, frozen, *arrays))[: len(ids)]
+
+
+@functools.partial(platform_jit, static_argnums=(1,))
+def _mean_pool(model, causal, frozen, ids_BT, lengths_B):
     return model.mean_pool(frozen, ids_BT, lengths_B, causal)
 
 

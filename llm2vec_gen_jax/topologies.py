@@ -18,6 +18,7 @@ TARGETS = {path.stem: path for path in (pathlib.Path(__file__).parent / "gpu_tar
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _KINDS = (*_TPUS, *sorted(TARGETS), "cpu")
 _MOST_DEVICES = 16384  # NVIDIA and CPU: more are a typing error, and would take gigabytes to describe
+ESTIMATE = "XLA:CPU estimate"  # the compiler where GPUs are meant and the CUDA plugin is absent
 _CUDNN = 91200  # the version in the target descriptions
 
 
@@ -44,14 +45,14 @@ def described_devices(topology):
         return _cpus(topology, per_host), None, f"XLA:CPU (jaxlib {_version('jaxlib')})"
     plugin = _cuda_plugin(topology)
     if plugin is None:
-        return _cpus(topology, hosts * per_host), CHIPS[kind], "XLA:CPU estimate"
+        return _cpus(topology, hosts * per_host), CHIPS[kind], ESTIMATE
     name = f"XLA:GPU (cuda plugin {_version(plugin)})"
     return _gpus(plugin, TARGETS[kind].read_text(), hosts, per_host), CHIPS[kind], name
 
 
-def install_hint(compiler):
-    """Returns how to replace an estimate by the GPU compiler's own figures, or None where it is none."""
-    return _install("cuda13") if compiler == "XLA:CPU estimate" else None
+def install_hint():
+    """Returns the command that installs the GPU compiler of this jax."""
+    return _install("cuda13")
 
 
 def is_described(device):
@@ -99,7 +100,7 @@ def _tpus(topology, kind, shape):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices
     except Exception as error:  # whatever the plugin makes of it
-        hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
+        hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "as v5e:4x4, v5p:2x2x1"
         raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
 
 

@@ -23,7 +23,7 @@ from llm2vec_gen_jax import (
     teacher,
 )
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import REMAT
+from llm2vec_gen_jax.execution import first_remat
 from llm2vec_gen_jax.files import changes
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
@@ -58,13 +58,23 @@ def jit_step(config, model):
         lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
         seed=config.train.seed,
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(model.execution.mesh))
+    execution = model.execution
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=sharding.replicated(execution.mesh),
+        compiler_options=execution.compiler_options or None,
+    )
 
 
 def jit_prefix(model, slots, prefix=Model.prefix):
     """`prefix` of a model, padded to a number of slots, as a program of (frozen, ids)."""
-    cached = sharding.cache_sharding(model.execution.mesh)
-    return jax.jit(functools.partial(prefix, model, slots=slots), out_shardings=cached)
+    execution = model.execution
+    return jax.jit(
+        functools.partial(prefix, model, slots=slots),
+        out_shardings=sharding.cache_sharding(execution.mesh),
+        compiler_options=execution.compiler_options or None,
+    )
 
 
 def abstract_cache(jitted, mesh, frozen, ids):
@@ -132,10 +142,6 @@ def train(config, show_progress=True, backbone=None):
     return final
 
 
-def _first_remat(config):
-    return REMAT[1] if config.train.remat == "auto" else config.train.remat
-
-
 def _num_appended(config):
     return config.compression.num_tokens + config.compression.num_thought_tokens
 
@@ -152,7 +158,7 @@ class Method:
             examples.target.shape[1],
             config.lora.rank,
             config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
-            dataclasses.replace(backbone.execution, remat=_first_remat(config)),
+            dataclasses.replace(backbone.execution, remat=first_remat(config.train.remat)),
         )
         self.plan = data.Plan(
             [len(ids) for ids in examples.query],
@@ -249,9 +255,7 @@ class Method:
             self.update = Programs(jit_step(self.config, self.model))
             return self.update.compile(state, self.backbone.frozen, cache, batch)
 
-        policy = memory.choose_remat(compile_with, REMAT, self.backbone.mesh)
-        if policy != REMAT[1]:
-            print(f"train.remat={policy}, chosen by the memory of the largest batch", flush=True)
+        memory.choose_remat(compile_with, self.backbone.mesh)
 
     def where(self, step):
         """Names the records of a step."""

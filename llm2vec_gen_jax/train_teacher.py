@@ -1,16 +1,19 @@
 """An unsupervised teacher for any backbone: MNTP, merged, then SimCSE (LLM2Vec, BehnamGhader et al. 2024)."""
 
+import dataclasses
 import functools
 import pathlib
 
 import jax
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, lora, optim, options, sharding, unsupervised
+from llm2vec_gen_jax import data, lora, memory, optim, options, progress, sharding, unsupervised
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.execution import first_remat
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.programs import Programs
 from llm2vec_gen_jax.respond import open_backbone, respond
 from llm2vec_gen_jax.synthesize import synthesize
 from llm2vec_gen_jax.trainer import Run, Task, claim, update
@@ -105,38 +108,22 @@ def _simcse(config, backbone, texts):
 
 def _run(stage, config, settings, backbone, output, show_progress):
     """Trains one stage. Returns its LoRA tree (float32, the scale not in it)."""
+    train, mesh = config.train, backbone.mesh
     loss, batches = stage
-    train = config.train
-    architecture, mesh, scale = backbone.architecture, backbone.mesh, settings.alpha / settings.rank
-    model = Model(architecture, 1, 0, architecture.hidden_size, execution=backbone.execution)
     optimizer = config_lib.OptimizerConfig(
         learning_rate=settings.learning_rate,
         schedule_steps=settings.schedule_steps or settings.steps,
         warmup_steps=settings.warmup_steps,
     )
-    chain = optim.make_optimizer(optimizer)
-
-    def step(state, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-        dropout = Dropout(
-            jax.random.split(key, architecture.num_layers),
-            settings.dropout,
-            getattr(settings, "attention_dropout", 0.0),
-        )
-
-        def total(tree):
-            return loss(model, lora.scaled(tree, scale), frozen, batch, dropout=dropout), {}
-
-        return update(state, total, chain)
-
-    jitted = jax.jit(step, donate_argnums=0)
-    init = functools.partial(lora.init, architecture, settings.rank)
+    programs = _Programs(loss, batches, config, settings, optimizer, backbone)
+    init = functools.partial(lora.init, backbone.architecture, settings.rank)
     task = Task(
         init=lambda: jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(train.seed)),
-        step=lambda state, batch: jitted(state, backbone.frozen, batch),
+        step=lambda state, batch: programs.update(state, backbone.frozen, batch),
         batches=batches,
         record={"backbone": backbone.identity, "data": batches.digest, "rank": settings.rank},
         where=lambda step: f"rows {batches.rows(step).tolist()} (from 0) of the corpus",
+        compile=programs.compile,
     )
     run_settings = config_lib.TrainSettings(
         steps=settings.steps,
@@ -152,3 +139,55 @@ def _run(stage, config, settings, backbone, output, show_progress):
     run.start(resuming=True)  # the whole command's claim says that what is there is an earlier part of it
     run.loop(show_progress, output.name.removesuffix("-run"))
     return jax.tree.map(sharding.gather, run.state.trainable)
+
+
+class _Programs:
+    """The training step of a stage, compiled for every padded length before the first step."""
+
+    def __init__(self, loss, batches, config, settings, optimizer, backbone):
+        self.loss, self.batches, self.config, self.settings, self.backbone = loss, batches, config, settings, backbone
+        self.optimizer = optim.make_optimizer(optimizer)
+        self.update = self._jit(first_remat(config.train.remat))
+
+    def compile(self, state, steps, show_progress, beat):
+        """Compiles the step for the batches of `steps`, the largest first, by which train.remat=auto is settled."""
+        mesh, frozen = self.backbone.mesh, self.backbone.frozen
+        step_of = {self.batches.width(step): step for step in reversed(steps)}
+        widths = sorted(step_of, reverse=True)
+        with progress.bar(len(widths), "batch shape", "compile", enabled=show_progress and len(widths) > 0) as bar:
+            for number, width in enumerate(widths):
+                beat(f"the compilation for batch shape {number + 1} of {len(widths)}")
+                batch = sharding.abstract_batch(self.batches[step_of[width]], mesh)
+
+                def compile_with(remat, batch=batch):
+                    self.update = self._jit(remat)
+                    return self.update.compile(state, frozen, batch)
+
+                if number == 0 and self.config.train.remat == "auto":
+                    memory.choose_remat(compile_with, mesh)
+                self.update.compile(state, frozen, batch)
+                bar.update(1)
+
+    def _jit(self, remat):
+        execution = dataclasses.replace(self.backbone.execution, remat=remat)
+        a, settings = self.backbone.architecture, self.settings
+        step = functools.partial(
+            train_step,
+            loss=self.loss,
+            model=Model(a, 1, 0, a.hidden_size, execution=execution),
+            optimizer=self.optimizer,
+            scale=settings.alpha / settings.rank,
+            rates=(settings.dropout, getattr(settings, "attention_dropout", 0.0)),
+            seed=self.config.train.seed,
+        )
+        return Programs(jax.jit(step, donate_argnums=0, compiler_options=execution.compiler_options or None))
+
+
+def train_step(state, frozen, batch, *, loss, model, optimizer, scale, rates, seed):
+    """One update of a stage's LoRA. loss: of the stage. rates: dropout of the LoRA's inputs and of attention weights.
+
+    Returns (new state, metrics of this step).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    dropout = Dropout(jax.random.split(key, model.architecture.num_layers), *rates)
+    return update(state, lambda t: (loss(model, lora.scaled(t, scale), frozen, batch, dropout=dropout), {}), optimizer)

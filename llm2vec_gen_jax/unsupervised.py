@@ -13,6 +13,7 @@ import numpy as np
 
 from llm2vec_gen_jax import data
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.layers import einsum_f32
 from llm2vec_gen_jax.losses import fused_cross_entropy
 
 _CHUNK_TOKENS = 512  # predictions whose logits are in memory at a time
@@ -41,7 +42,7 @@ def simcse(model, updates, frozen, batch, scale, causal=False, dropout=None):
     pooled = model.mean_pool(frozen, ids, lengths, causal, updates, dropout)
     pooled = pooled * jax.lax.rsqrt(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True) + 1e-18)
     first_BD, second_BD = jnp.split(pooled, 2)
-    logits_BB = scale * jnp.einsum("bd,cd->bc", first_BD, second_BD, precision=jax.lax.Precision.HIGHEST)
+    logits_BB = scale * einsum_f32("bd,cd->bc", first_BD, second_BD)
     return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits_BB)))
 
 
@@ -75,6 +76,10 @@ class MaskedBlocks:
         epoch, index = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
         return order[index * self.config.batch_size :][: self.config.batch_size]
+
+    def width(self, step):
+        """Returns the tokens of a row of a step's batch."""
+        return self.blocks.shape[1]
 
     def __getitem__(self, step):
         random = np.random.default_rng([self.seed, 1, step])
@@ -116,6 +121,10 @@ class Sentences:
     def rows(self, step):
         """Returns which texts a step reads."""
         return self.plan[step].rows
+
+    def width(self, step):
+        """Returns the tokens of a row of a step's batch, padding included."""
+        return self.plan[step].T
 
     def __getitem__(self, step):
         ids = [self.ids[row] for row in self.rows(step)[self.local]]

@@ -49,7 +49,7 @@ def outcome(arrays, visibility, real, execution):
     """Returns (mixed, gradients) of attention over arrays."""
 
     def mix(q, k, v, *cache):
-        cache = [x.astype(execution.stacked(x.dtype)) for x in cache]
+        cache = [x.astype(execution.storage_dtype(x.dtype)) for x in cache]
         return attend(q, k, v, visibility, KVCache(*cache) if cache else None, execution)[:, :real]
 
     def loss(*arrays):

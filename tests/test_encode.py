@@ -112,7 +112,7 @@ def test_blocks_and_segments_are_a_masked_softmax(T):
 
 
 def test_nothing_compiles_after_the_warm_up(embedder):
-    count = encode._encode._cache_size
+    count = encode._encode.jitted(embedder.backbone.execution)._cache_size
     embedder.warmup(batch_size=3, max_length=300)
     compiled = count()
     random = np.random.default_rng(0)
@@ -124,11 +124,12 @@ def test_nothing_compiles_after_the_warm_up(embedder):
 
 def test_a_mixed_corpus_compiles_few_shapes(embedder):
     random = np.random.default_rng(1)
-    before = encode._encode._cache_size()
+    count = encode._encode.jitted(embedder.backbone.execution)._cache_size
+    before = count()
     for _ in range(6):
         lengths = np.clip([*random.normal(14, 5, 60), *random.normal(300, 90, 30)], 0, 508).astype(int)
         embedder.encode(["x" * length for length in lengths], batch_size=5)
-    found = encode._encode._cache_size() - before
+    found = count() - before
     assert found <= len(encode.shapes(512, 5, 1)) <= 16
 
 

@@ -125,6 +125,12 @@ class RunSettings:
     log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
     watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
+    remat: str = setting(
+        "auto",
+        "what the backward pass keeps of a layer: everything, its matrix products, or its input only; auto: dots if it "
+        "fits in the device's memory, else block",
+        ("auto", "none", "dots", "block"),
+    )
 
 
 @dataclasses.dataclass
@@ -139,11 +145,6 @@ class TrainSettings(RunSettings):
     ridge_examples: int = setting(
         0,
         "examples on which ridge regression solves the alignment head before the first step; 0: none, as published",
-    )
-    remat: str = setting(
-        "auto",
-        "the backward pass keeps all of a layer, its matrix products or only its input; auto: the most that fits",
-        ("auto", "none", "dots", "block"),
     )
     profile: str | None = setting(None, "START:STOP: steps of which a trace for TensorBoard is written to profile/")
 
