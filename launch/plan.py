@@ -10,8 +10,12 @@ from llm2vec_gen_jax.config import PlanConfig
 
 
 def main(config):
+    import jax
+
     from llm2vec_gen_jax.plan import plan
 
+    if config.topology:  # devices that are here are left to others
+        jax.config.update("jax_platforms", "cpu")
     plan(config)
 
 

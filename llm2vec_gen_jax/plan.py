@@ -1,6 +1,5 @@
 """What training and encoding cost on devices that need not be here: compiled for them, never run."""
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -21,16 +20,15 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
 from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
-from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.costs import GIB, chip_of, reading_flops, training_flops
+from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import REMAT, Execution
 from llm2vec_gen_jax.files import read_json, shipped
 from llm2vec_gen_jax.generate import Sampling, continue_prompts, unrolls
 from llm2vec_gen_jax.model import Model, Packed
+from llm2vec_gen_jax.topologies import ESTIMATE, compiling_for, described_devices, install_hint, is_described
 from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
 from llm2vec_gen_jax.trainer import new_state
-
-_TPUS = ("v5e", "v5p", "v6e")
 
 
 @dataclasses.dataclass
@@ -51,30 +49,37 @@ class Program:
 
 def plan(config):
     """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
-    jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
-    devices, chip = _devices(config.topology)
+    devices, chip, compiler = _devices(config.topology)
+    if config.measure and is_described(devices[0]):
+        raise InputError(f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out")
+    with compiling_for(devices):
+        return _plan(config, architecture, devices, chip, compiler)
+
+
+def _plan(config, architecture, devices, chip, compiler):
     policies = REMAT[1:] if config.train.remat == "auto" else (config.train.remat,)
+    limit = memory.limit(sharding.make_mesh(config_lib.MeshConfig(), devices), chip)
     if config.search:
-        meshes = _candidates(config, architecture, devices, chip)
+        meshes = _candidates(config, architecture, len(devices), limit)
     else:  # where there is no limit, the policy that training takes
         meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
     where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
     print(
         f"{architecture.num_parameters / 1e9:.2f} B parameters, {_dtype(config).name}; {where}; "
-        f"batch {B}, queries of {T} and answers of {S} tokens\n\nper device, GiB:\n"
-        f"{'mesh (data, fsdp, tensor), remat':<34}"
+        f"batch {B}, queries of {T} and answers of {S} tokens\n{_about(compiler, limit, devices[0].platform)}\n\n"
+        f"per device, GiB:\n{'mesh (data, fsdp, tensor), remat':<34}"
         f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}"
-        "   a training step: FLOPs, bytes moved, at least",
+        "   a training step: FLOPs, bytes moved, at least; compiler",
         flush=True,
     )
     rows = []
     for mesh_config, remat in meshes:
         mesh = sharding.make_mesh(mesh_config, devices)
         execution = Execution(mesh, config.kernels.attention, remat)
-        row = _row(config, architecture, execution, chip, where)
-        if execution.target == "cpu" and chip and row["fits"] is not None:
+        row = _row(config, architecture, execution, chip, {"devices": where, "compiler": compiler})
+        if compiler == ESTIMATE and row["fits"] is not None:
             # cuDNN's attention cannot be asked for where there is none.
             _lower_for_cuda(config, architecture, Execution(mesh, "xla", remat, platform="gpu"))
         rows.append(row)
@@ -97,6 +102,18 @@ def plan(config):
     return rows
 
 
+def _about(compiler, limit, platform):
+    """Returns lines that say which compiler the figures come from, and what "fits" means."""
+    text = f"compiled by {compiler}"
+    if compiler == ESTIMATE:
+        text += f", whose programs need more memory than a GPU's; for the GPU's own compiler: {install_hint()}"
+    if limit:
+        text += f"\nfits: below {limit / GIB:.2f} GiB a device, 92 % of what JAX may take"
+        if platform == "gpu" or compiler == ESTIMATE:
+            text += f", {memory.pool_share():.0%} of its memory by XLA_PYTHON_CLIENT_MEM_FRACTION"
+    return text
+
+
 def _architecture(config):
     if config.architecture:
         return architecture_lib.from_hf_config(read_json(shipped(config.architecture)), config.architecture)
@@ -110,43 +127,25 @@ def _dtype(config):
 
 
 def _devices(topology):
-    """Returns (devices, their Chip or None) of a topology setting."""
-    if topology is None:
-        return jax.devices(), chip_of(jax.devices()[0].device_kind)
-    kind, _, shape = topology.partition(":")
-    if kind in _TPUS:
-        from jax.experimental import topologies
-
-        single = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
-        try:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **single)
-        except Exception as error:  # whatever the plugin makes of it
-            hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
-            raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
-        return described.devices, CHIPS[kind]
-    if kind not in (*CHIPS, "cpu") or not shape.isdigit() or int(shape) < 1:
-        raise InputError(f"topology={topology}: expected KIND:SHAPE{nearest(kind, [*CHIPS, 'cpu'])}, see --help")
-    count = int(shape)
-    with contextlib.suppress(RuntimeError):  # a program that has used its devices keeps them
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise InputError(f"topology={topology}: this process has {len(devices)} devices already")
-    return devices[:count], CHIPS.get(kind)
+    """Returns (devices, their Chip or None, name of the compiler) of a topology setting."""
+    if topology:
+        return described_devices(topology)
+    devices = jax.devices()
+    return devices, chip_of(devices[0].device_kind), f"XLA:{devices[0].platform.upper()}"
 
 
-def _candidates(config, architecture, devices, chip):
+def _candidates(config, architecture, count, limit):
     """Returns [(MeshConfig, remat)] to try: as few pieces of the weights as can fit, the rest of the devices to data.
 
     The backbone is frozen, so data parallel costs no more than a sum of small gradients.
     """
-    count, weights = len(devices), architecture.num_parameters * _dtype(config).itemsize
+    weights = architecture.num_parameters * _dtype(config).itemsize
     found = []
     for pieces in (pieces for pieces in range(1, count + 1) if count % pieces == 0):
         for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
             fsdp, data = pieces // tensor, count // pieces
             divides = config.train.batch_size % (data * fsdp) == 0 and architecture.num_kv_heads % tensor == 0
-            if divides and (chip is None or weights / pieces < 0.9 * chip.memory):
+            if divides and (limit is None or weights / pieces < limit):
                 found += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
     if not found:
         raise InputError(f"train.batch_size={config.train.batch_size}: no mesh of {count} devices divides it and fits")
@@ -264,11 +263,16 @@ def flops(config, architecture):
     )
 
 
-def _row(config, architecture, execution, chip, where):
-    """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device."""
+def _row(config, architecture, execution, chip, head):
+    """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device.
+
+    head: what the rows of a plan have in common. limit: what training may take; compiled_flops: null where the compiler
+    does not count.
+    """
     started, mesh = time.perf_counter(), execution.mesh
     model, inputs = _inputs(config, architecture, execution)
-    row = {"devices": where, "mesh": dict(mesh.shape), "remat": execution.remat, "fits": None}
+    limit = memory.limit(mesh, chip)
+    row = head | {"mesh": dict(mesh.shape), "remat": execution.remat, "fits": None, "limit": limit}
     row |= {"weights": _per_device(inputs["frozen"]), "state": _per_device(inputs["state"])}
     try:
         programs = _compile(config, model, inputs)
@@ -283,10 +287,12 @@ def _row(config, architecture, execution, chip, where):
     row["encode"], row["generate"] = programs["encode"].peak, programs["generate"].peak
     row["moved"], row["encode_moved"] = sum(program.moved for program in training), programs["encode"].moved
     row["flops"], row["encode_flops"] = flops(config, architecture)
-    row["compiled_flops"] = sum(program.compiled.cost_analysis()["flops"] for program in training)
+    analyses = [program.compiled.cost_analysis() for program in training]  # the GPU compiler has none
+    row["compiled_flops"] = sum(found["flops"] for found in analyses) if all(analyses) else None
     row["seconds_to_compile"] = round(time.perf_counter() - started, 1)
+    if limit:
+        row["fits"] = max(row["train"], row["encode"]) < limit
     if chip:
-        row["fits"] = max(row["train"], row["encode"]) < chip.memory
         count = mesh.devices.size
         # A device reads all of its tensor shard's weights in each of five passes, whoever keeps them.
         read = 5 * architecture.num_parameters * _dtype(config).itemsize / mesh.shape["tensor"]
@@ -314,8 +320,7 @@ def _line(row):
     if "bounds" in row:
         bounds = row["bounds"]
         text += f", {max(bounds.values()):.3f} s (" + ", ".join(f"{k} {v:.3f}" for k, v in bounds.items()) + ")"
-        text += "" if row["fits"] else "   does not fit"
-    return text
+    return f"{text}; {row['compiler']}" + ("" if row["fits"] is not False else "   does not fit")
 
 
 def _measure(config, architecture, execution):

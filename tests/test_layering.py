@@ -22,7 +22,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
-    "sharding supervised",
+    "sharding supervised topologies",
     "config.study kernels quantization study.plots tracking",
     "config",
     "attention options",

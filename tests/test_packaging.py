@@ -26,6 +26,8 @@ SOURCES = sorted([*(ROOT / "llm2vec_gen_jax").rglob("*.py"), *(ROOT / "launch").
 OPTIONAL = {"llm2vec_gen", "umap"}
 # What is required and not imported.
 WITHOUT_IMPORT = {
+    "jax-cuda13-pjrt": "jax loads it as its plugin",
+    "jax-cuda13-plugin": "jax loads it as its plugin",
     "h11": "uvicorn.protocols.http.h11_impl imports it",
     "torch": "mteb and sentence-transformers compute with it",
     "wandb": "imported only where runs are tracked with it",
