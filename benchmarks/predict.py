@@ -1,24 +1,28 @@
 """Predicted times on accelerators that need not be here, from the FLOPs, bytes and links of compiled programs.
 
-    python -m benchmarks.predict [--model qwen3-8b ...] [--topology h100:1 v5e:4x4 ...] [--scan]
+    python -m benchmarks.predict --topology h100:1 --model qwen3-8b [key=value of launch.plan ...]
 
-Compiles training (queries' pass and step), encoding and decoding by the device's own compiler, and prints for each the
-time that its FLOPs, its memory traffic and its collectives need at the data sheet's rates. The prediction is the
-largest of the three: a lower bound, because kernels reach neither rate and launches take time. Nothing is run.
+Compiles training (the queries' pass and the step), encoding and decoding by the devices' own compiler, runs nothing,
+and prints for each the time that its FLOPs, its memory traffic and its collectives need at the rates of the data sheet.
+The prediction is the largest of the three. It is a lower bound: kernels reach neither rate, and their launches take
+time.
 
-FLOPs are counted by lengths (`costs.py`). Memory traffic on GPUs is read from the compiled program: each fusion, custom
-call and copy reads its operands and writes its results once; a slice reads what it takes. On TPUs, whose programs do
-not say what stays in on-chip memory, it is the weights that are read. --scan: decode by a scan over layers, as a GPU
-that has no room for the unrolled loop does.
+FLOPs are counted by lengths (llm2vec_gen_jax/costs.py). Memory traffic on GPUs is read from the compiled program: each
+fusion, library call and copy reads its operands and writes its results once; a slice reads what it takes. TPU programs
+do not say what stays in on-chip memory: there the traffic is one reading of the weights for each pass over them. With
+too little memory for the unrolled decode loop (XLA_PYTHON_CLIENT_MEM_FRACTION=0.1, for instance) the row of decoding is
+that of a scan over the layers.
 """
 
 import argparse
 import collections
 import re
 
-from llm2vec_gen_jax import config, plan
-from llm2vec_gen_jax.collectives import moved_bytes
-from llm2vec_gen_jax.costs import GIB, decoding_bytes
+import numpy as np
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax import options, plan
+from llm2vec_gen_jax.costs import GIB, decoding_bytes, layer_weights
 from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.sharding import make_mesh
 from llm2vec_gen_jax.topologies import compiling_for, described_devices
@@ -34,10 +38,10 @@ _FREE = {
 _SLICES = ("slice", "dynamic-slice", "gather")
 
 
-def memory_traffic(hlo):
+def memory_traffic(hlo, decoding=False):
     """Returns the bytes that a compiled GPU program reads and writes in device memory, loops counted.
 
-    A loop without a known trip count (decoding ends with its texts) counts once.
+    decoding: of one iteration of the loop whose trip count is not known, which ends with the texts.
     """
     computations, entry = _parse(hlo)
 
@@ -56,6 +60,9 @@ def memory_traffic(hlo):
                 sum_ += _bytes_of(operation, shapes, inner)
         return sum_
 
+    if decoding:
+        loops = [part for part in computations[entry] if part.kind == "while" and not _TRIPS.search(part.rest)]
+        entry = re.search(r"body=%?([\w.-]+)", loops[0].rest)[1]
     return total(entry)
 
 
@@ -133,3 +140,74 @@ def _size(result):
             count *= int(size)
         total += width * count
     return total
+
+
+def predict(topology, model, words):
+    """Returns rows {program, seconds, bound, ...} of one model on one topology. words: settings of launch.plan."""
+    shape = f"architecture=configs/architectures/{model}.json"
+    settings = options.load(config_lib.PlanConfig, None, [shape, f"topology={topology}", *words])
+    devices, chip, _ = described_devices(topology)
+    architecture = plan._architecture(settings)
+    with compiling_for(devices):
+        mesh = make_mesh(settings.mesh, devices)
+        remat = "block" if settings.train.remat == "auto" else settings.train.remat
+        inputs = plan._inputs(settings, architecture, Execution(mesh, settings.kernels.attention, remat))
+        programs = plan._compile(settings, *inputs)
+    B, T, S, count = settings.train.batch_size, settings.query_length, settings.answer_length, len(devices)
+    itemsize, shards = plan._dtype(settings).itemsize, mesh.shape["tensor"]
+    step_flops, encode_flops = plan.flops(settings, architecture)
+    weights = layer_weights(architecture) * itemsize / shards
+    on_gpu = devices[0].platform == "gpu"
+
+    def traffic(*names, passes):
+        if on_gpu:
+            return sum(memory_traffic(programs[name].compiled.as_text()) for name in names)
+        return passes * weights
+
+    training = [name for name in ("prefix", "step") if name in programs]
+    rows = {
+        "training step": (step_flops, traffic(*training, passes=5), sum(programs[name].moved for name in training)),
+        "encoding": (encode_flops, traffic("encode", passes=1), programs["encode"].moved),
+    }
+    # One token for each row, after a prompt of T tokens and half of the answer.
+    read = decoding_bytes(architecture, [T + S // 2] * B, 1, itemsize) / count
+    decoded = memory_traffic(programs["generate"].compiled.as_text(), decoding=True) if on_gpu else read
+    rows["decoding, a token"] = (2.0 * architecture.num_parameters * B, decoded, 0.0)
+    for name, (flops, bytes_, moved) in rows.items():
+        times = {"compute": flops / count / chip.flops, "memory": bytes_ / chip.bandwidth, "links": moved / chip.link}
+        bound = max(times, key=times.get)
+        yield {
+            "model": model,
+            "devices": topology,
+            "batch": B,
+            "program": name,
+            "TFLOP": flops / 1e12,
+            "GiB": bytes_ / GIB,
+            "links GiB": moved / GIB,
+            "ms": 1000 * times[bound],
+            "bound": bound,
+            "per second": B / times[bound],
+        }
+
+
+def main(argv=None):
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["smollm2-135m", "qwen3-8b"], help="of configs/architectures/")
+    parser.add_argument("--topology", nargs="+", default=["h100:1"], help="as of launch.plan")
+    parser.add_argument("settings", nargs="*", help="settings of launch.plan, train.batch_size=64 for instance")
+    arguments = parser.parse_intermixed_args(argv)
+    keys = ["model", "devices", "batch", "program", "TFLOP", "GiB", "links GiB", "ms", "bound", "per second"]
+    print("| " + " | ".join(keys) + " |\n" + "|---" * len(keys) + "|", flush=True)
+    for model in arguments.model:
+        for topology in arguments.topology:
+            for row in predict(topology, model, arguments.settings):
+                print("| " + " | ".join(_cell(row[key]) for key in keys) + " |", flush=True)
+
+
+def _cell(value):
+    return f"{value:,.{max(2 - int(np.log10(max(value, 0.01))), 0)}f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from llm2vec_gen_jax.topologies import compiling_for, described_devices
 
 from llm2vec_gen_jax import memory
 from llm2vec_gen_jax.attention import CAUSAL, Visibility, attend
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import Execution
+from llm2vec_gen_jax.topologies import compiling_for, described_devices
 
 from .abstract_programs import Programs, architecture
 
