@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax import directory, export, progress, sharding, vectors
 from llm2vec_gen_jax.encode import WINDOW, encode_windows, warmup
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.lens import logit
@@ -142,11 +142,16 @@ class LLM2VecGen:
             (start, self.tokenize(texts[start : start + WINDOW], prefix, limit, start))
             for start in range(0, len(texts), WINDOW)
         )
+
+        def refuse(start: int, number: int) -> None:
+            name = f"input {start + number} (from 0), {quote(texts[start + number])}"
+            raise not_finite(name, self.backbone.dtype)
+
         K, D, E = self.model.num_tokens, self.model.architecture.hidden_size, self.model.embedding_size
         embeddings = np.zeros((len(texts), E), np.float32)
         soft_prompts: Any = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
         with progress.bar(len(texts), "text", "encode", enabled=show_progress_bar) as bar:
-            for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar):
+            for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar, refuse):
                 embeddings[start : start + len(found)] = found
                 if return_soft_prompts:
                     soft_prompts[start : start + len(found)] = prompts
@@ -174,10 +179,10 @@ class LLM2VecGen:
         return ids
 
     def encode_windows(
-        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any
+        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any, refuse: Any = None
     ) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         """The stream behind `encode`: see encode.encode_windows."""
-        return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar)
+        return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar, refuse)
 
     def text_length(self, max_length: int | None = None) -> int:
         """Returns how many tokens of a text are read: max_length, or max_seq_length, less the appended ones."""
@@ -248,7 +253,10 @@ class LLM2VecGen:
                 part = rows[start : start + batch_size]
                 numbers = np.arange(start, start + len(part))
                 ids = generate_from_soft_prompts(self.backbone, part, sampling, seed, numbers)
-                texts += [self.backbone.tokenizer.decode(row) for row in ids]
+                for number, row in zip(numbers, ids):
+                    if row is None:
+                        raise not_finite(f"soft prompts: row {number} (from 0)", self.backbone.dtype)
+                    texts.append(self.backbone.tokenizer.decode(row))
                 bar.update(len(part))
         return texts[0] if soft_prompts.ndim == 2 else texts
 
@@ -262,6 +270,8 @@ class LLM2VecGen:
     def similarity(self, first: ArrayLike, second: ArrayLike) -> np.ndarray:
         """Returns the cosine matrix (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
+        for x in (first, second):
+            vectors.require_finite(x, "NaN or infinity", what="similarity: vector")
         return vectors.unit(first) @ vectors.unit(second).T
 
     def save_pretrained(

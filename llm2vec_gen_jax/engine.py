@@ -36,11 +36,15 @@ class Engine:
         return ids
 
     def embed(self, ids, soft_prompts=False):
-        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32."""
+        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32.
+
+        They may be NaN or infinite: an error of this text's request, not of those that are computed with it.
+        """
         return self.batcher.submit(("embed", soft_prompts), ids)
 
     def decode(self, soft_prompts, max_tokens, seed):
-        """Returns a Future of the ids that the LLM reads out of each of soft_prompts (n, K, D), not yet cut."""
+        """Returns a Future of the ids that the LLM reads out of each of soft_prompts (n, K, D), not yet cut; None where
+        its logits were not finite."""
         tokens = next(tokens for tokens in self._lengths() if tokens >= max_tokens)
         seed = seed if self.config.decode.temperature else 0  # greedy: all seeds are one kind
         return self.batcher.submit(("decode", tokens, seed), list(enumerate(soft_prompts)))
@@ -82,9 +86,8 @@ class Engine:
     def _embed(self, soft_prompts, ids):
         batch_size = self.config.decode.batch_size if soft_prompts else self.config.batch_size
         with progress.bar(len(ids), "text", "encode", enabled=False) as bar:
-            ((_, embeddings, prompts),) = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar)
-        if not np.isfinite(embeddings).all():
-            raise FloatingPointError("the model gave NaN or infinity")
+            stream = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar, lambda *_: None)
+            ((_, embeddings, prompts),) = stream
         return list(zip(embeddings, prompts)) if soft_prompts else list(embeddings)
 
     def _decode(self, tokens, seed, items):

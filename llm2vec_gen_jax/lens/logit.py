@@ -10,7 +10,8 @@ import numpy as np
 
 from llm2vec_gen_jax import sharding
 from llm2vec_gen_jax.config.lens import READINGS
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.encode import finite
+from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.lens.states import compression_states
 
 _ROWS = 128  # states that are projected together: the logits of more would be large
@@ -62,6 +63,8 @@ def logit_lens(
     last = [model.architecture.num_layers]
     states = compression_states(embedder, texts, last, batch_size, max_length, show_progress_bar)[:, 0]
     probabilities, ids = _top(embedder, state, states, min(pool, model.architecture.vocab_size))
+    for text in np.flatnonzero(~finite([probabilities])):  # soft prompts may exceed the backbone's dtype
+        raise not_finite(f"text {text} (from 0), {quote(texts[text])}", embedder.backbone.dtype)
     found = [
         [_candidates(tokenizer, *token) for token in zip(*text)] for text in zip(ids.tolist(), probabilities.tolist())
     ]
