@@ -197,9 +197,8 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
     def alone(ids):
         [batch] = plan([len(ids) + model.num_appended], batch_size, shards)
         packed, _, *where = arrange(batch, [ids], model.num_thought_tokens, model.num_appended)
-        return unpack(
-            _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, mesh)), *where
-        )
+        packed = sharding.put_batch(packed, mesh)
+        return unpack(_encode(model, soft_prompts, trainable, backbone.frozen, packed), *where)
 
     dispatched, tokens = collections.deque(), 0
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from llm2vec_gen_jax import progress
 from llm2vec_gen_jax.batcher import Batcher
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.encode import finite
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 
 _ROW = 256  # tokens: see encode.plan
@@ -36,10 +37,8 @@ class Engine:
         return ids
 
     def embed(self, ids, soft_prompts=False):
-        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32.
-
-        They may be NaN or infinite: an error of this text's request, not of those that are computed with it.
-        """
+        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32. None
+        where they are not finite: an error of this text's request, not of those that are computed with it."""
         return self.batcher.submit(("embed", soft_prompts), ids)
 
     def decode(self, soft_prompts, max_tokens, seed):
@@ -48,6 +47,13 @@ class Engine:
         tokens = next(tokens for tokens in self._lengths() if tokens >= max_tokens)
         seed = seed if self.config.decode.temperature else 0  # greedy: all seeds are one kind
         return self.batcher.submit(("decode", tokens, seed), list(enumerate(soft_prompts)))
+
+    def check(self, results, key):
+        """Returns the results of a request. Raises InputError for the first of its `key` that has none."""
+        for number, result in enumerate(results):
+            if result is None:
+                raise not_finite(f"{key!r} {number}", self.model.backbone.dtype)
+        return results
 
     def warmup(self):
         """Compiles all that requests can need. Returns the number of programs."""
@@ -88,7 +94,9 @@ class Engine:
         with progress.bar(len(ids), "text", "encode", enabled=False) as bar:
             stream = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar, lambda *_: None)
             ((_, embeddings, prompts),) = stream
-        return list(zip(embeddings, prompts)) if soft_prompts else list(embeddings)
+        results = list(zip(embeddings, prompts)) if soft_prompts else list(embeddings)
+        sound = finite([embeddings, prompts] if soft_prompts else [embeddings])
+        return [result if good else None for result, good in zip(results, sound)]
 
     def _decode(self, tokens, seed, items):
         settings = self.config.decode

@@ -32,7 +32,7 @@ def generate(backbone, ids, sampling, seed=0, row_ids=None):
 
 
 def generate_from_soft_prompts(backbone, soft_prompts_BKD, sampling, seed=0, row_ids=None):
-    """Continues soft prompts (B, K, D): the text that the frozen LLM reads out of them. Returns what `generate` does."""
+    """`generate` from soft prompts (B, K, D): the text that the frozen LLM reads out of them."""
     return _continue(backbone, None, np.asarray(soft_prompts_BKD, np.float32), sampling, seed, row_ids)
 
 

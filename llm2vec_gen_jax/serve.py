@@ -30,8 +30,7 @@ from llm2vec_gen_jax import vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.batcher import Full
 from llm2vec_gen_jax.engine import Engine
-from llm2vec_gen_jax.encode import finite
-from llm2vec_gen_jax.errors import InputError, nearest, not_finite
+from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.telemetry import Telemetry
 
 KEY_VARIABLE = "LLM2VEC_GEN_API_KEY"
@@ -229,8 +228,8 @@ class Server:
         instruction = body.get("instruction", self.config.instruction)
         return await asyncio.to_thread(self.engine.tokenize, texts, instruction)
 
-    async def _result(self, request, submit, *options):
-        """Returns the results of submit(*options), unless the queue is full or the client goes away."""
+    async def _result(self, request, key, submit, *options):
+        """Returns the results of submit(*options), of `key`, unless the queue is full or the client leaves."""
         try:
             work = asyncio.wrap_future(submit(*options))
         except Full as full:
@@ -240,7 +239,7 @@ class Server:
             timeout = self.config.request_timeout
             await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                return work.result()
+                return self.engine.check(work.result(), key)
             if gone.done():
                 raise ClientDisconnect
             raise Refused(503, f"no answer within {timeout:g} s", "timeout")
@@ -263,20 +262,8 @@ class Server:
         if soft and not self.config.decode.enabled:
             raise Refused(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
         ids = await self._ids(texts, body)
-        found = await self._embed(request, ids, soft)
+        found = await self._result(request, "input", self.engine.embed, ids, soft)
         return self._embeddings(ids, found, size, encoding, soft)
-
-    async def _embed(self, request, ids, soft):
-        """Returns the engine's results for each text, all of them finite."""
-        found = await self._result(request, self.engine.embed, ids, soft)
-        for number, row in enumerate(found):
-            if not finite([array[None] for array in (row if soft else (row,))])[0]:
-                raise self._not_finite("input", number)
-        return found
-
-    def _not_finite(self, key, number):
-        message = str(not_finite(f"{key!r} {number}", self.model.backbone.dtype))
-        return Refused(400, message, "not_finite", key)
 
     def _embeddings(self, ids, found, size, encoding, soft):
         show = _base64 if encoding == "base64" else np.ascontiguousarray
@@ -310,13 +297,12 @@ class Server:
         if "input" in body:
             ids = await self._ids(self._texts(body["input"], settings.max_inputs), body)
             read = sum(map(len, ids))
-            prompts = [prompts for _, prompts in await self._embed(request, ids, True)]
+            prompts = [prompts for _, prompts in await self._result(request, "input", self.engine.embed, ids, True)]
         else:
             self._count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
             prompts = self._soft_prompts(body["soft_prompts"])
-        rows = await self._result(request, self.engine.decode, prompts, most, body.get("seed", 0))
-        if None in rows:
-            raise self._not_finite("input" if "input" in body else "soft_prompts", rows.index(None))
+        (key,) = body.keys() & {"input", "soft_prompts"}
+        rows = await self._result(request, key, self.engine.decode, prompts, most, body.get("seed", 0))
         rows = [row[:most] for row in rows]
         texts = [self.model.backbone.tokenizer.decode(row) for row in rows]
         data = [{"object": "decoding", "index": number, "text": text} for number, text in enumerate(texts)]

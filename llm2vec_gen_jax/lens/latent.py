@@ -185,9 +185,8 @@ def _fill(partial, backbone, config, run):
             batch = sharding.put_batch((ids_BT, where_BP), backbone.mesh)
             states = np.asarray(_states(model, tuple(layers), backbone.frozen, *batch))
             for text in where[0][~np.isfinite(states[:, *where]).all(axis=(0, 2))]:
-                raise not_finite(
-                    f"{config.input}: {quote(backbone.tokenizer.decode(ids[text].tolist()))}", backbone.dtype
-                )
+                beginning = quote(backbone.tokenizer.decode(ids[text].tolist()))
+                raise not_finite(f"{config.input}: {beginning}", backbone.dtype)
             for array, states_BPD in zip(arrays, states):
                 array[first:last] = vectors.unit(states_BPD[where].astype(np.float32))
             bar.update(len(rows))
