@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import queue
 import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
-from llm2vec_gen_jax.errors import not_finite
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.model import Packed
 
 WINDOW = 8192  # texts that are packed together
@@ -140,7 +141,7 @@ class _Window:
 
 def finite(arrays):
     """Whether all numbers of each row are finite: bool (n,), of arrays (n, ...)."""
-    return np.logical_and.reduce([np.isfinite(array).reshape(len(array), -1).all(axis=1) for array in arrays])
+    return np.logical_and.reduce([np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in arrays])
 
 
 def unpack(result, rows, slots):
@@ -161,6 +162,27 @@ def repair(found, texts, rows, alone):
                 array[place] = one[0]
         if not finite([array[place : place + 1] for array in found])[0]:
             yield texts[place]
+
+
+def texts_of(inputs):
+    """Returns the list of texts that `inputs`, a string or an iterable of them, holds.
+
+    Raises InputError for all else: a dict or a table would iterate over its keys, a set in no order.
+    """
+    if isinstance(inputs, str):
+        return [inputs]
+    keyed = isinstance(inputs, bytes | Mapping | set | frozenset) or hasattr(inputs, "columns")
+    if keyed or not isinstance(inputs, Iterable) or getattr(inputs, "ndim", 1) != 1:
+        raise InputError(f"inputs must be a string or a list of them (of a table, one column), found {_name(inputs)}")
+    texts = list(inputs)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"input {number} must be a string, found {_name(text)}")
+    return texts
+
+
+def _name(value):
+    return type(value).__name__
 
 
 def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts, bar, refuse=None):

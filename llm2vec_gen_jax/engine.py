@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llm2vec_gen_jax import progress
+from llm2vec_gen_jax import options, progress
 from llm2vec_gen_jax.batcher import Batcher
 from llm2vec_gen_jax.encode import finite
 from llm2vec_gen_jax.errors import InputError, not_finite
@@ -20,6 +20,7 @@ class Engine:
     """
 
     def __init__(self, model, config, observe):
+        options.require(config)
         self.model, self.config = model, config
         self.limit = model.text_length(config.max_length)
         self.batcher = Batcher(

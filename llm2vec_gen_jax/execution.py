@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, nearest
 
 ATTENTION = ("auto", "xla", "cudnn", "pallas")
 
@@ -29,6 +29,8 @@ class Execution:
     platform: str | None = None
 
     def __post_init__(self):
+        if self.attention not in ATTENTION:
+            raise InputError(f"kernels.attention={self.attention}: unknown{nearest(str(self.attention), ATTENTION)}")
         needed = {"cudnn": ("gpu",), "pallas": ("tpu", "cpu")}.get(self.attention)
         if needed and self.target not in needed:
             raise InputError(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import sharding
+from llm2vec_gen_jax import options, sharding
 from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
 from llm2vec_gen_jax.backbone import Backbone
+from llm2vec_gen_jax.config import DecodeConfig
 from llm2vec_gen_jax.data import pad
 
 
@@ -19,6 +20,9 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        options.check_arguments(DecodeConfig, **vars(self))
 
 
 def generate(backbone, ids, sampling, seed=0, row_ids=None):

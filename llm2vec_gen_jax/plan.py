@@ -18,7 +18,7 @@ import numpy as np
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
+from llm2vec_gen_jax import loading, memory, optim, options, quantization, sharding
 from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
@@ -51,6 +51,7 @@ class Program:
 
 def plan(config):
     """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
+    options.require(config)
     jax.config.update("jax_enable_compilation_cache", False)  # programs of absent devices cannot be read back
     architecture = _architecture(config)
     devices, chip = _devices(config.topology)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
-from llm2vec_gen_jax.encode import arrange, plan, repair, unpack
+from llm2vec_gen_jax.encode import arrange, plan, repair, texts_of, unpack
 from llm2vec_gen_jax.errors import InputError, not_finite, quote
 
 
@@ -24,6 +24,7 @@ def compression_states(embedder, texts, layers, batch_size=16, max_length=None, 
     """
     model, backbone = embedder.model, embedder.backbone
     K, D = model.num_tokens, model.architecture.hidden_size
+    texts = texts_of(texts)
     ids = embedder.tokenize(texts, limit=embedder.text_length(max_length))
     states = np.zeros((len(ids), len(layers), K, D), np.float32)
     shards = sharding.batch_shards(backbone.mesh)
