@@ -151,8 +151,9 @@ def _by_sentence_transformers(config, answers, responses):
                 normalize_embeddings=config.normalize,
                 show_progress_bar=False,
             )
-            if not np.isfinite(vectors).all():
-                raise InputError(f"teacher.path={config.path}: its vectors hold NaN or infinity")
+            for row in np.asarray(rows)[~np.isfinite(vectors).all(axis=1)]:
+                name = f"teacher.path={config.path}: the vector of {quote(answers[row])}"
+                raise InputError(f"{name} holds NaN or infinity")
             return vectors
 
         return embed, embed([0]).shape[1]

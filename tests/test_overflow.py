@@ -19,8 +19,9 @@ from llm2vec_gen_jax.train import Method
 from .adapters import settings_of
 from .backbones import save_overflowing_backbone
 from .commands import rows_of, train
-from .conftest import check_error, one_device_mesh, write_jsonl
+from .conftest import check_error, one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 from .embedders import embedder_on
+from .tasks import needs_mteb, write_task
 
 GOOD = ["one", "a longer text with words", "x" * 90, "", "four " * 30]
 TEXTS = [*GOOD[:2], "too ~ much", *GOOD[2:]]
@@ -209,6 +210,38 @@ def test_targets_name_the_answer(command, folder):
     rows = [{"question": "a", "answer": answer} for answer in ("fine", "good", "not ~ so")]
     result = train(command, folder, rows, "train.batch_size=2", "backbone.dtype=float16")
     check_error(result, "responses.jsonl", "not ~ so", "bfloat16 or float32")
+
+
+@needs_mteb
+@pytest.mark.parametrize("kind", ["retrieval", "safety_retrieval"])
+def test_an_evaluation_names_the_text(command, model_folder, folder, tmp_path, kind):
+    task = write_task(tmp_path / "tasks" / kind, kind)
+    write_jsonl(task / "corpus.jsonl", [*rows_of(task / "corpus.jsonl"), {"_id": "d99", "text": "too ~ much"}])
+    words = [f"tasks={tmp_path / 'tasks'}", "dtype=float16"]
+    for name, more in (("student", model_folder), ("teacher", folder)):
+        result = command("evaluate", more, *words, f"kind={name}", f"output={name}")
+        check_error(result, "too ~ much", "exceed float16", "bfloat16 or float32")
+
+
+# Weights
+
+
+def test_weights_beyond_float16_are_named(half, tmp_path):
+    import torch
+
+    torch_model = tiny_torch_model("llama")
+    with torch.no_grad():
+        torch_model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    torch_model.save_pretrained(tmp_path / "large")
+    tiny_tokenizer().save_pretrained(tmp_path / "large")
+    with pytest.raises(InputError, match="up_proj.*exceed float16 .use bfloat16 or float32"):
+        load_backbone(str(tmp_path / "large"), "float16", one_device_mesh())
+    load_backbone(str(tmp_path / "large"), "bfloat16", one_device_mesh())
+    loud = embedder_of(half)
+    loud.trainable = loud.trainable | {"tokens": loud.trainable["tokens"] * 1e8}
+    with pytest.raises(InputError, match="embed_tokens.*float16.*bfloat16 or float32"):
+        loud.save_merged(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_ridge_names_the_row(half, folder, tmp_path):
