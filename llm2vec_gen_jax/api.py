@@ -127,8 +127,9 @@ class LLM2VecGen:
         each dimension's range in this call); binary, ubinary (signs packed as in numpy.packbits): as in
         sentence-transformers. convert_to_numpy=False gives a jax.Array. truncate_dim keeps the first dimensions,
         before normalisation. max_length: tokens, the compression tokens included; default self.max_seq_length.
-        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), which `decode` reads. Raises InputError for what
-        is no text, a setting that the commands would refuse, and a text whose numbers exceed the backbone's dtype.
+        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), which `decode` reads.
+        Raises InputError for what is no text, a setting that the commands would refuse, and a text whose numbers exceed
+        the backbone's dtype.
 
         A text's vector does not depend on the others of the call but by rounding, relative to its largest number: 1e-5
         with a float32 backbone, 5e-3 with bfloat16 (SmolLM2-135M: 8e-7 and 2e-3 were seen).
