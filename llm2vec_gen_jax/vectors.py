@@ -26,7 +26,8 @@ def finish(embeddings: np.ndarray, truncate_dim: int | None, normalize: bool) ->
 def unit(x: np.ndarray) -> np.ndarray:
     """Returns float32 vectors (..., E) of unit length; zero stays zero."""
     squares = np.einsum("...e,...e->...", x, x, dtype=np.float64)  # in float32 they would overflow, or vanish
-    return (x / np.sqrt(np.where(squares > 0, squares, 1))[..., None]).astype(np.float32)
+    norms = np.sqrt(np.where(squares > 0, squares, 1)).astype(np.float32)
+    return (x / norms[..., None]).astype(np.float32, copy=False)
 
 
 def ranges_of(embeddings: np.ndarray) -> np.ndarray:
