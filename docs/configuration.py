@@ -23,7 +23,7 @@ HEAD = """\
 Every command takes `[CONFIG] [key=value ...]`. CONFIG is a YAML file. It holds what differs from the defaults, and
 `key=value` words override it. A file may hold the keys of the whole recipe: each command uses its own. An unknown key,
 a wrong type or an unknown choice is an error that names the nearest key. `null` stands for no value, `a,b` or `[a, b]`
-for a list.
+for a list, `~` at the start of a path for the home directory. Text is what is written: `2026_11_28` stays as it is.
 
     python -m launch.train configs/smollm2-135m.yaml data.responses=responses.jsonl train.output=runs/demo \\
       train.steps=100

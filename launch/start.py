@@ -69,7 +69,7 @@ def _read(schema, positional, words):
             "CONFIG...": "configs? Give one or more YAML files",
         }
         raise InputError(f"which {which[positional]} first")
-    return (free[0], configs[0]) if positional == "MODEL" else (files, configs), configs[0]
+    return (os.path.expanduser(free[0]), configs[0]) if positional == "MODEL" else (files, configs), configs[0]
 
 
 def _matching(word):

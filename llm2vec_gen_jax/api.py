@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 import jax
@@ -12,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import directory, export, progress, sharding, vectors
-from llm2vec_gen_jax.encode import WINDOW, encode_windows, warmup
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax import directory, export, options, progress, sharding, vectors
+from llm2vec_gen_jax.encode import WINDOW, encode_windows, texts_of, warmup
+from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.lens import logit
@@ -55,7 +56,7 @@ class LLM2VecGen:
         record: PublishedModel | None = None,
     ) -> None:
         self.model, self.trainable, self.backbone, self.record = model, trainable, backbone, record
-        self.prompts = dict(prompts or {})
+        self.prompts = _checked_prompts(prompts)
         self.max_seq_length = max_seq_length
 
     @classmethod
@@ -70,13 +71,16 @@ class LLM2VecGen:
     ) -> Self:
         """Loads a model directory (ours or the published package's) or a hub repository of that layout.
 
-        dtype: of the backbone (auto | float32 | bfloat16 | float16). backbone: where it is, if not where the
+        dtype: of the backbone (auto | float32 | bfloat16 | float16 | int8). backbone: where it is, if not where the
         directory says. mesh: a Mesh, a MeshConfig of the devices of all processes, or by default this process's own
         devices on the data axis. attention: which kernel computes it (auto | xla | cudnn | pallas).
         Raises InputError that names what is missing or does not fit.
         """
+        _checked_prompts(prompts)  # before the backbone is loaded
         record = directory.read(str(path))
         if not isinstance(mesh, jax.sharding.Mesh):
+            if not isinstance(mesh, config_lib.MeshConfig | None):
+                raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
             own = None if mesh else jax.local_devices()
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), own)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention)
@@ -124,29 +128,32 @@ class LLM2VecGen:
         sentence-transformers. convert_to_numpy=False gives a jax.Array. truncate_dim keeps the first dimensions,
         before normalisation. max_length: tokens, the compression tokens included; default self.max_seq_length.
         return_soft_prompts: return (embeddings, soft prompts (n, K, D)), which `decode` reads.
+        Raises InputError for what is no text, a setting that the commands would refuse, and a text whose numbers exceed
+        the backbone's dtype.
 
         A text's vector does not depend on the others of the call but by rounding, relative to its largest number: 1e-5
         with a float32 backbone, 5e-3 with bfloat16 (SmolLM2-135M: 8e-7 and 2e-3 were seen).
         """
-        single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"input {number} must be a string, found {type(text).__name__}")
-        if batch_size < 1:
-            raise InputError(f"batch_size must be positive, found {batch_size}")
+        texts, single = texts_of(inputs), isinstance(inputs, str)
+        options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size, truncate_dim=truncate_dim)
+        options.check_argument(config_lib.EncodeConfig, "normalize", normalize_embeddings, "normalize_embeddings")
         if precision not in vectors.PRECISIONS:
-            raise InputError(f"precision {precision!r} is unknown{nearest(precision, vectors.PRECISIONS)}")
+            raise InputError(f"precision {precision!r} is unknown{nearest(str(precision), vectors.PRECISIONS)}")
         prefix, limit = self._prompt(prompt, prompt_name), self.text_length(max_length)
         windows = (
             (start, self.tokenize(texts[start : start + WINDOW], prefix, limit, start))
             for start in range(0, len(texts), WINDOW)
         )
+
+        def refuse(start: int, number: int) -> None:
+            name = f"input {start + number} (from 0), {quote(texts[start + number])}"
+            raise not_finite(name, self.backbone.dtype)
+
         K, D, E = self.model.num_tokens, self.model.architecture.hidden_size, self.model.embedding_size
         embeddings = np.zeros((len(texts), E), np.float32)
         soft_prompts: Any = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
         with progress.bar(len(texts), "text", "encode", enabled=show_progress_bar) as bar:
-            for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar):
+            for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar, refuse):
                 embeddings[start : start + len(found)] = found
                 if return_soft_prompts:
                     soft_prompts[start : start + len(found)] = prompts
@@ -174,17 +181,18 @@ class LLM2VecGen:
         return ids
 
     def encode_windows(
-        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any
+        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any, refuse: Any = None
     ) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         """The stream behind `encode`: see encode.encode_windows."""
-        return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar)
+        return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar, refuse)
 
     def text_length(self, max_length: int | None = None) -> int:
         """Returns how many tokens of a text are read: max_length, or max_seq_length, less the appended ones."""
-        limit = (self.max_seq_length if max_length is None else max_length) - self.model.num_appended
-        if limit < 1:
+        max_length = self.max_seq_length if max_length is None else max_length
+        if isinstance(max_length, int) and max_length <= self.model.num_appended:
             raise InputError(f"max_length must exceed the {self.model.num_appended} appended tokens")
-        return limit
+        options.check_arguments(config_lib.EncodeConfig, max_length=max_length)
+        return max_length - self.model.num_appended
 
     def warmup(
         self,
@@ -197,9 +205,10 @@ class LLM2VecGen:
 
         Later calls compile nothing. Compiled programs are kept on disk where jax_compilation_cache_dir is set.
         """
+        options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size)
         length = self.text_length(max_length) + self.model.num_appended
-        options = batch_size, return_soft_prompts, show_progress_bar
-        return warmup(self.model, self.trainable, self.backbone, length, *options)
+        more = batch_size, return_soft_prompts, show_progress_bar
+        return warmup(self.model, self.trainable, self.backbone, length, *more)
 
     @property
     def identity(self) -> str:
@@ -230,8 +239,16 @@ class LLM2VecGen:
         batch_size: int = 16,
         show_progress_bar: bool = False,
     ) -> list[str] | str:
-        """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string."""
-        soft_prompts = np.asarray(soft_prompts)
+        """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string.
+
+        Raises InputError as `encode` does.
+        """
+        options.check_arguments(config_lib.DecodeConfig, batch_size=batch_size, seed=seed)
+        sampling = Sampling(max_new_tokens, temperature, top_p)
+        try:
+            soft_prompts = np.asarray(soft_prompts)
+        except ValueError:
+            raise InputError("soft prompts must be one array: rows of different lengths") from None
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
         if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3) or soft_prompts.dtype.kind not in "fiu":
             found = f"{soft_prompts.dtype} {soft_prompts.shape}"
@@ -241,27 +258,30 @@ class LLM2VecGen:
         rows = soft_prompts.reshape(-1, K, D)
         if not (sound := np.isfinite(rows).all(axis=(1, 2))).all():
             raise InputError(f"soft prompts: row {np.argmin(sound)} (from 0) holds NaN or infinity")
-        sampling = Sampling(max_new_tokens, temperature, top_p)
         texts = []
         with progress.bar(len(rows), "text", "decode", enabled=show_progress_bar) as bar:
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
                 numbers = np.arange(start, start + len(part))
                 ids = generate_from_soft_prompts(self.backbone, part, sampling, seed, numbers)
-                texts += [self.backbone.tokenizer.decode(row) for row in ids]
+                for number, row in zip(numbers, ids):
+                    if row is None:
+                        raise not_finite(f"soft prompts: row {number} (from 0)", self.backbone.dtype)
+                    texts.append(self.backbone.tokenizer.decode(row))
                 bar.update(len(part))
         return texts[0] if soft_prompts.ndim == 2 else texts
 
     def logit_lens(self, inputs: str | Iterable[str], top_k: int = 5, **options: Any) -> list[Any]:
         """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
         finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
-        single = isinstance(inputs, str)
-        found = logit.logit_lens(self, [inputs] if single else list(inputs), top_k, **options)
-        return found[0] if single else found
+        found = logit.logit_lens(self, texts_of(inputs), top_k, **options)
+        return found[0] if isinstance(inputs, str) else found
 
     def similarity(self, first: ArrayLike, second: ArrayLike) -> np.ndarray:
         """Returns the cosine matrix (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
+        for x in (first, second):
+            vectors.require_finite(x, "NaN or infinity", what="similarity: vector")
         return vectors.unit(first) @ vectors.unit(second).T
 
     def save_pretrained(
@@ -271,11 +291,13 @@ class LLM2VecGen:
         backbone: str | os.PathLike[str] | None = None,
     ) -> None:
         """Writes a model directory of both frameworks (export.save_pretrained). `path` must not exist."""
-        export.save_pretrained(self, path, dtype, backbone)
+        if dtype is not None:
+            options.check_arguments(config_lib.FromPytorchConfig, dtype=dtype)
+        export.save_pretrained(self, pathlib.Path(path).expanduser(), dtype, backbone)
 
     def save_merged(self, path: str | os.PathLike[str]) -> None:
         """Writes the encoder as a plain transformers folder (export.save_merged). `path` must not exist."""
-        export.save_merged(self, path)
+        export.save_merged(self, pathlib.Path(path).expanduser())
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Uploads the model directory to the Hugging Face hub (export.push_to_hub). Returns its URL."""
@@ -294,11 +316,12 @@ class LLM2VecGen:
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
+            options.check_argument(config_lib.EncodeConfig, "instruction", prompt, "prompt")
             return prompt
         if prompt_name is None:
             return ""
         if prompt_name not in self.prompts:
-            raise InputError(f"prompt_name {prompt_name!r} is unknown{nearest(prompt_name, self.prompts)}")
+            raise InputError(f"prompt_name {prompt_name!r} is unknown{nearest(str(prompt_name), self.prompts)}")
         return self.prompts[prompt_name]
 
     def _default_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -306,3 +329,10 @@ class LLM2VecGen:
             return options
         name = next((name for name in names if name in self.prompts), None)
         return {**options, "prompt_name": name}
+
+
+def _checked_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:
+    prompts = {} if prompts is None else prompts
+    if not isinstance(prompts, Mapping) or not all(isinstance(x, str) for pair in prompts.items() for x in pair):
+        raise InputError("prompts must be a dict of names and texts")
+    return dict(prompts)

@@ -14,7 +14,7 @@ from llm2vec_gen_jax import options, progress, sharding, vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.encode import WINDOW
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_array, read_json, sha256_file, write_json
 
 CALIBRATION = 1024  # texts whose vectors give the ranges of int8
@@ -211,7 +211,8 @@ class _Job:
         already = sum(row["rows"][1] - row["rows"][0] for row in self.done.values())
         parts = []
         with progress.bar(total, "text", "encode", initial=already) as bar:
-            stream = self.model.encode_windows(self._windows(texts), config.batch_size, config.save_soft_prompts, bar)
+            more = config.batch_size, config.save_soft_prompts, bar, self._refuse
+            stream = self.model.encode_windows(self._windows(texts), *more)
             with contextlib.closing(stream):  # an interruption ends its thread
                 for (rows, cut), embeddings, soft_prompts in stream:
                     self.check()
@@ -219,7 +220,8 @@ class _Job:
                     if parts and rows[0].number // self.size != parts[0][0][0].number // self.size:
                         self._write(journal, parts)
                         parts = []
-                    parts.append((rows, vectors.quantize(embeddings, config.precision, ranges), soft_prompts, cut))
+                    embeddings = vectors.quantize(embeddings, config.precision, ranges, rows[0].number)
+                    parts.append((rows, embeddings, soft_prompts, cut))
                     if (rows[-1].number + 1) % self.size == 0:
                         self._write(journal, parts)
                         parts = []
@@ -258,6 +260,12 @@ class _Job:
         ids = self.model.tokenize(texts, self.config.instruction, self.limit + 1, rows[0].number)
         return (rows, sum(len(text) > self.limit for text in ids)), [text[: self.limit] for text in ids]
 
+    def _refuse(self, tag, number):
+        row = tag[0][number]
+        id_ = "" if row.id == row.number else f" of id {row.id!r}"
+        name = f"input={self.config.input}: text {row.number} (from 0){id_}, {quote(row.text)}"
+        raise not_finite(name, self.model.backbone.dtype)
+
     def _write(self, journal, parts):
         """Writes a shard and notes it in the journal."""
         rows = [row for part in parts for row in part[0]]
@@ -284,7 +292,8 @@ class _Job:
         """Writes the int8 ranges (2, E) of the first texts; every share comes to the same."""
         with progress.bar(len(rows), "text", "int8 ranges") as bar:
             windows = [self._tokenize(rows)]
-            [(_, embeddings, _)] = self.model.encode_windows(windows, self.config.batch_size, False, bar)
+            more = self.config.batch_size, False, bar, self._refuse
+            [(_, embeddings, _)] = self.model.encode_windows(windows, *more)
         ranges = vectors.ranges_of(vectors.finish(embeddings, self.config.truncate_dim, self.config.normalize))
         with atomic_path(self.files.ranges) as temporary:
             np.save(temporary, ranges)

@@ -8,7 +8,8 @@ import numpy as np
 
 from llm2vec_gen_jax import progress, sharding, teacher
 from llm2vec_gen_jax.api import LLM2VecGen
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.encode import finite
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.generate import Sampling, generate, ladder
 from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone, resolve_adapter
@@ -62,7 +63,10 @@ class Teacher:
                 rows = order[start : start + height]
                 shape = (height, ladder(len(ids[rows[0]])))
                 batch = [ids[row] for row in rows]
-                embeddings[rows] = teacher.pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
+                found = teacher.pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
+                for row in rows[~finite([found])]:
+                    raise not_finite(f"text {row} (from 0), {quote(texts[row])}", self.backbone.dtype)
+                embeddings[rows] = found
                 bar.update(len(rows))
         return embeddings
 
@@ -120,6 +124,8 @@ class Hyde:
                 ids = [prompts[row] for row in rows]
                 began = time.perf_counter()
                 for row, answer in zip(rows, generate(self.backbone, ids, sampling)):
+                    if answer is None:
+                        raise not_finite(f"text {row} (from 0), {quote(texts[row])}", self.backbone.dtype)
                     answers[row] = tokenizer.decode(answer).strip()
                 shape = (len(rows), ladder(len(ids[0])))
                 self.clock.add(shape, time.perf_counter() - began, len(rows))

@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import queue
 import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.model import Packed
 
@@ -132,23 +134,72 @@ class _Window:
     """The results of some texts while they are made. tag: whatever the caller gave with them."""
 
     tag: Any
+    ids: list
     embeddings: np.ndarray
     soft_prompts: np.ndarray | None
 
 
-def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts, bar):
+def finite(arrays):
+    """Whether all numbers of each row are finite: bool (n,), of arrays (n, ...)."""
+    return np.logical_and.reduce([np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in arrays])
+
+
+def unpack(result, rows, slots):
+    """Returns the arrays of a pass, without those that are None, at the places of its texts: (n, ...) each."""
+    return [np.asarray(array)[rows, slots] for array in result if array is not None]
+
+
+def repair(found, texts, rows, alone):
+    """Computes anew, one by one, the texts of a pass that are not finite because another text of their row is not:
+    a hidden token has the weight zero, and zero times NaN is NaN.
+
+    found: arrays (n, ...) of n `texts`, changed in place. rows: the row of each. alone(text): the arrays (1, ...) of a
+    text in a row of its own. Yields the texts that are not finite alone.
+    """
+    for place in np.flatnonzero(~finite(found)):
+        if np.count_nonzero(rows == rows[place]) > 1:
+            for array, one in zip(found, alone(texts[place])):
+                array[place] = one[0]
+        if not finite([array[place : place + 1] for array in found])[0]:
+            yield texts[place]
+
+
+def texts_of(inputs):
+    """Returns the list of texts that `inputs`, a string or an iterable of them, holds.
+
+    Raises InputError for all else: a dict or a table would iterate over its keys, a set in no order.
+    """
+    if isinstance(inputs, str):
+        return [inputs]
+    keyed = isinstance(inputs, bytes | Mapping | set | frozenset) or hasattr(inputs, "columns")
+    if keyed or not isinstance(inputs, Iterable) or getattr(inputs, "ndim", 1) != 1:
+        raise InputError(f"inputs must be a string or a list of them (of a table, one column), found {_name(inputs)}")
+    texts = list(inputs)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"input {number} must be a string, found {_name(text)}")
+    return texts
+
+
+def _name(value):
+    return type(value).__name__
+
+
+def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts, bar, refuse=None):
     """Yields (tag, embeddings (n, E), soft prompts (n, K, D) or None), float32, of each (tag, n id lists).
 
     The next pass is dispatched before the results of the last are fetched, across windows; `windows` is read, and its
-    passes are arranged, by a thread. bar: a tqdm bar, moved by texts.
+    passes are arranged, by a thread. bar: a tqdm bar, moved by texts. refuse(tag, number): is called for a text of
+    which the vectors hold NaN or infinity, and raises what names it; where it returns, they are yielded as they are.
     """
+    refuse = refuse or _refuse(backbone)
     mesh, K, D = backbone.mesh, model.num_tokens, model.architecture.hidden_size
     shards = sharding.batch_shards(mesh)
 
     def passes():
         for tag, ids in windows:
             embeddings = np.zeros((len(ids), model.embedding_size), np.float32)
-            window = _Window(tag, embeddings, np.zeros((len(ids), K, D), np.float32) if soft_prompts else None)
+            window = _Window(tag, ids, embeddings, np.zeros((len(ids), K, D), np.float32) if soft_prompts else None)
             lengths = [len(row) + model.num_appended for row in ids]
             for batch in plan(lengths, batch_size, shards):
                 packed, *where = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
@@ -157,11 +208,19 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
 
     def finish(window, result, where, tokens):
         texts, rows, slots = where
-        window.embeddings[texts] = np.asarray(result[0])[rows, slots]
-        if soft_prompts:
-            window.soft_prompts[texts] = np.asarray(result[1])[rows, slots]
+        found = unpack(result, rows, slots)
+        for text in repair(found, texts, rows, lambda text: alone(window.ids[text])):
+            refuse(window.tag, int(text))
+        for array, values in zip((window.embeddings, window.soft_prompts), found):
+            array[texts] = values
         bar.update(len(texts))
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
+
+    def alone(ids):
+        [batch] = plan([len(ids) + model.num_appended], batch_size, shards)
+        packed, _, *where = arrange(batch, [ids], model.num_thought_tokens, model.num_appended)
+        packed = sharding.put_batch(packed, mesh)
+        return unpack(_encode(model, soft_prompts, trainable, backbone.frozen, packed), *where)
 
     dispatched, tokens = collections.deque(), 0
 
@@ -184,6 +243,13 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
                 yield from completed()
     while dispatched:
         yield from completed()
+
+
+def _refuse(backbone):
+    def refuse(_, number):
+        raise not_finite(f"text {number} (from 0)", backbone.dtype)
+
+    return refuse
 
 
 def warmup(model, trainable, backbone, max_length, batch_size, soft_prompts, show_progress_bar=False):

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from llm2vec_gen_jax import progress
+from llm2vec_gen_jax import options, progress
 from llm2vec_gen_jax.batcher import Batcher
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.encode import finite
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 
 _ROW = 256  # tokens: see encode.plan
@@ -19,6 +20,7 @@ class Engine:
     """
 
     def __init__(self, model, config, observe):
+        options.require(config)
         self.model, self.config = model, config
         self.limit = model.text_length(config.max_length)
         self.batcher = Batcher(
@@ -36,14 +38,23 @@ class Engine:
         return ids
 
     def embed(self, ids, soft_prompts=False):
-        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32."""
+        """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32. None
+        where they are not finite: an error of this text's request, not of those that are computed with it."""
         return self.batcher.submit(("embed", soft_prompts), ids)
 
     def decode(self, soft_prompts, max_tokens, seed):
-        """Returns a Future of the ids that the LLM reads out of each of soft_prompts (n, K, D), not yet cut."""
+        """Returns a Future of the ids that the LLM reads out of each of soft_prompts (n, K, D), not yet cut; None where
+        its logits were not finite."""
         tokens = next(tokens for tokens in self._lengths() if tokens >= max_tokens)
         seed = seed if self.config.decode.temperature else 0  # greedy: all seeds are one kind
         return self.batcher.submit(("decode", tokens, seed), list(enumerate(soft_prompts)))
+
+    def check(self, results, key):
+        """Returns the results of a request. Raises InputError for the first of its `key` that has none."""
+        for number, result in enumerate(results):
+            if result is None:
+                raise not_finite(f"{key!r} {number}", self.model.backbone.dtype)
+        return results
 
     def warmup(self):
         """Compiles all that requests can need. Returns the number of programs."""
@@ -82,10 +93,11 @@ class Engine:
     def _embed(self, soft_prompts, ids):
         batch_size = self.config.decode.batch_size if soft_prompts else self.config.batch_size
         with progress.bar(len(ids), "text", "encode", enabled=False) as bar:
-            ((_, embeddings, prompts),) = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar)
-        if not np.isfinite(embeddings).all():
-            raise FloatingPointError("the model gave NaN or infinity")
-        return list(zip(embeddings, prompts)) if soft_prompts else list(embeddings)
+            stream = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar, lambda *_: None)
+            ((_, embeddings, prompts),) = stream
+        results = list(zip(embeddings, prompts)) if soft_prompts else list(embeddings)
+        sound = finite([embeddings, prompts] if soft_prompts else [embeddings])
+        return [result if good else None for result, good in zip(results, sound)]
 
     def _decode(self, tokens, seed, items):
         settings = self.config.decode

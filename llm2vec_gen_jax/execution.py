@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, nearest
 
 ATTENTION = ("auto", "xla", "cudnn", "pallas")
 
@@ -44,6 +44,8 @@ class Execution:
     platform: str | None = None
 
     def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise InputError(f"kernels.attention={self.attention}: unknown{nearest(str(self.attention), ATTENTION)}")
         needed = {"cudnn": ("gpu",), "pallas": ("tpu", "cpu")}.get(self.attention)
         if needed and self.target not in needed:
             raise InputError(

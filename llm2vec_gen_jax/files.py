@@ -152,11 +152,25 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path, what="file"):
-    """Reads a YAML file. Raises InputError that names it (as `what`) when it is missing or malformed."""
+class _TextLoader(_StrictLoader):
+    """YAML of which plain words are text as it is written: 2026_11_28 and 1:30 are no numbers. Only null, true and
+    false, and their other spellings, are what they are in YAML."""
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("null", "bool", "merge")]
+    for first, pairs in _StrictLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path, what="file", text=False):
+    """Reads a YAML file; text: numbers and dates stay the text that they are written as.
+
+    Raises InputError that names the file (as `what`) when it is missing or malformed.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            return yaml.load(file, Loader=_StrictLoader)
+            return yaml.load(file, Loader=_TextLoader if text else _StrictLoader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}") from None
     except OSError as error:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import memory, sharding
+from llm2vec_gen_jax import memory, options, sharding
 from llm2vec_gen_jax.attention import CAUSAL, Visibility
 from llm2vec_gen_jax.backbone import Backbone, unstack_layers
+from llm2vec_gen_jax.config import DecodeConfig
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.execution import platform_jit
 
@@ -21,9 +22,13 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        options.check_arguments(DecodeConfig, **vars(self))
+
 
 def generate(backbone, ids, sampling, seed=0, row_ids=None):
-    """Continues prompts given as id lists. Returns a list of id lists without their stop token.
+    """Continues prompts given as id lists. Returns a list of id lists without their stop token; None for a prompt
+    whose logits were NaN or infinite before its end.
 
     row_ids: integers that, with the seed, fix each row's random numbers, so that a sample does not depend on the
     batch it is in; default: 0, 1, ...
@@ -32,7 +37,7 @@ def generate(backbone, ids, sampling, seed=0, row_ids=None):
 
 
 def generate_from_soft_prompts(backbone, soft_prompts_BKD, sampling, seed=0, row_ids=None):
-    """Continues soft prompts (B, K, D): the text that the frozen LLM reads out of them. Returns id lists."""
+    """`generate` from soft prompts (B, K, D): the text that the frozen LLM reads out of them."""
     return _continue(backbone, None, np.asarray(soft_prompts_BKD, np.float32), sampling, seed, row_ids)
 
 
@@ -55,9 +60,9 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, backbone.execution)
     seed = np.uint32(seed % 2**32)
     unroll = unrolls(model, backbone.frozen, size, prompt.shape[1] + sampling.max_new_tokens)
-    out_BN, count_B = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
-    out_BN, count_B = np.asarray(out_BN), np.asarray(count_B)
-    return [out_BN[row, : count_B[row]].tolist() for row in range(count)]
+    found = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
+    out_BN, count_B, finite_B = map(np.asarray, found)
+    return [out_BN[row, : count_B[row]].tolist() if finite_B[row] else None for row in range(count)]
 
 
 def batch_rows(count, execution):
@@ -92,7 +97,7 @@ def unrolls(model, frozen, batch_size, slots):
 def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_B, row_ids_B, seed):
     """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D). unroll: see `unrolls`.
 
-    Returns (ids (B, max_new_tokens), number of ids before a stop).
+    Returns (ids (B, max_new_tokens), number of ids before a stop, whether all logits that chose them were finite).
 
     The cache has P slots for the right-padded prompts, then one for every new token; the gap between a short prompt
     and its first new token is never visible, and positions count real tokens only.
@@ -101,17 +106,21 @@ def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_
     x_BPD = prompt if prompt.ndim == 3 else model.apply(variables, prompt, method="embed")
     x_BPD = x_BPD.astype(frozen["embedding"].dtype)
     B, P, _ = x_BPD.shape
+    # An overflow in the padding would reach the real tokens: a weight of zero times NaN is NaN.
+    x_BPD = jnp.where((jnp.arange(P) < lengths_B[:, None])[..., None], x_BPD, 0)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_ids_B)
     stop = jnp.array(stop_ids, jnp.int32)
 
     def choose(hidden_BD, step):
         logits_BV = model.apply(variables, hidden_BD, method="logits")
+        finite_B = jnp.isfinite(logits_BV.max(axis=-1))
         if sampling.temperature == 0:
-            return logits_BV.argmax(axis=-1).astype(jnp.int32)
+            return logits_BV.argmax(axis=-1).astype(jnp.int32), finite_B
         logits_BV = _nucleus(logits_BV / sampling.temperature, sampling.top_p)
-        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
+        token_B = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
             keys_B, logits_BV
-        ).astype(jnp.int32)
+        )
+        return token_B.astype(jnp.int32), finite_B
 
     hidden_BPD, prefix = model.apply(variables, x_BPD, jnp.broadcast_to(jnp.arange(P), (B, P)), CAUSAL)
     cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, N), (0, 0))), prefix)
@@ -125,7 +134,7 @@ def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_
         return (step < N) & ~done_B.all()
 
     def advance(state):
-        step, token_B, done_B, count_B, out_BN, cache = state
+        step, token_B, done_B, finite_B, count_B, out_BN, cache = state
         done_B = done_B | jnp.isin(token_B, stop)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, jnp.where(done_B, 0, token_B)[:, None], step, axis=1)
         count_B = count_B + ~done_B
@@ -139,12 +148,15 @@ def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_
         cache = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, P + step, axis=-2), cache, new
         )
-        return step + 1, choose(hidden_B1D[:, 0], step + 1), done_B, count_B, out_BN, cache
+        token_B, chosen_B = choose(hidden_B1D[:, 0], step + 1)
+        finite_B = finite_B & (chosen_B | done_B | (step + 1 == N))
+        return step + 1, token_B, done_B, finite_B, count_B, out_BN, cache
 
     zeros_B = jnp.zeros(B, jnp.int32)
-    state = (jnp.int32(0), choose(last_BD, 0), zeros_B.astype(bool), zeros_B, jnp.zeros((B, N), jnp.int32), cache)
-    _, _, _, count_B, out_BN, _ = jax.lax.while_loop(unfinished, advance, state)
-    return out_BN, count_B
+    token_B, finite_B = choose(last_BD, 0)
+    state = (jnp.int32(0), token_B, zeros_B.astype(bool), finite_B, zeros_B, jnp.zeros((B, N), jnp.int32), cache)
+    _, _, _, finite_B, count_B, out_BN, _ = jax.lax.while_loop(unfinished, advance, state)
+    return out_BN, count_B, finite_B
 
 
 _generate = platform_jit(continue_prompts, static_argnums=(1, 2, 3))

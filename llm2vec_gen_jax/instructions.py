@@ -28,7 +28,7 @@ class Instructions:
 
 def read(file=PUBLISHED):
     """Returns the Instructions of a YAML file. Raises InputError that names the file and the key."""
-    values = read_yaml(shipped(file), "file of instructions") or {}
+    values = read_yaml(shipped(file), "file of instructions", text=True) or {}
     if not isinstance(values, dict):
         raise InputError(f"instructions={file}: expected `query:` and `document:`, found a {type(values).__name__}")
     kinds = {"query": dict, "document": str, "benchmarks": dict}

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax import download, quantization
+from llm2vec_gen_jax import download, options, quantization
 from llm2vec_gen_jax.architecture import Architecture
+from llm2vec_gen_jax.config import BackboneConfig
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import AMPERE, Execution, compute_capability
 from llm2vec_gen_jax.files import fingerprint
@@ -69,6 +70,7 @@ def load_backbone(path, dtype, mesh, attention="auto"):
     dtype: a config name (auto | float32 | bfloat16 | float16 | int8). attention: of kernels.attention.
     Raises InputError for what is missing or unsupported.
     """
+    options.check_arguments(BackboneConfig, dtype=dtype)
     backbone, source = open_backbone(path, Execution(mesh, attention))
     backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
     backbone.frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))

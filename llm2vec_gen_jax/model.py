@@ -125,6 +125,8 @@ class Model:
         token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
         appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
         x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
+        # An overflow in the padding would reach the texts: a weight of zero times NaN is NaN.
+        x_BTD = jnp.where((packed.segments_BT > 0)[..., None], x_BTD, 0)
         where_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
         visibility = Visibility(causal=True, segments_BT=packed.segments_BT)
         return x_BTD, visibility, where_BSK.reshape(len(where_BSK), -1)
@@ -175,7 +177,8 @@ class Model:
         updates: a LoRA tree with its scale folded in. dropout: a layers.Dropout. Both are for teachers that train.
         """
         visibility = Visibility(causal=causal, lengths_B=lengths_B)
-        x_BTD = self._embed(frozen, ids_BT)
+        real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
+        x_BTD = jnp.where(real_BT[..., None], self._embed(frozen, ids_BT), 0)  # as in `_unpacked`
         return self._run(frozen, x_BTD, _positions(*ids_BT.shape), visibility, None, updates, dropout)[0]
 
     def mean_pool(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):

@@ -6,9 +6,12 @@ it with `section.key=value`. An unknown key, a wrong type or an unknown choice i
 
 import dataclasses
 import math
+import numbers
+import os
 import re
 import typing
 
+import numpy as np
 import omegaconf
 import yaml
 from omegaconf import OmegaConf
@@ -29,7 +32,7 @@ def load(schema, file=None, overrides=()):
     if file is not None:
         values = _read_yaml(file)
         recipe = {key: values[key] for key in values if key not in _keys(schema) and key in _keys(TrainConfig)}
-        _check(OmegaConf.to_object(_merge(OmegaConf.structured(TrainConfig), recipe, file)))
+        check(OmegaConf.to_object(_merge(OmegaConf.structured(TrainConfig), recipe, file)))
         config = _merge(config, {key: values[key] for key in values if key not in recipe}, file)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -37,12 +40,39 @@ def load(schema, file=None, overrides=()):
             raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
         config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
     instance = OmegaConf.to_object(config)
-    _check(instance)
+    check(instance)
     return instance
 
 
+def check(config, prefix=""):
+    """Raises InputError for a value of another type than its field's, an unknown choice, and a number out of range.
+
+    ~ in a path becomes the user's home, in place. This holds for configs made in Python as well.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if not dataclasses.is_dataclass(field.type):
+            setattr(config, field.name, _checked(field, value, name))
+        elif isinstance(value, field.type):
+            check(value, f"{name}.")
+        else:
+            raise InputError(f"{name}: expected a {field.type.__name__}, found {_shown(value)}")
+
+
+def check_argument(schema, key, value, name):
+    """`check` of an argument of a Python call by a key of a command's schema. name: what the call names it."""
+    _checked(_field_of(schema, key), value, name)
+
+
+def check_arguments(schema, **values):
+    """`check_argument` of arguments that are named as their keys."""
+    for key, value in values.items():
+        check_argument(schema, key, value, key)
+
+
 def require(config, *keys):
-    """Raises InputError unless every dotted key of `config` has a value."""
+    """Raises InputError unless `config` passes `check` and every dotted key of it has a value."""
+    check(config)
     for key in keys:
         value = config
         for part in key.split("."):
@@ -76,7 +106,7 @@ def help_text(schema):
 
 
 def _read_yaml(file):
-    values = read_yaml(shipped(file), "config file")
+    values = read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}
@@ -111,9 +141,11 @@ def _known(schema, values, source, prefix=""):
         elif "???" in (value if isinstance(value, list) else [value]):
             raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
         elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
-            raise InputError(f"{source}: {name}: expected a list of text, found {value!r}")
+            raise InputError(f"{source}: {name}: expected a list of text, found {_shown(value)}. Put text in quotes")
         elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
-            raise InputError(f"{source}: {name}: expected a single value, found {value!r}")
+            raise InputError(f"{source}: {name}: expected a single value, found {_shown(value)}")
+        elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # of a YAML tag
+            raise InputError(f"{source}: {name}: expected text, found {_shown(value)}. Put text in quotes")
         else:
             known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
     return known
@@ -183,16 +215,47 @@ def _nest(key, value):
     return value
 
 
-def _check(instance, prefix=""):
-    """Raises InputError for an unknown choice and for a number that makes no sense."""
-    for field in dataclasses.fields(instance):
-        value, name = getattr(instance, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            _check(value, f"{name}.")
-        elif field.metadata["choices"] and value is not None and value not in field.metadata["choices"]:
-            raise InputError(f"{name}={value}: unknown{nearest(value, field.metadata['choices'])}")
-        elif isinstance(value, (int, float)):
-            least, most = field.metadata["least"], field.metadata["most"]
-            if not (least <= value <= most and value < math.inf):
-                limit = f" and at most {most}" if most < math.inf else ""
-                raise InputError(f"{name}={value}: must be a number, at least {least}{limit}")
+_VALUES = {  # type of a field -> types of its values, and what they are called
+    bool: (bool | np.bool_, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+    list: (list | tuple, "a list of text"),
+}
+
+
+def _kinds(annotation):
+    """Returns the types of an annotation: those of `int | None`, [list] of list[str]."""
+    if typing.get_origin(annotation) is list:
+        return [list]
+    return typing.get_args(annotation) or [annotation]
+
+
+def _checked(field, value, name):
+    """Returns the value of a field, with ~ expanded. Raises InputError for one that makes no sense."""
+    kind, *more = _kinds(field.type)
+    if value is None and more:
+        return None
+    about, (types, what) = field.metadata, _VALUES[kind]
+    if about["path"]:
+        value = [_expanded(item) for item in value] if isinstance(value, list | tuple) else _expanded(value)
+    fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool | np.bool_))
+    if not fits or (kind is list and not _is_list_of_text(list(value))):
+        raise InputError(f"{name}={_shown(value)}: expected {what}")
+    if about["choices"] and value not in about["choices"]:
+        raise InputError(f"{name}={value}: unknown{nearest(value, about['choices'])}")
+    if kind in (int, float):
+        least, most = about["least"], about["most"]
+        if not (least <= value <= most and value < math.inf):
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise InputError(f"{name}={value}: must be a number, at least {least}{limit}")
+    return value
+
+
+def _expanded(path):
+    return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path
+
+
+def _shown(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import loading, memory, optim, quantization, sharding
+from llm2vec_gen_jax import loading, memory, optim, options, quantization, sharding
 from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import GIB, chip_of, reading_flops, training_flops
@@ -49,6 +49,7 @@ class Program:
 
 def plan(config):
     """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
+    options.require(config)
     architecture = _architecture(config)
     devices, chip, compiler = _devices(config.topology)
     if config.measure and is_described(devices[0]):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import download
+from llm2vec_gen_jax import download, options
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_jsonl
@@ -33,6 +33,7 @@ ANSWERS = (
 
 def quickstart(config):
     """Runs (or resumes) the recipe of a QuickstartConfig and prints what came out. Returns the model directory."""
+    options.require(config)
     output = pathlib.Path(config.output)
     if config.overwrite and output.exists():
         if not (output / "queries.jsonl").exists() and any(output.iterdir()):

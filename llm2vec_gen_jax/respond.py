@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import data, options, progress, sharding
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.files import JsonlAppender, fingerprint
 from llm2vec_gen_jax.generate import Sampling, ended, generate
 from llm2vec_gen_jax.loading import load_backbone
@@ -85,8 +85,12 @@ def respond(config, backbone=None):
                         "finish": "stop" if ended(answer, sampling) else "length",
                     }
                     for (row, sample), answer, wanted in zip(items, answers, missing)
-                    if wanted
+                    if wanted and answer is not None
                 ]
                 output.append(new)
                 bar.update(len(new))
+                for (row, _), answer, wanted in zip(items, answers, missing):
+                    if wanted and answer is None:
+                        name = f"{config.input}: question {records[row]['id']!r}, {quote(records[row]['question'])}"
+                        raise not_finite(name, backbone.dtype)
     return path

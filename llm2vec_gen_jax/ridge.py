@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax import data, distributed, losses, progress, sharding
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite
 
 _PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
 _HELD_OUT = 10  # each tenth batch chooses among them
@@ -21,7 +21,7 @@ def start(method, trainable, examples):
 
     examples: how many to use, at most one epoch. The penalty is that of the least error on batches that are held out;
     the solution is of all of them. Every process of a run calls it, and gets the same.
-    Raises InputError where there are too few examples to hold any out.
+    Raises InputError where there are too few examples to hold any out, and for a query whose states are not finite.
     """
     plan, mesh, frozen = method.plan, method.backbone.mesh, method.backbone.frozen
     replicated = sharding.replicated(mesh)
@@ -37,14 +37,15 @@ def start(method, trainable, examples):
         for number, batch in enumerate(data.iterate(method.batches, 0, count)):
             if distributed.stop_requested():
                 raise distributed.Preempted("stopped as asked, before the first step")
-            batch = {name: batch[name] for name in ("query", "query_lengths", "target")}
-            cache, batch = method.read(sharding.put_batch(batch, mesh))
+            cache, batch = _read(method, batch)
             if origin is None:  # numbers near zero, because their squares are summed in float32
                 origin = means(trainable, frozen, cache, batch)
             part = "kept" if number % _HELD_OUT else "held out"
             sums[part] = add(sums[part], origin, trainable, frozen, cache, batch)
             bar.update(plan.batch_size)
     kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.read(x), np.float64), sums[part]) for part in sums)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves((kept, held_out))):
+        _name_not_finite(method, trainable, count)
     errors = [_error(_solve(kept, penalty), held_out) for penalty in _PENALTIES]
     best = int(np.argmin(errors))
     kernel_DE, bias_E = _solve(jax.tree.map(np.add, kept, held_out), _PENALTIES[best])
@@ -58,6 +59,24 @@ def start(method, trainable, examples):
     )
     head = {name: value.astype(np.float32) for name, value in head.items()}
     return trainable | {"alignment": sharding.put_replicated(head, mesh)}
+
+
+def _read(method, batch):
+    batch = {name: batch[name] for name in ("query", "query_lengths", "target")}
+    return method.read(sharding.put_batch(batch, method.backbone.mesh))
+
+
+def _name_not_finite(method, trainable, count):
+    """Raises InputError that names the first query that is not finite, of `count` batches of which one is not."""
+    frozen, replicated = method.backbone.frozen, sharding.replicated(method.backbone.mesh)
+    inputs = jax.jit(functools.partial(_inputs, method.model), out_shardings=replicated)
+    for step, batch in enumerate(data.iterate(method.batches, 0, count)):
+        finite_B = np.isfinite(sharding.read(inputs(trainable, frozen, *_read(method, batch)))).all(axis=1)
+        if not finite_B.all():
+            row = method.examples.row[method.plan[step].rows[np.argmin(finite_B)]]
+            name = f"{method.config.data.responses}: the question of row {row} (from 0)"
+            raise not_finite(name, method.backbone.dtype)
+    raise InputError("train.ridge_examples: sums over the examples exceed float32; train without it")
 
 
 def _nothing(D, E):

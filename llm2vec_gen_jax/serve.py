@@ -228,8 +228,8 @@ class Server:
         instruction = body.get("instruction", self.config.instruction)
         return await asyncio.to_thread(self.engine.tokenize, texts, instruction)
 
-    async def _result(self, request, submit, *options):
-        """Returns the results of submit(*options), unless the queue is full or the client goes away."""
+    async def _result(self, request, key, submit, *options):
+        """Returns the results of submit(*options), of `key`, unless the queue is full or the client leaves."""
         try:
             work = asyncio.wrap_future(submit(*options))
         except Full as full:
@@ -239,7 +239,7 @@ class Server:
             timeout = self.config.request_timeout
             await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                return work.result()
+                return self.engine.check(work.result(), key)
             if gone.done():
                 raise ClientDisconnect
             raise Refused(503, f"no answer within {timeout:g} s", "timeout")
@@ -262,7 +262,7 @@ class Server:
         if soft and not self.config.decode.enabled:
             raise Refused(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
         ids = await self._ids(texts, body)
-        found = await self._result(request, self.engine.embed, ids, soft)
+        found = await self._result(request, "input", self.engine.embed, ids, soft)
         return self._embeddings(ids, found, size, encoding, soft)
 
     def _embeddings(self, ids, found, size, encoding, soft):
@@ -297,11 +297,12 @@ class Server:
         if "input" in body:
             ids = await self._ids(self._texts(body["input"], settings.max_inputs), body)
             read = sum(map(len, ids))
-            prompts = [prompts for _, prompts in await self._result(request, self.engine.embed, ids, True)]
+            prompts = [prompts for _, prompts in await self._result(request, "input", self.engine.embed, ids, True)]
         else:
             self._count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
             prompts = self._soft_prompts(body["soft_prompts"])
-        rows = await self._result(request, self.engine.decode, prompts, most, body.get("seed", 0))
+        (key,) = body.keys() & {"input", "soft_prompts"}
+        rows = await self._result(request, key, self.engine.decode, prompts, most, body.get("seed", 0))
         rows = [row[:most] for row in rows]
         texts = [self.model.backbone.tokenizer.decode(row) for row in rows]
         data = [{"object": "decoding", "index": number, "text": text} for number, text in enumerate(texts)]

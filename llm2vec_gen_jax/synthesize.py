@@ -3,7 +3,7 @@
 import numpy as np
 
 from llm2vec_gen_jax import options, progress
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.files import JsonlAppender
 from llm2vec_gen_jax.generate import Sampling, ended, generate
 from llm2vec_gen_jax.respond import open_backbone, shard_path
@@ -45,6 +45,8 @@ def synthesize(config, backbone=None):
                 samples = generate(backbone, [prompt] * config.batch_size, sampling, config.seed, numbers)
                 rows = []
                 for number, ids in zip(numbers.tolist(), samples):
+                    if ids is None:
+                        raise not_finite(f"{path}: sample {number}", backbone.dtype)
                     question = backbone.tokenizer.decode(ids).strip()
                     good = number > last and ended(ids, sampling) and len(question) >= _SHORTEST
                     if good and _key(question) not in seen and len(output.rows) + len(rows) < wanted:

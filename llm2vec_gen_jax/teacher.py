@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from llm2vec_gen_jax import distributed, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.files import (
     exclusive,
@@ -100,7 +100,10 @@ def _by_llm2vec(backbone, config, answers, responses):
         def embed(rows):
             batch = [ids[row] for row in rows]
             width = edges[np.searchsorted(edges, max(map(len, batch)))]
-            return pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), backbone.execution)
+            vectors = pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), backbone.execution)
+            for row in rows[~np.isfinite(vectors).all(axis=1)]:
+                raise not_finite(f"{responses}: the target of {quote(answers[row])}", dtype)
+            return vectors
 
         return embed, reader.architecture.hidden_size
 
@@ -149,8 +152,9 @@ def _by_sentence_transformers(config, answers, responses):
                 normalize_embeddings=config.normalize,
                 show_progress_bar=False,
             )
-            if not np.isfinite(vectors).all():
-                raise InputError(f"teacher.path={config.path}: its vectors hold NaN or infinity")
+            for row in np.asarray(rows)[~np.isfinite(vectors).all(axis=1)]:
+                name = f"teacher.path={config.path}: the vector of {quote(answers[row])}"
+                raise InputError(f"{name} holds NaN or infinity")
             return vectors
 
         return embed, embed([0]).shape[1]

@@ -10,7 +10,7 @@ from llm2vec_gen_jax.attention import Visibility
 from llm2vec_gen_jax.backbone import Backbone
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.loading import load_backbone
-from tests.conftest import one_device_mesh, tiny_tokenizer
+from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (12, 1, 5)]
 
@@ -59,3 +59,24 @@ def load(path, mesh=None):
 
 def mesh_of(*sizes):
     return sharding.make_mesh(config.MeshConfig(*sizes))
+
+
+def save_overflowing_backbone(folder):
+    """Writes a tiny Llama of which only the token of "~" exceeds float16: dimension 1 is its own, and one MLP unit of
+    the first layer makes 10^6 of it. In float32 nothing is large."""
+    import torch
+
+    model, tokenizer = tiny_torch_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 1] = 0
+        embedding[tokenizer("~")["input_ids"][0], 1] = 100
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[1] = layer.mlp.down_proj.weight[1] = 0
+        first = model.model.layers[0]
+        for projection in (first.mlp.gate_proj, first.mlp.up_proj):
+            projection.weight[0] = 0
+            projection.weight[0, 1] = 200
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

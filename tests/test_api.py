@@ -210,8 +210,119 @@ def test_what_encode_does_not_know_is_an_error(model):
             model.encode(texts)
     with pytest.raises(InputError, match="input 1.*surrogate"):
         model.encode(["a", "b\ud800"])
-    with pytest.raises(InputError, match="batch_size must be positive, found 0"):
+    with pytest.raises(InputError, match="batch_size=0: must be a number, at least 1"):
         model.encode("a", batch_size=0)
+
+
+class Table:
+    """Iterates over the names of its columns, as a data frame does."""
+
+    columns = ("text", "label")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    "inputs, named",
+    [
+        ({"a": "b"}, "dict"),
+        (Table(), "one column.*Table"),
+        ({"a", "b"}, "set"),
+        (b"ab", "bytes"),
+        (None, "NoneType"),
+        (5, "int"),
+        (np.array([["a"]]), "ndarray"),
+        (np.array("a"), "ndarray"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(model, inputs, named):
+    for call in (model.encode, model.encode_query, model.logit_lens):
+        with pytest.raises(InputError, match=f"inputs must be a string or a list of them.*{named}"):
+            call(inputs)
+
+
+def test_data_frames_are_refused_and_their_columns_taken(model):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["a", "b"]})
+    with pytest.raises(InputError, match="one column.*DataFrame"):
+        model.encode(frame)
+    np.testing.assert_array_equal(model.encode(frame["text"]), model.encode(["a", "b"]))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "method, options, named",
+    [
+        ("encode", {"batch_size": -1}, "batch_size=-1"),
+        ("encode", {"batch_size": 2.5}, "batch_size=2.5"),
+        ("encode", {"batch_size": "4"}, "batch_size='4'"),
+        ("encode", {"batch_size": True}, "batch_size=True"),
+        ("encode", {"max_length": "9"}, "max_length='9'"),
+        ("encode", {"max_length": 9.5}, "max_length=9.5"),
+        ("encode", {"truncate_dim": 2.0}, "truncate_dim=2.0"),
+        ("encode", {"normalize_embeddings": "no"}, "normalize_embeddings='no'"),
+        ("encode", {"prompt": 5}, "prompt=5"),
+        ("encode", {"prompt_name": 5}, "prompt_name 5 is unknown"),
+        ("encode", {"precision": 8}, "precision 8 is unknown"),
+        ("warmup", {"batch_size": 0}, "batch_size=0"),
+        ("logit_lens", {"top_k": 0}, "top_k=0"),
+        ("logit_lens", {"top_k": 2.5}, "top_k=2.5"),
+        ("logit_lens", {"batch_size": -1}, "batch_size=-1"),
+        ("logit_lens", {"state": 5}, "state 5 is unknown"),
+        ("decode", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("decode", {"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
+        ("decode", {"temperature": NAN}, "temperature=nan"),
+        ("decode", {"temperature": -1}, "temperature=-1"),
+        ("decode", {"temperature": float("inf")}, "temperature=inf"),
+        ("decode", {"temperature": "1"}, "temperature='1'"),
+        ("decode", {"top_p": 1.5}, "top_p=1.5"),
+        ("decode", {"top_p": NAN}, "top_p=nan"),
+        ("decode", {"top_p": -0.1}, "top_p=-0.1"),
+        ("decode", {"batch_size": 0}, "batch_size=0"),
+        ("decode", {"batch_size": -1}, "batch_size=-1"),
+        ("decode", {"seed": -1}, "seed=-1"),
+        ("decode", {"seed": 0.5}, "seed=0.5"),
+    ],
+)
+def test_arguments_are_checked_like_the_keys_of_commands(model, method, options, named):
+    subject = {"decode": [np.zeros((1, K, 32))], "warmup": []}.get(method, [["a"]])
+    with pytest.raises(InputError, match=f"^{named}"):
+        getattr(model, method)(*subject, **options)
+
+
+def test_what_cannot_be_loaded_like_that_is_refused(model_folder):
+    for dtype in ("int4", "uint8", "float64", "fp16", "half", "", None, 16, "bfloat17"):
+        with pytest.raises(InputError, match="^dtype="):
+            LLM2VecGen.from_pretrained(model_folder, dtype=dtype)
+    for options, named in (
+        ({"attention": "flash"}, "attention=flash: unknown"),
+        ({"attention": None}, "attention=None: unknown"),
+        ({"mesh": "auto"}, "mesh must be"),
+        ({"prompts": ["query"]}, "prompts must be a dict"),
+        ({"prompts": {"query": 5}}, "prompts must be a dict"),
+    ):
+        with pytest.raises(InputError, match=named):
+            LLM2VecGen.from_pretrained(model_folder, **options)
+
+
+def test_soft_prompts_of_different_lengths_are_refused(model):
+    with pytest.raises(InputError, match="soft prompts must be one array"):
+        model.decode([[[1.0]], [[1.0], [2.0]]])
+
+
+def test_the_home_is_known_in_paths(model, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(model_folder, tmp_path / "model")
+    loaded = LLM2VecGen.from_pretrained("~/model")
+    loaded.save_pretrained("~/again")
+    loaded.save_merged(pathlib.Path("~/merged"))
+    assert {path.name for path in tmp_path.iterdir()} >= {"model", "again", "merged"}
+    np.testing.assert_array_equal(LLM2VecGen.from_pretrained("~/again").encode("a"), loaded.encode("a"))
+    with pytest.raises(InputError, match="dtype=int4"):
+        loaded.save_pretrained("~/third", dtype="int4")
 
 
 def test_similarity_is_the_cosine(model):

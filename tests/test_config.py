@@ -10,8 +10,9 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, options
+from llm2vec_gen_jax import config, instructions, options
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig
+from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.train import train
 
@@ -25,7 +26,7 @@ SCHEMAS = [
 ]
 # Printable text with what means something to a shell, YAML, JSON or OmegaConf drawn often.
 TEXT = st.text(st.one_of(st.sampled_from("${}\\=:?#'\"[], \n"), st.characters(exclude_categories=["Cs"])))
-TEXT = TEXT.filter(lambda text: text != "???")
+TEXT = TEXT.filter(lambda text: text != "???" and text[:1] != "~")
 # What PyYAML writes and reads back: not the rarer line separators.
 YAML_TEXT = TEXT.filter(lambda text: not set(text) & set("\x85\u2028\u2029"))
 
@@ -182,6 +183,145 @@ def test_an_unknown_choice_is_named_with_the_nearest(schema):
 def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     with pytest.raises(InputError, match="config.yaml"):
         load_yaml(tmp_path, text)
+
+
+WRITTEN = ("2026_11_28", "2026-11-28", "2026-11-28 10:00:00", "1e3", "1.0e+3", "0x10", "0o17", "010", "1:30", "1_000.5")
+WRITTEN += (".inf", ".NaN", "=", "+5", "-0", "0b1", "12e03", "1.", "N/A", "None", "~/x/2026")
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_text_of_a_file_is_what_is_written(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("HOME", "~")  # paths as they are, for once
+    loaded = load_yaml(tmp_path, f"train: {{output: {text}}}\ndata:\n  split: {text}\n  answer_suffix: {text} # so\n")
+    assert [loaded.train.output, loaded.data.split, loaded.data.answer_suffix] == [text] * 3
+    loaded = load_yaml(tmp_path, f"teacher:\n  adapters:\n  - {text}\n  - [{text}]".replace("[", "").replace("]", ""))
+    assert loaded.teacher.adapters == [text] * 2
+
+
+@pytest.mark.parametrize("text", ["yes", "No", "on", "OFF", "true", "False", "!!int 5", "!!float 1", "!!binary aGk="])
+def test_what_yaml_takes_for_something_else_is_to_be_quoted(tmp_path, text):
+    for values in (f"train: {{output: {text}}}", f"data: {{split: {text}}}", f"teacher: {{adapters: [{text}]}}"):
+        with pytest.raises(InputError, match=r"config.yaml: (train.output|data.split|teacher.adapters).*in quotes"):
+            load_yaml(tmp_path, values)
+    if not text.startswith("!"):
+        assert load_yaml(tmp_path, f"data: {{split: '{text}'}}").data.split == text
+
+
+@pytest.mark.parametrize(
+    "text, steps", [("007", 7), ("1_000", 1000), ("'5'", 5), ("1:30", None), ("0x10", None), ("2026-11-28", None)]
+)
+def test_a_number_of_a_file_is_what_it_looks_like(tmp_path, text, steps):
+    """YAML 1.1 would read 1:30 as 90, and 010 as 8."""
+    if steps is None:
+        with pytest.raises(InputError, match="train.steps"):
+            load_yaml(tmp_path, f"train: {{steps: {text}}}")
+    else:
+        assert load_yaml(tmp_path, f"train: {{steps: {text}}}").train.steps == steps
+
+
+def test_instructions_are_what_is_written(tmp_path):
+    (tmp_path / "own.yaml").write_text("query:\n  2026_11: 1e3\n  Task: 2026-11-28\ndocument: 1:30\n")
+    found = instructions.read(tmp_path / "own.yaml")
+    assert (found.query, found.document) == ({"2026_11": "1e3", "Task": "2026-11-28"}, "1:30")
+
+
+# Paths
+
+PLAIN = """answer_suffix attention_function alignment_function comparisons contrastive_function distributed field host
+id_field instruction layers mask_token name profile prompt query_instruction document_instruction recipe split text
+topology"""
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_the_home_is_known_in_every_path(schema, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in leaves(schema()):
+        field = options._field_of(schema, key)
+        if field.type not in (str, str | None, list[str]) or field.metadata["choices"]:
+            continue
+        name, several = key.rpartition(".")[2], field.type == list[str]
+        loaded = options.load(schema, None, [f"{key}={'~/a,~/b' if several else '~/a'}"])
+        value = leaves(loaded)[key]
+        if name in PLAIN.split():
+            assert value == (["~/a", "~/b"] if several else "~/a")
+        else:
+            assert value == ([f"{tmp_path}/a", f"{tmp_path}/b"] if several else f"{tmp_path}/a"), key
+
+
+def test_the_home_is_known_in_files_and_in_configs_made_in_python(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("train: {output: ~/run}\nteacher: {adapters: [~/a, '~/b']}")
+    loaded = options.load(TrainConfig, "~/config.yaml")
+    assert (loaded.train.output, loaded.teacher.adapters) == (f"{tmp_path}/run", [f"{tmp_path}/a", f"{tmp_path}/b"])
+    own = TrainConfig()
+    own.train.output, own.data.responses = pathlib.Path("~/run"), tmp_path / "responses.jsonl"
+    options.require(own, "train.output")
+    assert (own.train.output, own.data.responses) == (f"{tmp_path}/run", f"{tmp_path}/responses.jsonl")
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name)
+    for source in ("~/texts/a.txt,~/texts/b.txt", "~/texts", "~/texts/*.txt"):
+        assert [row.text for row in Corpus(source).read()] == ["a", "b"]
+
+
+# Configs made in Python
+
+WRONG = [
+    (config.TrainSettings(steps=-5), "train.steps=-5: must be a number, at least 1"),
+    (config.TrainSettings(steps="many"), "train.steps='many': expected a whole number"),
+    (config.TrainSettings(steps=1.5), "train.steps=1.5: expected a whole number"),
+    (config.TrainSettings(steps=True), "train.steps=True: expected a whole number"),
+    (config.TrainSettings(steps=None), "train.steps=None: expected a whole number"),
+    (config.TrainSettings(remat="all"), "train.remat=all: unknown"),
+    (config.TrainSettings(overwrite="no"), "train.overwrite='no': expected true or false"),
+    (config.OptimizerConfig(learning_rate=float("nan")), "optimizer.learning_rate=nan: must be a number"),
+    (config.OptimizerConfig(learning_rate="1e-3"), "optimizer.learning_rate='1e-3': expected a number"),
+    (config.OptimizerConfig(weight_decay=np.float32("inf")), "optimizer.weight_decay=inf: must be a number"),
+    (config.TeacherConfig(adapters="a"), "teacher.adapters='a': expected a list of text"),
+    (config.TeacherConfig(adapters=[1]), "teacher.adapters=.1.: expected a list of text"),
+    (config.TeacherConfig(whiten=2), "teacher.whiten=2: must be a number, at least 0 and at most 1"),
+    (config.KernelsConfig(attention="flash"), "kernels.attention=flash: unknown"),
+    (config.BackboneConfig(dtype="int4"), "backbone.dtype=int4: unknown"),
+    (config.BackboneConfig(path=5), "backbone.path=5: expected text"),
+    (config.DataConfig(answer_suffix=b"x" * 500), "data.answer_suffix=b'x{78}…: expected text"),
+    ({"steps": 5}, "train: expected a TrainSettings, found"),
+]
+
+
+@pytest.mark.parametrize("section, expected", WRONG, ids=[expected for _, expected in WRONG])
+def test_configs_made_in_python_are_checked_like_words(section, expected, tmp_path):
+    name = next((field.name for field in dataclasses.fields(TrainConfig) if field.type is type(section)), "train")
+    own = TrainConfig(**{name: section})
+    if name != "data":
+        own.data.responses = str(tmp_path / "none.jsonl")
+    if type(own.train) is config.TrainSettings:
+        own.train.output = str(tmp_path / "run")
+    with pytest.raises(InputError, match=expected.replace("(", r"\(")):
+        train(own)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["respond", "synthesize", "encode", "evaluate", "build_index", "plan", "quickstart"])
+def test_every_entry_checks_its_config(name, tmp_path):
+    from llm2vec_gen_jax import bulk, evaluate, plan, quickstart, respond, synthesize
+    from llm2vec_gen_jax.lens import latent
+
+    entries = {
+        "respond": lambda: respond.respond(config.RespondConfig(batch_size=-1)),
+        "synthesize": lambda: synthesize.synthesize(config.SynthesizeConfig(batch_size=-1)),
+        "encode": lambda: bulk.encode_corpus("x", config.EncodeConfig(batch_size=-1)),
+        "evaluate": lambda: evaluate.evaluate("x", config.EvaluateConfig(batch_size=-1)),
+        "build_index": lambda: latent.build_index("x", config.BuildIndexConfig(batch_size=-1)),
+        "plan": lambda: plan.plan(config.PlanConfig(train=config.TrainSettings(batch_size=-1))),
+        "quickstart": lambda: quickstart.quickstart(config.QuickstartConfig(batch_size=-1)),
+    }
+    with pytest.raises(InputError, match="batch_size=-1: must be a number, at least 1"):
+        entries[name]()
+
+
+def test_numbers_of_numpy_are_numbers():
+    options.check(config.TrainSettings(steps=np.int64(3), ridge_examples=np.int32(0)))
+    options.check(config.OptimizerConfig(learning_rate=np.float32(0.5), weight_decay=0))
 
 
 def test_a_missing_file_or_a_folder_is_named(tmp_path):

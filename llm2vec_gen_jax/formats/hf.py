@@ -11,7 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.files import atomic_directory, read_json, write_json
 from llm2vec_gen_jax.formats import weights
 
@@ -129,7 +129,8 @@ def save(folder, params, architecture, also=None, stop=(), added=None):
             if array is not None and name in tables and added is not None:
                 array = np.concatenate([array, np.zeros((vocab_size - len(array), array.shape[1]), array.dtype)])
                 if name == "model.embed_tokens.weight":
-                    array[ids] = rows
+                    with np.errstate(over="ignore"):  # `_write_weights` looks for infinity
+                        array[ids] = rows
             yield name, array
 
     if jax.process_index() != 0:
@@ -170,6 +171,8 @@ def _write_weights(folder, layout, dtype, arrays):
             for name in names:
                 found, array = next(arrays)
                 assert (found, array.shape) == (name, tuple(layout[name])), f"{found} {array.shape} is out of order"
+                if not np.isfinite(array).all():
+                    raise not_finite(f"{folder}: {name}", str(dtype))
                 out.write(np.ascontiguousarray(array).tobytes())
     if len(parts) > 1:
         places = {name: file for file, names in zip(files, parts) for name in names}

@@ -56,7 +56,9 @@ def load(source, architecture, mesh, dtype):
             shape, shardings[path], lambda index, path=path, shape=shape: _read(source, path, shape, index, dtype)
         )
         if not jnp.isfinite(array).all():
-            raise InputError(f"{source}: {TABLE[path][0].format('*')} holds NaN or infinity: the file is damaged")
+            why = "its numbers exceed float16 (use bfloat16 or float32), or " if dtype == jnp.float16 else ""
+            name = TABLE[path][0].format("*")
+            raise InputError(f"{source}: {name} holds NaN or infinity: {why}the file is damaged")
         folder, _, name = path.rpartition("/")
         if quantized and name == "kernel":
             put = shardings[path]
@@ -143,6 +145,7 @@ def their_shape(pattern, shape):
     return tuple(int(np.prod([size[axis] for axis in group])) for group in theirs)
 
 
+@np.errstate(over="ignore")  # `load` looks for infinity
 def _read(source, path, shape, index, dtype):
     """Reads our slice `index` of one (stacked) weight."""
     name, pattern = TABLE[path]

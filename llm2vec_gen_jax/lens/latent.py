@@ -14,7 +14,7 @@ import numpy as np
 from llm2vec_gen_jax import directory, options, progress, sharding, vectors
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.files import changes, exclusive, new_array, read_json, require_new, sha256_file, write_json
 from llm2vec_gen_jax.generate import ladder
@@ -184,6 +184,9 @@ def _fill(partial, backbone, config, run):
             where_BP[where] = rows[:, 1]
             batch = sharding.put_batch((ids_BT, where_BP), backbone.mesh)
             states = np.asarray(_states(model, tuple(layers), backbone.frozen, *batch))
+            for text in where[0][~np.isfinite(states[:, *where]).all(axis=(0, 2))]:
+                beginning = quote(backbone.tokenizer.decode(ids[text].tolist()))
+                raise not_finite(f"{config.input}: {beginning}", backbone.dtype)
             for array, states_BPD in zip(arrays, states):
                 array[first:last] = vectors.unit(states_BPD[where].astype(np.float32))
             bar.update(len(rows))

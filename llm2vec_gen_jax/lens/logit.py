@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import sharding
-from llm2vec_gen_jax.config.lens import READINGS
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax import options, sharding
+from llm2vec_gen_jax.config.lens import READINGS, LogitLensConfig
+from llm2vec_gen_jax.encode import finite, texts_of
+from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.execution import platform_jit
 from llm2vec_gen_jax.lens.states import compression_states
 
@@ -54,8 +55,10 @@ def logit_lens(
     (STOP_WORDS) unless stop_words is True.
     Raises InputError for an unknown state or a top_k beyond the vocabulary.
     """
+    options.check_arguments(LogitLensConfig, top_k=top_k, words=words, stop_words=stop_words, batch_size=batch_size)
     if state not in READINGS:
-        raise InputError(f"state {state!r} is unknown{nearest(state, READINGS)}")
+        raise InputError(f"state {state!r} is unknown{nearest(str(state), READINGS)}")
+    texts = texts_of(texts)
     model, tokenizer = embedder.model, embedder.backbone.tokenizer
     pool = max(top_k, _POOL) if words else top_k
     if not 1 <= top_k <= model.architecture.vocab_size:
@@ -63,6 +66,8 @@ def logit_lens(
     last = [model.architecture.num_layers]
     states = compression_states(embedder, texts, last, batch_size, max_length, show_progress_bar)[:, 0]
     probabilities, ids = _top(embedder, state, states, min(pool, model.architecture.vocab_size))
+    for text in np.flatnonzero(~finite([probabilities])):  # soft prompts may exceed the backbone's dtype
+        raise not_finite(f"text {text} (from 0), {quote(texts[text])}", embedder.backbone.dtype)
     found = [
         [_candidates(tokenizer, *token) for token in zip(*text)] for text in zip(ids.tolist(), probabilities.tolist())
     ]

@@ -5,7 +5,7 @@ import pathlib
 import jinja2
 import numpy as np
 
-from llm2vec_gen_jax import embedders, teacher
+from llm2vec_gen_jax import embedders, options, teacher
 from llm2vec_gen_jax.config import EvaluateConfig
 from llm2vec_gen_jax.files import write_text
 from llm2vec_gen_jax.lens import chart
@@ -18,6 +18,7 @@ _SENTENCES = 3  # of a layer's neighbours that are shown with their sentences
 
 def write_report(model, texts, path, config):
     """Writes the page of a ReportConfig to config.output. model: the LLM2VecGen at `path`. Complete or not at all."""
+    options.require(config, "output")
     index = Index(config.index, model.backbone) if config.index is not None else None
     page = render(gather(model, texts, config, index) | {"name": str(path)})
     write_text(config.output, page)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import vectors
+from llm2vec_gen_jax import options, vectors
+from llm2vec_gen_jax.config import QueryIndexConfig
+from llm2vec_gen_jax.encode import texts_of
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import read_array, read_json
 from llm2vec_gen_jax.lens.latent import RECORD, layer_file
@@ -117,6 +119,8 @@ def latent_lens(
     same_layer: compare with contexts of the same layer only; otherwise with those of all layers, as LatentLens does.
     Raises InputError for a layer that there is not.
     """
+    options.check_arguments(QueryIndexConfig, top_k=top_k, same_layer=same_layer, batch_size=batch_size)
+    texts = texts_of(texts)
     layers = check_layers(layers or index.layers, embedder.model.architecture.num_layers)
     if same_layer and (missing := [layer for layer in layers if layer not in index.layers]):
         raise InputError(f"layers: {missing[0]} is not in the index, which has {', '.join(map(str, index.layers))}")

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 from llm2vec_gen_jax import progress, sharding
-from llm2vec_gen_jax.encode import arrange, plan
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.encode import arrange, plan, repair, texts_of, unpack
+from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.execution import platform_jit
 
 
@@ -19,19 +19,33 @@ def compression_states(embedder, texts, layers, batch_size=16, max_length=None, 
     """Returns states (n, len(layers), K, D), float32, of the compression tokens of texts.
 
     embedder: an LLM2VecGen. layers: 0 for the trained embeddings, l for the result of layer l, num_layers for the last
-    hidden states (after the final norm) that the heads read.
+    hidden states (after the final norm) that the heads read. Raises InputError that names a text of which they are
+    not finite.
     """
     model, backbone = embedder.model, embedder.backbone
     K, D = model.num_tokens, model.architecture.hidden_size
+    texts = texts_of(texts)
     ids = embedder.tokenize(texts, limit=embedder.text_length(max_length))
     states = np.zeros((len(ids), len(layers), K, D), np.float32)
-    batches = plan([len(row) + model.num_appended for row in ids], batch_size, sharding.batch_shards(backbone.mesh))
+    shards = sharding.batch_shards(backbone.mesh)
+    batches = plan([len(row) + model.num_appended for row in ids], batch_size, shards)
+
+    def read(batch, ids):
+        packed, numbers, rows, slots = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
+        packed = sharding.put_batch(packed, backbone.mesh)
+        found = np.asarray(_states(model, tuple(layers), embedder.trainable, backbone.frozen, packed))
+        return unpack([np.moveaxis(found, 0, 2)], rows, slots), numbers, rows
+
+    def alone(text):
+        [batch] = plan([len(ids[text]) + model.num_appended], batch_size, shards)
+        return read(batch, [ids[text]])[0]
+
     with progress.bar(len(ids), "text", "read", enabled=show_progress_bar) as bar:
         for batch in batches:
-            packed, numbers, rows, slots = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
-            packed = sharding.put_batch(packed, backbone.mesh)
-            found = np.asarray(_states(model, tuple(layers), embedder.trainable, backbone.frozen, packed))
-            states[numbers] = found[:, rows, slots].swapaxes(0, 1)
+            found, numbers, rows = read(batch, ids)
+            for text in repair(found, numbers, rows, alone):
+                raise not_finite(f"text {text} (from 0), {quote(texts[text])}", backbone.dtype)
+            states[numbers] = found[0]
             bar.update(len(numbers))
     return states
 
