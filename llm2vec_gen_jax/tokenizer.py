@@ -46,8 +46,13 @@ class Tokenizer:
 
     @functools.cached_property
     def identity(self):
-        """16 hex digits: the same for tokenizers that give a text of words, numbers and many scripts the same ids."""
-        return fingerprint(self.plain.encode(_PROBE).ids)
+        """16 hex digits: the same for tokenizers that give the same ids to ordinary text and to their added tokens.
+
+        Ordinary: words, numbers and many scripts. Added tokens: those that a text can hold (<think>), not special ones.
+        """
+        ids = self.plain.encode(_PROBE).ids
+        added = sorted(token.content for token in self.hf.added_tokens_decoder.values() if not token.special)
+        return fingerprint([ids, [self.plain.encode(f"a {token} b").ids for token in added]] if added else ids)
 
     @functools.cached_property
     def pieces(self):
