@@ -28,7 +28,8 @@ class Corpus:
 
     source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
     Face dataset (save_to_disk) or stands for the files in it, but for names that begin with a dot. field, id_field:
-    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". Files come in the order given, those of a pattern or folder sorted.
+    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". Files come in the order given,
+    those of a pattern or folder sorted.
     """
 
     def __init__(self, source: str, field: str = "text", id_field: str | None = None, stdin: str = "txt") -> None:

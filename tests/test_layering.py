@@ -23,7 +23,7 @@ FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry templates",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised",
-    "config.study kernels quantization study.plots tracking",
+    "config.study kernels package_index quantization study.plots tracking",
     "config",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
