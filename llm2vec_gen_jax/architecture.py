@@ -54,6 +54,13 @@ _FAMILIES = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
+# What a key means that config.json leaves out, as in transformers' config classes; null is not left out.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+_FAMILY_DEFAULTS = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 _MOST = 1e30  # numbers of a config stay below it: float32 holds them
 # Keys that change the computation, and the only values that the code implements.
 _SUPPORTED = {
@@ -64,6 +71,7 @@ _SUPPORTED = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
+    "tie_word_embeddings": (False, True),
 }
 
 
@@ -75,9 +83,7 @@ def from_hf_config(config, source):
     family = config.get("model_type")
     if str(family) not in _FAMILIES:
         raise InputError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
-    for key, allowed in _SUPPORTED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{source}: {key}={config[key]!r} is not supported (only {allowed[0]!r})")
+    config = _DEFAULTS | _FAMILY_DEFAULTS[family] | config
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"{source}: layer_types with other than full_attention is not supported")
@@ -86,6 +92,9 @@ def from_hf_config(config, source):
         if not isinstance(config.get(key) or {}, dict):
             raise InputError(f"{source}: {key}={config[key]!r} is not an object")
         scaling |= config.get(key) or {}
+    for key, allowed in _SUPPORTED.items():
+        if (value := (config | scaling).get(key, allowed[0])) not in allowed:
+            raise InputError(f"{source}: {key}={value!r} is not supported (only {allowed[0]!r})")
 
     def size(key, default=None):
         return _positive(config, key, int, source, default)
@@ -108,7 +117,7 @@ def from_hf_config(config, source):
         norm_eps=float(_positive(config, "rms_norm_eps", (int, float), source)),
         rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
         rope_scaling=_rope_scaling(scaling, source),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        tied_embeddings=config["tie_word_embeddings"],
         **_FAMILIES[family],
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import is_broken, lines_of, parse_object, read_lines, sha256_file
+from llm2vec_gen_jax.files import is_broken, lines_of, parse_object, read_lines, sha256_file, visible
 
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 _PIECE = 1024  # rows of an Arrow table that are in memory
@@ -27,8 +27,9 @@ class Corpus:
     """The texts of an `input=` setting.
 
     source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
-    Face dataset (save_to_disk) or stands for the files in it. field, id_field: keys of JSON objects, columns of tables.
-    stdin: what `-` holds, "txt" or "jsonl". Files come in the order given, those of a pattern or folder sorted.
+    Face dataset (save_to_disk) or stands for the files in it, but for names that begin with a dot. field, id_field:
+    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". Files come in the order given,
+    those of a pattern or folder sorted.
     """
 
     def __init__(self, source: str, field: str = "text", id_field: str | None = None, stdin: str = "txt") -> None:
@@ -215,7 +216,7 @@ def _files_in(folder):
         raise InputError(
             f"{folder}: holds several splits; name one: {', '.join(str(folder / name) for name in splits)}"
         )
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_SUFFIXES))
+    files = [path for path in visible(folder) if path.name.endswith(_SUFFIXES)]
     if not files:
         raise InputError(f"{folder}: no file in it that can be read; supported: {', '.join(_SUFFIXES)}")
     return files
@@ -225,7 +226,6 @@ def _sha256(path):
     if not path.is_dir():
         return sha256_file(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    for file in visible(path):
+        digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
     return digest.hexdigest()

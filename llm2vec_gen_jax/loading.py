@@ -91,6 +91,10 @@ def open_backbone(path, execution):
         config = hf.read_config(where)
         architecture = architecture_lib.from_hf_config(config, where / "config.json")
         source = hf.SafetensorsSource(where)
+        if architecture.tied_embeddings:
+            source.tie()
+            # As in transformers: a head that is in the file and is another than the embeddings is not tied.
+            architecture = dataclasses.replace(architecture, tied_embeddings=not weights.has_own_head(source))
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
         license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import fingerprint, is_broken, read_json, read_jsonl, read_lines, sha256_file
+from llm2vec_gen_jax.files import fingerprint, is_broken, read_json, read_jsonl, read_lines, sha256_file, visible
 
 MAIN_METRIC = {
     "retrieval": "ndcg_at_10",
@@ -42,7 +42,7 @@ class Task:
 
 def find(folder):
     """Returns the task folders at or below a folder, in the order of their paths."""
-    found = sorted(file.parent for file in pathlib.Path(folder).rglob("task.json"))
+    found = [file.parent for file in visible(folder, "task.json")]
     if not found:
         raise InputError(f"tasks={folder}: there is no task.json at or below this folder")
     return found

@@ -21,6 +21,7 @@ from llm2vec_gen_jax.files import (
     read_array,
     read_json,
     sha256_file,
+    visible,
     write_json,
 )
 from llm2vec_gen_jax.formats import peft
@@ -133,7 +134,7 @@ def _by_sentence_transformers(config, answers, responses):
     if config.path is None:
         raise InputError("teacher.path is needed: the folder or hub id of a sentence-transformers model")
     folder = resolve_embedder(config.path)
-    files = sorted({path for pattern in EMBEDDER_PATTERNS for path in folder.rglob(pattern) if path.is_file()})
+    files = sorted({path for pattern in EMBEDDER_PATTERNS for path in visible(folder, pattern)})
     key = {
         "embedder": {str(path.relative_to(folder)): sha256_file(path) for path in files},
         "prompt": config.prompt,

@@ -3,14 +3,16 @@
 import functools
 import json
 
-import jinja2
 import tokenizers
 from transformers import AutoTokenizer
 
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import fingerprint, is_broken
+from llm2vec_gen_jax.templates import render
 
-_SENTINEL = "\ue000user text\ue001"  # private-use characters: no template contains them
+# What a user might write, between private-use characters, which no template contains: a template that cuts it, changes
+# its letters, strips its lines or escapes it shows.
+_SENTINEL = '\ue000It\'s 1 < 2 & "A" {{ x }} {% y %} \\n\n  <b>Où?</b>\t\n' + 99 * "A long text. " + "\ue001"
 _PROBE = "It's 3,000 m² away; don't go!\n\tdef f(x): return x**2  # Größe, déjà vu, 你好, مرحبا, Привет, 🙂"
 _CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
 
@@ -29,6 +31,7 @@ class Tokenizer:
         self.plain.encode_special_tokens = True
         self.control = {token.content for token in hf.added_tokens_decoder.values() if token.special}
         self.eos_id = hf.eos_token_id
+        self.source, self.vocab_size = hf.name_or_path, None  # where it is from; rows of the embedding table
         self.stop_ids = sorted({*stop_ids, *([] if self.eos_id is None else [self.eos_id])})
 
     @classmethod
@@ -46,8 +49,13 @@ class Tokenizer:
 
     @functools.cached_property
     def identity(self):
-        """16 hex digits: the same for tokenizers that give a text of words, numbers and many scripts the same ids."""
-        return fingerprint(self.plain.encode(_PROBE).ids)
+        """16 hex digits: the same for tokenizers that give the same ids to ordinary text and to their added tokens.
+
+        Ordinary: words, numbers and many scripts. Added tokens: those that a text can hold (<think>), not special ones.
+        """
+        ids = self.plain.encode(_PROBE).ids
+        added = sorted(token.content for token in self.hf.added_tokens_decoder.values() if not token.special)
+        return fingerprint([ids, [self.plain.encode(f"a {token} b").ids for token in added]] if added else ids)
 
     @functools.cached_property
     def pieces(self):
@@ -58,8 +66,15 @@ class Tokenizer:
         return [f" {text.removeprefix(' ')}" if mark else text for mark, text in zip(marked, texts)]
 
     def check_fits(self, vocab_size, source):
-        """Raises InputError if an id that the tokenizer can give has no row in the embedding table."""
-        top = max(self.parsing.get_vocab(with_added_tokens=True).values())
+        """Raises InputError if an id that a text can give, or the tokenizer itself, has no row in the embedding table.
+
+        Special tokens beyond the table do no harm elsewhere; a chat template or a suffix that has one is refused.
+        """
+        self.source, self.vocab_size = source, vocab_size
+        vocabulary = self.parsing.get_vocab(with_added_tokens=True)
+        special = {self.parsing.token_to_id(token) for token in self.control}
+        own = [*self.plain.encode("").ids, self.eos_id if self.eos_id is not None else 0]
+        top = max({*vocabulary.values()} - special | {*own}, default=0)
         if top >= vocab_size:
             token = self.parsing.id_to_token(top)
             raise InputError(
@@ -94,30 +109,32 @@ class Tokenizer:
         if suffix == "auto":
             end = [self.eos_id]
         elif suffix in self.control:
-            end = [self.parsing.token_to_id(suffix)]
+            end = self._in_table([self.parsing.token_to_id(suffix)], f"the suffix {suffix!r}")
         else:
             answers, end = [answer + suffix for answer in answers], []
         return [(ids + end)[:max_length] for ids in self.encode(answers, max_length)]
 
     def chat_prompt(self, question, max_length):
-        """Returns the ids of a user turn up to where the assistant answers; a too long question is cut."""
-        text = self._render(question, True)
+        """Returns the ids of a user turn up to where the assistant answers; a too long question is cut.
+
+        The question is in the prompt once, unchanged, also where the template would strip it.
+        """
+        before, after = self._around(True)
         if any(token in question for token in self.control):
-            before, after = self._around()
             ids = self._parse(before) + self.plain.encode(question, add_special_tokens=False).ids + self._parse(after)
         else:
-            ids = self._parse(text)
+            ids = self._parse(before + question + after)
         if len(ids) <= max_length:
             return ids
-        before, after = (self._parse(part) for part in self._around())
-        room = max_length - len(before) - len(after)
+        head, tail = self._parse(before), self._parse(after)
+        room = max_length - len(head) - len(tail)
         if room < 1:
             raise InputError(f"a prompt of {max_length} tokens has no room for a question: raise max_prompt_length")
-        return before + self.plain.encode(question, add_special_tokens=False).ids[:room] + after
+        return head + self.plain.encode(question, add_special_tokens=False).ids[:room] + tail
 
     def user_turn(self):
         """Returns the ids of a chat up to where the user writes: what the LLM continues is a query."""
-        return self._parse(self._render(_SENTINEL, False).partition(_SENTINEL)[0])
+        return self._parse(self._around(False)[0])
 
     def decode(self, ids):
         """Returns the text of ids without control tokens."""
@@ -128,24 +145,57 @@ class Tokenizer:
         self.hf.save_pretrained(folder)
 
     def _parse(self, text):
-        return self.parsing.encode(text, add_special_tokens=False).ids
+        return self._in_table(self.parsing.encode(text, add_special_tokens=False).ids, "the chat template")
 
-    def _around(self):
-        before, _, after = self._render(_SENTINEL, True).partition(_SENTINEL)
-        return before, after
+    def _in_table(self, ids, what):
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            token = self.parsing.id_to_token(max(ids))
+            raise InputError(
+                f"{self.source}: {what} has {token!r}, id {max(ids)}; the embedding table has {self.vocab_size} rows"
+            )
+        return ids
 
-    def _render(self, content, generation):
+    def _around(self, generation):
+        """Returns what the chat template puts before and after the text of a user turn."""
         if not self.hf.chat_template:
             raise InputError("the backbone has no chat template: synthesize and respond need an instruct model")
+        before, after, reason = self._turns[generation]
+        if reason is not None:
+            raise InputError(f"{self.source}: the chat template cannot be used ({reason})")
+        return before, after
+
+    @functools.cached_property
+    def _turns(self):
+        """{whether an answer follows: (before, after, None) or (None, None, why the template cannot be used)}."""
         try:
-            return self.hf.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=generation,
-                tokenize=False,
-                enable_thinking=False,  # Qwen3; other templates have no such switch
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: not even text
-            raise InputError(f"{self.hf.name_or_path}: the chat template cannot be used ({error})") from None
+            template = self.hf.get_chat_template()
+        except ValueError as error:  # named templates, none of which is the default
+            return dict.fromkeys((False, True), (None, None, _one_line(error)))
+        names = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        # Some templates take the text itself, some want it as a list of parts. Qwen3 has a switch for thinking.
+        requests = [
+            ([{"role": "user", "content": content}], {**names, "add_generation_prompt": flag, "enable_thinking": False})
+            for flag in (False, True)
+            for content in (_SENTINEL, [{"type": "text", "text": _SENTINEL}])
+        ]
+        results = render(template, requests)
+        return {False: _around_text(results[:2]), True: _around_text(results[2:])}
+
+
+def _around_text(results):
+    """Returns (before, after, None) of the first result that holds the user's text once, else (None, None, reason)."""
+    reasons = []
+    for text, error in results:
+        count = 0 if text is None else text.count(_SENTINEL)
+        if count == 1:
+            before, _, after = text.partition(_SENTINEL)
+            return before, after, None
+        reasons.append(error or f"it {'repeats' if count else 'drops or changes'} the user's text")
+    return None, None, _one_line(next((reason for reason in reasons if "repeats" in reason), reasons[0]))
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300]
 
 
 def _bare_copy(hf):

@@ -14,7 +14,7 @@ from llm2vec_gen_jax.backbone import Backbone, abstract_params
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import hf, weights
-from tests.conftest import FAMILIES, one_device_mesh, tiny_tokenizer, tiny_torch_model, torch_outputs
+from tests.conftest import FAMILIES, one_device_mesh, tiny_torch_model, torch_outputs
 
 from .backbones import ROWS, assert_same_outputs, assert_same_weights, load, mesh_of, outputs, run, save_folder
 
@@ -165,49 +165,6 @@ def test_padding_changes_nothing(causal, tiny):
     hidden, _ = run(backbone.architecture, backbone.frozen, other, lengths, causal)
     for b, row in enumerate(ROWS):
         np.testing.assert_allclose(hidden[b, : len(row)], expected[b][0], atol=1e-5)
-
-
-# Files
-
-
-def test_many_files_equal_one(tiny, tmp_path):
-    backbone = tiny("qwen3")
-    folder = save_folder(tmp_path, tiny_torch_model("qwen3"), max_shard_size="20KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 3
-    loaded = load(folder)
-    assert_same_weights(loaded.frozen, backbone.frozen)
-    assert (loaded.architecture, loaded.identity) == (backbone.architecture, backbone.identity)
-
-
-@pytest.mark.parametrize("name, damage", [("model.norm.weight", "missing"), ("extra.weight", "unexpected")])
-def test_index_and_weights_must_agree(name, damage, tiny_folder, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    arrays = load_file(tiny_folder("llama") / "model.safetensors")
-    if damage == "missing":
-        del arrays[name]
-    else:
-        arrays[name] = np.zeros(3, np.float32)
-    save_file(arrays, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((tiny_folder("llama") / "config.json").read_bytes())
-    tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=name):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_folder_is_the_same_model_in_torch_and_here(family, tiny, tmp_path):
-    import transformers
-
-    backbone, tokenizer = tiny(family), tiny(family).tokenizer
-    hf.save(tmp_path / "saved", backbone.frozen, backbone.architecture, tokenizer.save, tokenizer.stop_ids)
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    expected = torch_outputs(tiny_torch_model(family), ROWS)
-    assert_same_outputs(torch_outputs(reloaded, ROWS), expected, 1e-6)
-    again = load(tmp_path / "saved")
-    assert_same_weights(again.frozen, backbone.frozen)
-    assert (again.architecture, again.identity) == (backbone.architecture, backbone.identity)
-    assert again.tokenizer.stop_ids == tokenizer.stop_ids
 
 
 # Every field of the architecture is wired

@@ -55,6 +55,21 @@ def test_every_format_gives_the_same_rows(tmp_path):
             assert [row.text for row in part] == TEXTS[low:high], kind
 
 
+def test_hidden_files_of_a_folder_are_no_part_of_the_input(tmp_path):
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("folder", "saved"):
+        hidden = tmp_path / name / ".ipynb_checkpoints"
+        before = Corpus(inputs["saved"], "text").identity()
+        hidden.mkdir()
+        for file in (hidden / "a-checkpoint.txt", hidden.parent / ".a.txt"):
+            file.write_text("hidden\n")
+        (tmp_path / "folder/a.txt").write_text("one\ntwo\n")
+    assert Corpus(inputs["saved"], "text").identity() == before
+    for source in (tmp_path / "folder", tmp_path / "folder/*", tmp_path / "folder/**/*.txt"):
+        assert [row.text for row in Corpus(str(source)).read()] == ["one", "two"]
+
+
 def test_large_pieces_are_read_in_part(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet

@@ -161,3 +161,14 @@ def test_any_text_of_json_can_be_written_and_read_again(tmp_path):
         assert appender.rows == [record]
     files.write_json(tmp_path / "plain.json", {"name": "é"})
     assert "é" in (tmp_path / "plain.json").read_text(), "letters stay letters"
+
+
+def test_what_begins_with_a_dot_is_no_part_of_a_folder(tmp_path):
+    """The folder itself may: only names inside it count."""
+    folder = tmp_path / ".data"
+    paths = ("b.txt", "a/c.txt", ".hidden.txt", ".ipynb_checkpoints/b-checkpoint.txt", "a/.git/x/d.txt", "a/e.md")
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
+    assert files.visible(folder, "*.txt") == [folder / "a/c.txt", folder / "b.txt"]
+    assert files.visible(folder) == [folder / "a/c.txt", folder / "a/e.md", folder / "b.txt"]

@@ -1,11 +1,18 @@
 """GGUF files: equal to the folder that they were made from, on any mesh; what is unknown in them is refused."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from llm2vec_gen_jax.errors import InputError
-from tests.conftest import tiny_tokenizer, tiny_torch_model
+from llm2vec_gen_jax.execution import Execution
+from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.loading import open_backbone
+from llm2vec_gen_jax.tokenizer import Tokenizer
+from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model
 
 from .backbones import assert_same_weights, load, mesh_of, save_folder
 
@@ -55,18 +62,19 @@ def rope_factors(rope, head_dim):
     return np.array(factors, np.float32)
 
 
-def write_gguf(path, model, kinds=(), metadata=None, merges=()):
-    """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer.
+def write_gguf(path, model, kinds=(), metadata=None, merges=(), tokenizer=None, pre="gpt-2", parts=None):
+    """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer or another one of its kind.
 
     kinds: {part of a name: quantisation type}; the torch model is rounded to what the file holds.
     metadata: a function that adds fields to the open writer. merges: of the tokenizer, which has none.
+    pre: tokenizer.ggml.pre, None to leave it out. parts: number of tensors in a file, None for one file.
     """
     import torch
 
     c, family = model.config, model.config.model_type
     rope = c.rope_parameters
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, split_max_tensors=parts or 0)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -80,16 +88,21 @@ def write_gguf(path, model, kinds=(), metadata=None, merges=()):
         writer.add_tensor("rope_freqs.weight", rope_factors(rope, head_dim))
     if metadata:
         metadata(writer)
-    vocabulary = tiny_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    tokenizer = tokenizer or tiny_tokenizer()
+    tokens, types = tokens_of(tokenizer)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([control if number < 4 else normal for number in range(len(tokens))])
+    writer.add_token_types(types)
     writer.add_token_merges(list(merges))
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+    if isinstance(tokenizer.chat_template, dict):
+        templates = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]
+        writer.add_chat_template(templates)
+    else:
+        writer.add_chat_template(tokenizer.chat_template)
     heads = {"q_proj.weight": c.num_attention_heads, "k_proj.weight": c.num_key_value_heads}
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy()
@@ -108,6 +121,18 @@ def write_gguf(path, model, kinds=(), metadata=None, merges=()):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def tokens_of(tokenizer):
+    """Returns (tokens, types) as llama.cpp's converter writes them; ids without a token are unused."""
+    vocabulary = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED, None: gguf.TokenType.NORMAL}
+    tokens, types = [], []
+    for number in range(264):
+        tokens.append(vocabulary.get(number, f"[PAD{number}]"))
+        types.append(kinds[added.get(number)] if number in vocabulary else gguf.TokenType.UNUSED)
+    return tokens, types
 
 
 def llama3_scaling(factor):
@@ -142,6 +167,130 @@ def test_gguf_equals_folder(variant, tmp_path):
     texts = ["Where am I? <|im_end|>", ""]
     assert found.tokenizer.encode(texts, 99) == expected.tokenizer.encode(texts, 99)
     assert found.tokenizer.stop_ids == expected.tokenizer.stop_ids
+    assert found.tokenizer.identity == expected.tokenizer.identity
+
+
+# Tokenizers
+
+
+def with_tokens(*tokens, special=False):
+    """The tiny tokenizer with added tokens, by default such as a text can hold (<think>, ...)."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in tokens], special)
+    return tokenizer
+
+
+def both(tmp_path, tokenizer, **options):
+    """Returns the tokenizers of a folder and of the GGUF file made of it."""
+    model = tiny_torch_model("qwen3")
+    folder = save_folder(tmp_path / "folder", model)
+    tokenizer.save_pretrained(folder)
+    file = write_gguf(tmp_path / "model.gguf", model, tokenizer=tokenizer, **options)
+    return [opened(path).tokenizer for path in (folder, file)]
+
+
+def opened(path):
+    return open_backbone(str(path), Execution(one_device_mesh(), "auto"))[0]
+
+
+TEXTS = ["Hi", "<think>a</think>", "a<think> b", "<tool_call", "[PAD263] [PAD262]", "<|im_end|> <control>", ""]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", None, "default"])
+def test_a_gguf_file_and_its_folder_give_the_same_ids(tmp_path, pre):
+    """Added tokens that texts can hold, ids without a token, and files that do not say how texts are split."""
+    tokenizer = with_tokens("<think>", "</think>")
+    if pre != "gpt-2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    folder, file = both(tmp_path, tokenizer, pre=pre)
+    assert file.encode(TEXTS, 99) == folder.encode(TEXTS, 99)
+    assert [260, 261] == [id_ for id_ in file.encode(TEXTS, 99)[1] if id_ >= 260]
+    assert [file.chat_prompt(text, 99) for text in TEXTS] == [folder.chat_prompt(text, 99) for text in TEXTS]
+    assert (file.identity, file.pieces) == (folder.identity, folder.pieces)
+    written = []
+    for name, one in (("a", folder), ("b", file)):
+        (tmp_path / name).mkdir()
+        published.write_tokenizer(tmp_path / name, one.hf, ["<question1>"])
+        written.append(json.loads((tmp_path / name / "tokenizer.json").read_text())["added_tokens"])
+    assert written[0] == written[1]
+
+
+def test_the_identity_of_a_tokenizer_covers_added_tokens(tmp_path):
+    plain, tokens = tiny_tokenizer(), with_tokens("<think>", "</think>")
+    special = with_tokens("<think>", "</think>", special=True)
+    other = with_tokens("</think>", "<think>")
+    identities = {Tokenizer(one).identity for one in (plain, tokens, other)}
+    assert len(identities) == 3
+    assert Tokenizer(special).identity == Tokenizer(plain).identity  # no text gives their ids
+
+
+def test_llama_files_that_do_not_say_how_texts_are_split_are_refused(tmp_path):
+    for pre in (None, "default", "other"):
+        path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), pre=pre)
+        with pytest.raises(InputError, match="tokenizer.ggml.pre.*supported: gpt-2.*gguf-new-metadata"):
+            opened(path)
+
+
+@pytest.mark.parametrize("bos, eos", [(True, False), (False, True), (True, True), (False, False)])
+def test_a_gguf_file_says_what_is_put_around_a_text(tmp_path, bos, eos):
+    def metadata(writer):
+        writer.add_bos_token_id(3)
+        writer.add_add_bos_token(bos)
+        writer.add_add_eos_token(eos)
+
+    tokenizer = opened(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), metadata=metadata)).tokenizer
+    a = tokenizer.plain.encode("a", add_special_tokens=False).ids
+    assert tokenizer.encode(["a"], 9) == [[3] * bos + a + [2] * eos]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (lambda writer: writer.add_add_bos_token(True), "add_bos_token is set, bos_token_id is missing"),
+        (lambda writer: writer.add_bos_token_id(263), "bos_token_id=263 is not the id of a token"),
+        (lambda writer: writer.add_add_space_prefix(True), "add_space_prefix=True is not supported"),
+    ],
+)
+def test_tokenizer_flags_that_cannot_be_followed_are_named(tmp_path, metadata, message):
+    path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), metadata=metadata)
+    with pytest.raises(InputError, match=message):
+        opened(path)
+
+
+def test_named_chat_templates_of_a_gguf_file(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    folder, file = both(tmp_path, tokenizer)
+    assert file.hf.chat_template == folder.hf.chat_template
+    assert file.chat_prompt("a", 99) == folder.chat_prompt("a", 99)
+
+
+# Several files
+
+
+def test_a_model_in_several_files_is_read_from_the_first(tmp_path):
+    model = tiny_torch_model("qwen3")
+    expected = load(write_gguf(tmp_path / "whole.gguf", model))
+    write_gguf(tmp_path / "model.gguf", model, parts=9)
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) == 4 and parts[0].name == "model-00001-of-00004.gguf"
+    found = load(parts[0])
+    assert_same_weights(found.frozen, expected.frozen)
+    assert found.identity == expected.identity
+    with pytest.raises(InputError, match="is part 2 of 4; give the first one, .*model-00001-of-00004.gguf.*--merge"):
+        load(parts[1])
+    third = parts[2].read_bytes()
+    parts[2].write_bytes(parts[3].read_bytes())
+    with pytest.raises(InputError, match="00003-of-00004.gguf: is part 4 of 4, expected 3 of 4"):
+        load(parts[0])
+    parts[2].write_bytes(third[:100])
+    with pytest.raises(InputError, match="00003-of-00004.gguf: not a whole"):
+        load(parts[0])
+    parts[2].unlink()
+    with pytest.raises(InputError, match="of its 4 parts model-00003-of-00004.gguf is missing"):
+        load(parts[0])
+    with pytest.raises(InputError, match="is part 1 of 4, which its name must end in.*rename"):
+        load(parts[0].rename(tmp_path / "renamed.gguf"))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

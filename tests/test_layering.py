@@ -20,10 +20,10 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "batcher collectives config.common costs errors preemption programs study.tables targets telemetry",
+    "batcher collectives config.common costs errors preemption programs study.tables targets telemetry templates",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised topologies",
-    "config.study kernels quantization study.plots tracking",
+    "config.study kernels package_index quantization study.plots tracking",
     "config",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",

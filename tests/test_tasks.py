@@ -125,3 +125,10 @@ def test_hub_errors_are_plain(model_folder, tmp_path):
         run(model_folder, "NFCorpus", tmp_path / "out")
     with pytest.raises(InputError, match="task SciDocsRR has no published instruction"):
         run(model_folder, "SciDocsRR", tmp_path / "out")
+
+
+def test_task_folders_in_hidden_folders_are_skipped(tmp_path):
+    write_task(tmp_path / "a", "sts")
+    for hidden in (".ipynb_checkpoints", ".trash/b"):
+        write_task(tmp_path / hidden, "sts")
+    assert tasks.find(tmp_path) == [tmp_path / "a"]

@@ -1,11 +1,14 @@
 """Text to ids and back: user text is always plain text, ordinary text is transformers' own, answers end."""
 
+import time
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llm2vec_gen_jax import templates
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.formats import gguf
 from llm2vec_gen_jax.loading import resolve_path
@@ -209,14 +212,124 @@ def test_a_prompt_without_room_and_a_backbone_without_template_are_errors(make):
             call()
 
 
+def with_template(template):
+    hf = tiny_tokenizer()
+    hf.chat_template = template
+    return Tokenizer(hf)
+
+
+LOOP = "{% for m in messages %}<|im_start|>TEXT<|im_end|>{% endfor %}<|im_start|>"
+PARTS = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+QUESTIONS = [
+    "What is yeast?",
+    "  spaces \n",
+    "{{ messages }} {% raw %}",
+    "a <|im_end|> b",
+    "<b> & 'c' \"d\"",
+    "x" * 3000,
+    "",
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ m.content }}",
+        "{{ m.content | trim }}",
+        PARTS,
+        "{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}" + PARTS,
+        "{% for part in m.content %}{{ part.text.strip() }}{% endfor %}",
+        "{{ m['content'] }}{% if m.content is not string %}{{ m.content.none.none }}{% endif %}",
+    ],
+)
+def test_a_question_is_in_the_prompt_once_and_unchanged(text):
+    tokenizer = with_template(LOOP.replace("TEXT", text))
+    for question in QUESTIONS:
+        ids = tokenizer.chat_prompt(question, 10_000)
+        assert (
+            tokenizer.parsing.decode(ids, skip_special_tokens=False) == f"<|im_start|>{question}<|im_end|><|im_start|>"
+        )
+        assert control_ids(tokenizer, ids) == [1, 2, 1]
+        assert tokenizer.chat_prompt(question, 20) == (ids if len(ids) <= 20 else ids[:18] + ids[-2:])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LOOP.replace("TEXT", ""), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ m.content }}{{ m.content }}"), "repeats"),
+        (LOOP.replace("TEXT", "{{ m.content | upper }}"), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ m.content | e }}"), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ m.content[:100] }}"), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ m.content.split('\n') | join(' ') }}"), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ m.content | tojson }}"), "drops or changes"),
+        (LOOP.replace("TEXT", "{{ raise_exception('no\nchats') }}"), "no chats"),
+        (LOOP.replace("TEXT", "{{ m.content.a.b.c }}"), "UndefinedError"),
+        (LOOP.replace("TEXT", "{{ 1 // 0 }}"), "ZeroDivisionError"),
+        (LOOP.replace("TEXT", "{{ m.content + 1 }}"), "TypeError"),
+        (LOOP.replace("TEXT", "{{ ''.__class__.__mro__ }}"), "SecurityError"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ 'a' * 10 ** 12 }}", "MemoryError"),
+        ("{{ '%2000000000d' | format(1) }}{{ messages[0].content }}", "MemoryError"),
+        ({"tool_use": LOOP, "rag": LOOP}, "multiple chat templates"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(template, reason):
+    tokenizer = with_template(template)
+    for call in (tokenizer.user_turn, lambda: tokenizer.chat_prompt("a", 99)):
+        with pytest.raises(InputError, match=f"the chat template cannot be used .*{reason}") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}",
+        "{{ 7 ** (7 ** 12) }}",
+    ],
+)
+def test_a_template_without_an_end_is_ended(monkeypatch, endless):
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="the chat template cannot be used .it does not end"):
+        with_template(endless + "{{ messages[0].content }}").chat_prompt("a", 99)
+    assert time.monotonic() - start < 60
+
+
 # Backbones and tokenizers that do not belong together
 
 
 def test_a_tokenizer_larger_than_the_embedding_table_is_named(make):
     make("tiny").check_fits(260, "folder")
-    make("questions").check_fits(270, "folder")
+    texts = tiny_tokenizer()
+    texts.add_tokens([AddedToken(f"<question{n}>", special=False, normalized=False) for n in range(1, 11)])
+    Tokenizer(texts).check_fits(270, "folder")
     with pytest.raises(InputError, match="folder: the tokenizer has id 269 .'<question10>'.*only 264 rows"):
-        make("questions").check_fits(264, "folder")
+        Tokenizer(texts).check_fits(264, "folder")
+    with pytest.raises(InputError, match="folder: the tokenizer has id 259"):
+        Tokenizer(tiny_tokenizer()).check_fits(259, "folder")
+
+
+def test_special_tokens_beyond_the_table_are_refused_where_something_gives_their_ids():
+    hf = tiny_tokenizer()
+    hf.add_tokens([AddedToken("<extra>", special=True, normalized=False)], special_tokens=True)
+    tokenizer = Tokenizer(hf)
+    tokenizer.check_fits(260, "folder")
+    assert max(tokenizer.encode(["<extra>"], 99)[0]) < 260
+    assert max(tokenizer.chat_prompt("<extra>", 99)) < 260
+    with pytest.raises(InputError, match="folder: the suffix '<extra>' has '<extra>', id 260; .* 260 rows"):
+        tokenizer.encode_answers(["a"], 99, "<extra>")
+    hf.chat_template = "<extra>{{ messages[0].content }}"
+    tokenizer = Tokenizer(hf)
+    tokenizer.check_fits(260, "folder")
+    for call in (tokenizer.user_turn, lambda: tokenizer.chat_prompt("a", 99)):
+        with pytest.raises(InputError, match="folder: the chat template has '<extra>', id 260"):
+            call()
+    hf.eos_token = "<extra>"
+    with pytest.raises(InputError, match="folder: the tokenizer has id 260"):
+        Tokenizer(hf).check_fits(260, "folder")
 
 
 def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path, tiny_folder):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 
 import gguf
 import numpy as np
@@ -32,11 +34,15 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How a text is split before byte-pair merges, by `tokenizer.ggml.pre`.
 _SPLITS = {
     "gpt-2": [],
-    "default": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS + "{1,3}" + _REST), "isolated")],
     "qwen2": [pre_tokenizers.Split(Regex(_WORDS + _REST), "isolated")],
 }
+# What files of unknown or old converters leave out: all models of these families split their texts in one way.
+_FAMILY_SPLITS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+# Token types of tokens that are found in a text as they are, before it is split: whether they are special.
+_ADDED = {gguf.TokenType.UNKNOWN: True, gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
 _LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1, Llama 3.2
 
 
@@ -62,15 +68,51 @@ class GGUFSource:
 
     @_damage_named
     def __init__(self, path):
-        self.path = path
+        self.path = pathlib.Path(path)
         self.reader = gguf.GGUFReader(path)
         self.family = self.field("general.architecture")
         self.tensors = {}
-        for tensor in self.reader.tensors:
-            name = _hf_name(tensor.name)
-            if name is None and tensor.name != "rope_freqs.weight":
-                raise InputError(f"{self}: tensor {tensor.name} is not supported")
-            self.tensors[name or tensor.name] = tensor
+        for part in [self.reader, *self._further_parts()]:
+            for tensor in part.tensors:
+                name = _hf_name(tensor.name)
+                if name is None and tensor.name != "rope_freqs.weight":
+                    raise InputError(f"{self}: tensor {tensor.name} is not supported")
+                if (name or tensor.name) in self.tensors:
+                    raise InputError(f"{self}: tensor {tensor.name} is in several parts")
+                self.tensors[name or tensor.name] = tensor
+        expected = self.field("split.tensors.count", len(self.tensors))
+        if expected != len(self.tensors):
+            raise InputError(f"{self}: its parts hold {len(self.tensors)} tensors, split.tensors.count is {expected}")
+
+    def _further_parts(self):
+        """Returns the readers of parts 2 to N of a model in N files, of which this is the first."""
+        count, number = self.field("split.count", 1), self.field("split.no", 0)
+        if count <= 1:
+            return []
+        match = _PART.fullmatch(self.path.name)
+        merged = "or merge the parts: llama-gguf-split --merge FIRST-PART MERGED.gguf"
+        if match is None or int(match[3]) != count or int(match[2]) != number + 1:
+            raise InputError(
+                f"{self}: is part {number + 1} of {count}, which its name must end in: "
+                f"NAME-{number + 1:05}-of-{count:05}.gguf; rename it {merged}"
+            )
+        files = [self.path.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+        if number != 0:
+            raise InputError(f"{self}: is part {number + 1} of {count}; give the first one, {files[0]}, {merged}")
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise InputError(f"{self}: of its {count} parts {missing[0]} is missing; put it beside the first one")
+        return [self._part(file, part, count) for part, file in enumerate(files)][1:]
+
+    @staticmethod
+    def _part(file, number, count):
+        try:
+            reader = gguf.GGUFReader(file)
+            found = {key: reader.fields[f"split.{key}"].contents() for key in ("no", "count")}
+        except Exception as error:
+            raise InputError(f"{file}: not a whole part of a GGUF file ({error})") from None
+        if found != {"no": number, "count": count}:
+            raise InputError(f"{file}: is part {found['no'] + 1} of {found['count']}, expected {number + 1} of {count}")
+        return reader
 
     def __str__(self):
         return str(self.path)
@@ -162,48 +204,98 @@ def read_tokenizer(source):
     f = source.field
     if f("tokenizer.ggml.model") != "gpt2":
         raise InputError(f"{source}: tokenizer.ggml.model={f('tokenizer.ggml.model')!r}; only gpt2 (BPE) is supported")
-    kind = f("tokenizer.ggml.pre", "default")
-    if kind not in _SPLITS:
-        raise InputError(f"{source}: tokenizer.ggml.pre={kind!r} is not supported; known: {', '.join(_SPLITS)}")
-    tokens, types = f("tokenizer.ggml.tokens"), f("tokenizer.ggml.token_type")
-    if tokens is None or types is None:
-        raise InputError(f"{source}: metadata tokenizer.ggml.tokens or tokenizer.ggml.token_type is missing")
-    # GGUF cannot hold an empty list: a tokenizer of bytes alone has no merges.
-    merges = [tuple(merge.split(" ")) for merge in f("tokenizer.ggml.merges", [])]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise InputError(f"{source}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which is not of its tokens")
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "default", "smollm"))
+    if f("tokenizer.ggml.add_space_prefix"):
+        raise InputError(f"{source}: tokenizer.ggml.add_space_prefix=True is not supported")
+    kind = _split_of(source)
+    backend = _backend(source, kind)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[kind], byte_level])
     backend.decoder = decoders.ByteLevel()
     if kind == "qwen2":
         backend.normalizer = normalizers.NFC()
-    control = [token for token, type_ in zip(tokens, types) if type_ == gguf.TokenType.CONTROL]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     names = {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
         number = f(f"tokenizer.ggml.{theirs}_token_id")
-        names[f"{ours}_token"] = None if number is None else tokens[number]
-    if f("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
-        bos = names["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
+        names[f"{ours}_token"] = None if number is None else backend.id_to_token(number)
+        if number is not None and names[f"{ours}_token"] is None:
+            raise InputError(f"{source}: tokenizer.ggml.{theirs}_token_id={number} is not the id of a token")
+    if kind == "qwen2" and f("tokenizer.ggml.add_bos_token") is False:
+        names["bos_token"] = None  # converters write the number of config.json; these tokenizers have no such token
+    added = {end: names[f"{end}_token"] for end in ("bos", "eos") if f(f"tokenizer.ggml.add_{end}_token", False)}
+    if kind == "llama-bpe" and names["bos_token"] and f("tokenizer.ggml.add_bos_token") is None:
+        added["bos"] = names["bos_token"]
+    for end, token in added.items():
+        if token is None:
+            raise InputError(f"{source}: tokenizer.ggml.add_{end}_token is set, {end}_token_id is missing")
+    if added:
+        single = " ".join(filter(None, [added.get("bos"), "$A", added.get("eos")]))
+        special = [(token, backend.token_to_id(token)) for token in {*added.values()}]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=f("tokenizer.chat_template"),
+        chat_template=_chat_template(source),
         model_max_length=f("{}.context_length"),
         clean_up_tokenization_spaces=False,
         **names,
     )
 
 
+def _split_of(source):
+    """Returns the key of _SPLITS of a file. Raises InputError where the file leaves it open: ids would be wrong."""
+    kind = source.field("tokenizer.ggml.pre")
+    if kind in (None, "default"):  # "default": llama.cpp's guess where the converter did not know
+        kind = _FAMILY_SPLITS.get(source.family, kind)
+    if kind in _SPLITS:
+        return kind
+    found = "is missing" if kind is None else f"is {kind!r}"
+    raise InputError(
+        f"{source}: tokenizer.ggml.pre, the way in which texts are split, {found}; supported: {', '.join(_SPLITS)}. "
+        "Convert the model again, set it with gguf-new-metadata --pre-tokenizer, or give the Hugging Face folder"
+    )
+
+
+def _backend(source, kind):
+    """Returns the tokenizers.Tokenizer of the tokens, their types and merges; no text is split yet."""
+    tokens, types = (source.field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if tokens is None or types is None or len(tokens) != len(types):
+        raise InputError(f"{source}: tokenizer.ggml.tokens or tokenizer.ggml.token_type is missing or too short")
+    known = {type_.value for type_ in gguf.TokenType}
+    if unknown := [type_ for type_ in types if type_ not in known]:
+        raise InputError(f"{source}: tokenizer.ggml.token_type {unknown[0]} is not supported")
+    # GGUF cannot hold an empty list: a tokenizer of bytes alone has no merges.
+    merges = [tuple(merge.split(" ")) for merge in source.field("tokenizer.ggml.merges", [])]
+    normal = {token: i for i, token in enumerate(tokens) if types[i] not in (*_ADDED, gguf.TokenType.UNUSED)}
+    # A token of its own text, and whether that is special: not for texts.
+    added = {i: (token, _ADDED[types[i]]) for i, token in enumerate(tokens) if types[i] in _ADDED}
+    # Added tokens that follow the others get their ids by that; elsewhere they must be in the vocabulary.
+    follow = sorted(added) == list(range(len(normal), len(normal) + len(added)))
+    vocabulary = normal if follow else normal | {token: i for i, (token, _) in added.items()}
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise InputError(f"{source}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which is not of its tokens")
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
+    for i, (token, special) in sorted(added.items()):
+        one = AddedToken(token, normalized=False, special=special)
+        backend.add_special_tokens([one]) if special else backend.add_tokens([one])
+        if backend.token_to_id(token) != i:
+            raise InputError(f"{source}: tokenizer.ggml.tokens holds {token!r} twice, or it is empty")
+    return backend
+
+
+def _chat_template(source):
+    """Returns the chat template, {name: template} where there are named ones, or None."""
+    names = source.field("tokenizer.chat_templates", [])
+    named = {name: source.field(f"tokenizer.chat_template.{name}") for name in names}
+    default = source.field("tokenizer.chat_template")
+    if not any(named.values()):
+        return default
+    return {name: text for name, text in {**named, "default": default}.items() if text}
+
+
 @_damage_named
 def stop_ids(source):
     """Returns the ids that end a turn."""
-    ids = [source.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ids = [source.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return [number for number in ids if number is not None]
 
 

@@ -18,6 +18,7 @@ from llm2vec_gen_jax.formats import weights
 # What a backbone needs from the hub; never code, never pickles.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 MAX_FILE_BYTES = 5_000_000_000  # of weights in one file
+_OF_BASE_MODEL = ("embed_tokens.", "layers.", "norm.")  # names in files saved without the head: no "model." before them
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _READABLE_DTYPES = (*_SAFETENSORS_DTYPES.values(), "F64")  # others are quantised: numbers without their scales
 
@@ -39,12 +40,16 @@ class SafetensorsSource:
             self.files = [self._inside(name, index) for name in sorted(set(expected.values()))]
         else:
             raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-        self.handles = {}
+        self.handles, stored = {}, set()  # {name: (open file, the name in it)}, the names in all files
         for file in self.files:
             handle = self._open(file)
             for name in handle.keys():
-                self.handles[name] = handle
-        if expected is not None and (missing := sorted(set(expected) - set(self.handles))):
+                full = f"model.{name}" if name.startswith(_OF_BASE_MODEL) else name
+                if self.handles.get(full, (handle, name))[1] != name:
+                    raise InputError(f"{folder}: holds {full} and {full.removeprefix('model.')}")
+                self.handles[full] = handle, name
+                stored.add(name)
+        if expected is not None and (missing := sorted(set(expected) - stored)):
             raise InputError(f"{index}: promises {missing[0]}, which none of its files holds")
 
     def __str__(self):
@@ -64,17 +69,26 @@ class SafetensorsSource:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: damaged or truncated ({error}); fetch the backbone again") from None
 
+    def tie(self):
+        """Takes the head as the embeddings too where the files hold only the head, as transformers does."""
+        if "model.embed_tokens.weight" not in self.handles and "lm_head.weight" in self.handles:
+            self.handles["model.embed_tokens.weight"] = self.handles.pop("lm_head.weight")
+
     def names(self):
-        """Returns the tensor names of all files."""
+        """Returns the names of the weights of all files, as a causal LM has them."""
         return list(self.handles)
 
     def shape(self, name):
         """Returns a tensor's shape without reading it."""
-        return self.handles[name].get_slice(name).get_shape()
+        return self._slice(name).get_shape()
+
+    def _slice(self, name):
+        handle, stored = self.handles[name]
+        return handle.get_slice(stored)
 
     def read(self, name, slices):
         """Returns a slice of a tensor in its stored dtype."""
-        tensor = self.handles[name].get_slice(name)
+        tensor = self._slice(name)
         if tensor.get_dtype() not in _READABLE_DTYPES:
             raise InputError(f"{self}: {name} is {tensor.get_dtype()}; supported: {', '.join(_READABLE_DTYPES)}")
         return tensor[slices]

@@ -27,7 +27,8 @@ _NEUTRAL = set(
     " layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config megatron_core"
     " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
 )
-_KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.(\d+)\.(.+))\.lora_([AB])\.weight")
+_SELECTING = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
 _MODULES = {
     name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)
     for path, (name, pattern) in TABLE.items()
@@ -88,6 +89,11 @@ def check(config, file, but=()):
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key) and not _are_patterns(config[key]):
             raise InputError(f"{file}: {key} is not an object of numbers by regular expressions")
+    for key, kind in _SELECTING.items():
+        value = config.get(key)
+        patterns = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
+        if not _are_names(value, kind) or not all(map(_is_regex, patterns or [])):
+            raise InputError(f"{file}: {key}={value!r} is not of names or patterns that peft knows")
     return config
 
 
@@ -96,6 +102,19 @@ def _are_patterns(value):
         return all(re.compile(key) and isinstance(number, (int, float)) for key, number in value.items())
     except (AttributeError, re.error):
         return False
+
+
+def _is_regex(value):
+    try:
+        return bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _are_names(value, kind=str):
+    return (
+        value is None or isinstance(value, kind) or isinstance(value, list) and all(isinstance(x, kind) for x in value)
+    )
 
 
 def scale_of(config, rank, alpha):
@@ -115,7 +134,7 @@ def read(tensors, config, architecture, source, folded=True):
         name, pattern = _MODULES[module]
         inner, outer = sizes[name]
         shape = (int(np.prod(outer)), int(np.prod(inner)))
-        a_LRI, b_LOR = _stack(factors, config, module, architecture.num_layers, shape, source, folded)
+        a_LRI, b_LOR = _stack(factors, config, architecture.num_layers, shape, source, folded)
         (out_dims, in_dims), ours = axes(pattern)
         dims = dict(zip(ours, (*inner, *outer), strict=True))
         in_dims, out_dims = " ".join(in_dims), " ".join(out_dims)
@@ -153,44 +172,82 @@ def _load(file):
 
 
 def _by_module(tensors, architecture, source):
-    """Returns {module: {layer: {"A": (r, in), "B": (out, r)}}}."""
+    """Returns {module: {layer: {"name": the module's in the adapted model, "A": (r, in), "B": (out, r)}}}."""
     modules = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or match[2] not in _MODULES or int(match[1]) >= architecture.num_layers:
+        if match is None or match[3] not in _MODULES or int(match[2]) >= architecture.num_layers:
             raise InputError(f"{source}: {key} is not a LoRA weight of this backbone's projections")
-        modules.setdefault(match[2], {}).setdefault(int(match[1]), {})[match[3]] = value.astype(np.float32)
+        pair = modules.setdefault(match[3], {}).setdefault(int(match[2]), {"name": match[1]})
+        if match[4] in pair or pair["name"] != match[1]:
+            raise InputError(f"{source}: {key} is there twice, with model. and without")
+        pair[match[4]] = value.astype(np.float32)
     if not modules:
         raise InputError(f"{source}: no LoRA weights")
     return modules
 
 
-def _stack(factors, config, module, layers, shape, folder, folded):
+def _stack(factors, config, layers, shape, folder, folded):
     """Returns a module's (A, B), stacked over layers; layers without a pair get zeros. folded: the scale is in B."""
     out, size = shape
-    for layer, pair in factors.items():
-        name, shapes = f"layers.{layer}.{module}", {letter: value.shape for letter, value in pair.items()}
-        if set(pair) != {"A", "B"}:
-            raise InputError(f"{folder}: {name} has lora_{'/'.join(pair)} only")
+    for pair in factors.values():
+        name, shapes = pair["name"], {letter: pair[letter].shape for letter in "AB" if letter in pair}
+        if set(shapes) != {"A", "B"}:
+            raise InputError(f"{folder}: {name} has lora_{'/'.join(shapes)} only")
         r = len(pair["A"])
         if not r or shapes != {"A": (r, size), "B": (out, r)}:
             raise InputError(f"{folder}: {name} has shapes {shapes}, the backbone's weight is {shape}")
         expected = _pattern(config.get("rank_pattern"), name, config["r"])
         if r != expected:
             raise InputError(f"{folder}: {name} has rank {r}, adapter_config.json says {expected}")
+        if not is_target(config, name):
+            raise InputError(
+                f"{folder}: holds weights of {name}, which adapter_config.json leaves out ({', '.join(_SELECTING)}): "
+                "peft would not use them"
+            )
     rank = max(len(pair["A"]) for pair in factors.values())
     a, b = np.zeros((layers, rank, size), np.float32), np.zeros((layers, out, rank), np.float32)
     for layer, pair in factors.items():
         r = len(pair["A"])
-        alpha = _pattern(config.get("alpha_pattern"), f"layers.{layer}.{module}", config["lora_alpha"])
+        alpha = _pattern(config.get("alpha_pattern"), pair["name"], config["lora_alpha"])
         a[layer, :r] = pair["A"]
         b[layer, :, :r] = pair["B"] * np.float32(scale_of(config, r, alpha) if folded else 1)
     return a, b
 
 
 def _pattern(patterns, name, default):
-    """PEFT's per-module override: the first pattern that matches the end of the module's name."""
+    """PEFT's per-module override: the first pattern that matches the module's name, or the end of it after a dot."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def is_target(config, name):
+    """Whether PEFT adapts a module of this name: model.layers.0.self_attn.q_proj, or without model. on a base model."""
+    targets = config.get("target_modules")
+    if _is_named(config.get("exclude_modules"), name):
+        return False
+    if targets is None or isinstance(targets, str) and targets.lower() == "all-linear":
+        return True
+    if isinstance(targets, list) and name not in targets:  # layers_to_transform is not of patterns and full names
+        return _is_named(targets, name) and _is_in_layers(config, name)
+    return _is_named(targets, name)
+
+
+def _is_named(names, module):
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+def _is_in_layers(config, name):
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
+    # Without a pattern peft wants a name before that of the layers: model.layers.0, not layers.0.
+    found = [r".*?\.[^.]*"] if not patterns else [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
+    matches = filter(None, (re.match(rf"{pattern}\.(?P<idx>\d+)\.", name) for pattern in found))
+    match = next(matches, None)
+    return match is not None and int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)

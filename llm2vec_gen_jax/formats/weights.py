@@ -16,6 +16,7 @@ from llm2vec_gen_jax import quantization, sharding
 from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.errors import InputError
 
+_ROWS = 4096  # of a table that are read at a time
 # Our path -> (their name, their layout -> ours). "{}" is the layer.
 TABLE = {
     "embedding": ("model.embed_tokens.weight", "v d -> v d"),
@@ -114,6 +115,21 @@ def fingerprint_values(source, architecture):
     return np.concatenate(values)
 
 
+def has_own_head(source):
+    """Whether a source holds an lm_head.weight that is not the embeddings: that head runs, whatever a config says."""
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    if not {head, embeddings} <= set(source.names()):
+        return False
+    if tuple(source.shape(head)) != tuple(source.shape(embeddings)):
+        return True
+    count = source.shape(head)[0]
+    for start in range(0, count, _ROWS):
+        rows = slice(start, min(start + _ROWS, count)), slice(None)
+        if not np.array_equal(*(np.asarray(source.read(name, rows), np.float32) for name in (head, embeddings))):
+            return True
+    return False
+
+
 def _check_names(source, architecture):
     found = set(source.names())
     if architecture.num_layers > len(found):  # else a number of layers without end would fill the memory
@@ -121,7 +137,7 @@ def _check_names(source, architecture):
     expected = layout(architecture)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings:
-        ignored.add("lm_head.weight")  # some exporters write the tied head as well
+        ignored.add("lm_head.weight")  # some exporters write the tied head as well (has_own_head)
     missing, unexpected = sorted(expected.keys() - found), sorted(found - expected.keys() - ignored)
     if missing:
         raise InputError(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}")

@@ -9,7 +9,7 @@ import random
 import shutil
 
 from llm2vec_gen_jax import tasks
-from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, write_json, write_jsonl, write_text
+from llm2vec_gen_jax.files import atomic_directory, read_json, read_jsonl, visible, write_json, write_jsonl, write_text
 
 _TEXTS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
 
@@ -62,7 +62,7 @@ def key(text):
 
 def types(folder):
     """Returns {name: type} of the views that `split` wrote to a folder; {} where there are none."""
-    settings = [read_json(file) for file in sorted(pathlib.Path(folder).rglob("task.json"))]
+    settings = [read_json(file) for file in visible(folder, "task.json")]
     return {values["name"]: values["type"] for values in settings}
 
 

@@ -8,7 +8,16 @@ from llm2vec_gen_jax import data, options
 from llm2vec_gen_jax.config import BUDGETS
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.evaluate import evaluate, resolve
-from llm2vec_gen_jax.files import changes, exclusive, read_json, read_jsonl, write_json, write_jsonl, write_text
+from llm2vec_gen_jax.files import (
+    changes,
+    exclusive,
+    read_json,
+    read_jsonl,
+    visible,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.respond import respond
 from llm2vec_gen_jax.study import plots, readings, splits, tables
@@ -323,7 +332,7 @@ class Study:
         return read_json(self._scores(part, limit, who) / "results.json")
 
     def _view(self, name):
-        files = (self.output / "tasks" / "test").rglob("task.json")
+        files = visible(self.output / "tasks" / "test", "task.json")
         return next(file.parent for file in files if read_json(file)["name"] == name)
 
     def _preface(self):
