@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import gguf_file
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -63,7 +64,7 @@ class GGUFSource:
     @_damage_named
     def __init__(self, path):
         self.path = path
-        self.reader = gguf.GGUFReader(path)
+        self.reader = gguf_file.GGUFFile(path)
         self.family = self.field("general.architecture")
         self.tensors = {}
         for tensor in self.reader.tensors:
