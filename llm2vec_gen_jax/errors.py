@@ -28,6 +28,11 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
     return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
 
 
+def quote(text: str, length: int = 40) -> str:
+    """Returns a text in quotes, on one line, cut to `length` characters."""
+    return repr(text if len(text) <= length else text[:length] + "…")
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """Returns ", did you mean 'x'?" for the closest of `words`, or the list of them when none is close."""
     known = [known[:_LONGEST_WORD] for known in itertools.islice(words, _MOST_WORDS)]

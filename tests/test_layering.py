@@ -21,8 +21,8 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry",
-    "architecture config.inference config.lens config.serve config.training execution files layers progress "
-    "sharding supervised",
+    "architecture config.inference config.lens config.serve config.training execution files layers openai_api "
+    "progress sharding supervised",
     "config.study kernels quantization study.plots tracking",
     "config",
     "attention options",

@@ -52,7 +52,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._data = np.memmap(path, np.uint8, "r")
-        self._view, self._offset = memoryview(self._data), 0
+        self._view, self._offset = self._data.data, 0
         if bytes(self._take(4)) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         if (version := self._number("u4")) not in _VERSIONS:
