@@ -24,7 +24,7 @@ from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.costs import CHIPS, GIB, chip_of, reading_flops, training_flops
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.execution import REMAT, Execution
-from llm2vec_gen_jax.files import read_json, shipped
+from llm2vec_gen_jax.files import read_json, shipped, whole_number
 from llm2vec_gen_jax.generate import Sampling, continue_prompts
 from llm2vec_gen_jax.model import Model, Packed
 from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
@@ -124,9 +124,9 @@ def _devices(topology):
             hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "is it one?"
             raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
         return described.devices, CHIPS[kind]
-    if kind not in (*CHIPS, "cpu") or not shape.isdigit() or int(shape) < 1:
+    count = whole_number(shape)
+    if kind not in (*CHIPS, "cpu") or not count:
         raise InputError(f"topology={topology}: expected KIND:SHAPE{nearest(kind, [*CHIPS, 'cpu'])}, see --help")
-    count = int(shape)
     with contextlib.suppress(RuntimeError):  # a program that has used its devices keeps them
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -4,14 +4,16 @@ import dataclasses
 import math
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LARGEST = 2**32 - 1  # of whole numbers: of a larger seed, JAX would keep these bits alone
 BACKBONE_DTYPES = (*DTYPES, "int8")
 
 
-def setting(default, help, choices=None, least=0, most=math.inf):
+def setting(default, help, choices=None, least=0, most=None):
     """Declares a config field with its help text and, where only some values make sense, the choices.
 
-    least, most: the smallest and largest value of a number.
+    least, most: the smallest and largest value of a number; by default, only whole numbers have a largest.
     """
+    most = most if most is not None else math.inf if isinstance(default, float) else LARGEST
     metadata = {"help": help, "choices": choices, "least": least, "most": most}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
