@@ -173,10 +173,9 @@ class LLM2VecGen:
         prefix: put before every text with one space. first: the number of texts[0] in errors.
         """
         limit = self.text_length() if limit is None else limit
-        texts = [f"{prefix} {text}" if prefix else text for text in texts]
         ids = []
         for start in range(0, len(texts), _TOKENIZED):
-            found = self.backbone.tokenizer.encode(texts[start : start + _TOKENIZED], limit, first + start)
+            found = self.backbone.tokenizer.encode(texts[start : start + _TOKENIZED], limit, first + start, prefix)
             ids += [np.array(row, np.int32) for row in found]
         return ids
 

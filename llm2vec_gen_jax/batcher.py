@@ -73,12 +73,17 @@ class Batcher:
         future.add_done_callback(lambda done: done.cancelled() and self._drop(job))
         return future
 
-    def close(self):
-        """Computes what still waits, then ends the thread."""
+    @property
+    def busy(self):
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    def close(self, timeout=None):
+        """Computes what still waits, then ends the thread. timeout: seconds after which it is left alone."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _drop(self, job):
         with self._changed:

@@ -135,7 +135,7 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             if isinstance(error, ValueError) and not any(sign in str(error) for sign in _OF_THE_DISK):
                 raise
-            steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
             newest = f"the newest one there is of step {max(steps)}" if steps else "there is none yet"
             number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
             reason = f"a checkpoint could not be written ({_first_line(error)}); {newest}"

@@ -2,17 +2,26 @@
 
 import glob
 import hashlib
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import is_broken, lines_of, parse_object, read_lines, sha256_file, visible
+from llm2vec_gen_jax.files import (
+    check_file,
+    is_broken,
+    lines_of,
+    parse_object,
+    read_json,
+    read_lines,
+    sha256_file,
+    visible,
+)
 
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 _PIECE = 1024  # rows of an Arrow table that are in memory
+_MOST_ROWS = 2**34  # of a table: what a damaged file says may be 2**62
 
 
 class Row(NamedTuple):
@@ -110,17 +119,20 @@ class Corpus:
 
     def _pieces(self, file):
         """Yields (rows, a function that reads them as dicts) of a Parquet or Arrow file or a saved dataset."""
-        import pyarrow
-
         columns = [self.field] if self.id_field in (None, self.field) else [self.field, self.id_field]
 
         def guarded(read):
             try:
                 return read()
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
-                raise InputError(f"{file}: damaged or not readable ({str(error).splitlines()[0]})") from None
+            except ImportError:
+                raise
+            except Exception as error:  # of a saved dataset's JSON, a column's name, a type: damage raises nearly any
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise InputError(f"{file}: damaged or not readable ({reason})") from None
 
         names, pieces = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
+        if twice := [name for name in columns if list(names).count(name) > 1]:
+            raise InputError(f"{file}: two of its columns are called {twice[0]!r}. Rename one")
         if missing := [name for name in columns if name not in names]:
             key = "field" if missing[0] == self.field else "id_field"
             raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
@@ -134,16 +146,23 @@ def _rows(table):
     return table.to_pylist()
 
 
+def _check_rows(numbers):
+    if min(numbers, default=0) < 0 or sum(numbers) > _MOST_ROWS:
+        raise ValueError(f"it says that it has {sum(numbers)} rows")
+
+
 def _open_parquet(path):
     """Returns (column names, pieces): pieces(columns) yields (rows, a function that returns their Arrow table)."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    _check_rows(groups)
 
     def pieces(columns):
-        for group in range(file.num_row_groups):
+        for group, rows in enumerate(groups):
             # A row group may be large, so it is read in pieces, and not at all where none of it is wanted.
-            rows, batches = file.metadata.row_group(group).num_rows, None
+            batches = None
 
             def piece(index, group=group):
                 nonlocal batches
@@ -175,6 +194,8 @@ def _open_arrow(path):
             table = pyarrow.ipc.open_stream(source).read_all()
         dataset, names, slice_of = table, table.column_names, lambda start, stop: table.slice(start, stop - start)
 
+    _check_rows([len(dataset)])
+
     def pieces(columns):
         for start in range(0, len(dataset), _PIECE):
             stop = min(start + _PIECE, len(dataset))
@@ -201,6 +222,8 @@ def _expand(source):
                 raise InputError(f"{part}: no such file")
             found += matches
     for path in found:
+        if path != "-" and not path.is_dir():
+            check_file(path)
         if path != "-" and not path.is_dir() and not path.name.endswith(_SUFFIXES):
             raise InputError(f"{path}: cannot be read; supported: {', '.join(_SUFFIXES)}, and saved datasets")
     if found.count("-") > 1:
@@ -212,7 +235,9 @@ def _files_in(folder):
     if (folder / "state.json").is_file():
         return [folder]
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = read_json(folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise InputError(f"{folder / 'dataset_dict.json'}: no list of splits")
         raise InputError(
             f"{folder}: holds several splits; name one: {', '.join(str(folder / name) for name in splits)}"
         )

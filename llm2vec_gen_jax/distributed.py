@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from llm2vec_gen_jax import preemption
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes
+from llm2vec_gen_jax.files import changes, whole_number
 
 BAD_INPUT, PREEMPTED, IO_FAILED, PEER_FAILED, STALLED = 2, 3, 74, 75, 76  # exit codes of a command, beside 0 and 1
 _WEEK = 7 * 24 * 3600  # seconds
@@ -61,7 +61,7 @@ def start(config, together=True):
                     raise PeerMissing(f"distributed=auto: {_first_line(error)}") from None
     else:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or whole_number(port) is None:
             raise InputError(f"distributed={address}: expected auto, off or HOST:PORT (of process 0)")
         if count is None or index is None or not 0 <= index < count:
             raise InputError(

@@ -7,6 +7,7 @@ from llm2vec_gen_jax.batcher import Batcher
 from llm2vec_gen_jax.encode import finite
 from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.tokenizer import CHARS_PER_TOKEN
 
 _ROW = 256  # tokens: see encode.plan
 _LEAST_NEW_TOKENS = 32  # of the programs that decode
@@ -23,12 +24,15 @@ class Engine:
         options.require(config)
         self.model, self.config = model, config
         self.limit = model.text_length(config.max_length)
+        self._check_instruction(config.instruction)
         self.batcher = Batcher(
             self._compute, self._cost, self._budget, config.max_wait_ms / 1000, config.max_waiting, observe
         )
 
     def tokenize(self, texts, instruction):
-        """Returns int32 ids of each text. Raises InputError for text that is not valid, or too long if none is cut."""
+        """Returns int32 ids of each text. Raises InputError for text that is not valid, or too long if none is cut, and
+        for an instruction that leaves no room for a text."""
+        self._check_instruction(instruction)
         if self.config.truncate:
             return self.model.tokenize(texts, instruction, self.limit)
         ids = self.model.tokenize(texts, instruction, self.limit + 1)
@@ -36,6 +40,15 @@ class Engine:
             if len(row) > self.limit:
                 raise InputError(f"input {number} is longer than the {self.limit} tokens that this server reads")
         return ids
+
+    def _check_instruction(self, instruction):
+        if len(instruction) * 4 < self.limit:  # no character has more tokens than bytes
+            return
+        longest = self.limit * CHARS_PER_TOKEN
+        if len(instruction) > longest or len(self.model.tokenize([instruction], "", self.limit)[0]) == self.limit:
+            raise InputError(
+                f"'instruction' leaves no room for a text in the {self.limit} tokens that are read of each"
+            )
 
     def embed(self, ids, soft_prompts=False):
         """Returns a Future of the embedding (E,) of each text, or of (embedding, soft prompts (K, D)); float32. None

@@ -1,11 +1,36 @@
 """The one exception for input that a user can mend."""
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_LONGEST = 2000  # characters of a message
+_LONGEST_WORD, _MOST_WORDS = 100, 1000  # that are compared: the words may be keys of a hostile file
 
 
 class InputError(ValueError):
-    """Bad input: the message names the file, line or key, and the fix. Commands print it and exit with 2."""
+    """Bad input: the message names the file, line or key, and the fix. Commands print it and exit with 2.
+
+    The message is a single line, whatever a file put into it: see `one_line`.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object, longest: int = _LONGEST) -> str:
+    """Returns the text without the middle of what is too long, and without line breaks and control characters."""
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
+
+
+def quote(text: str, length: int = 40) -> str:
+    """Returns a text in quotes, on one line, cut to `length` characters."""
+    return repr(text if len(text) <= length else text[:length] + "…")
 
 
 def not_finite(what: str, dtype: str) -> InputError:
@@ -16,12 +41,8 @@ def not_finite(what: str, dtype: str) -> InputError:
     return InputError(f"{what}: its numbers exceed {dtype} (NaN or infinity). Load the backbone in {others} (dtype=)")
 
 
-def quote(text: str, length: int = 40) -> str:
-    """Returns a text in quotes, on one line, cut to `length` characters."""
-    return repr(text if len(text) <= length else text[:length] + "…")
-
-
 def nearest(word: str, words: Iterable[str]) -> str:
     """Returns ", did you mean 'x'?" for the closest of `words`, or the list of them when none is close."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(words))}"
+    known = [known[:_LONGEST_WORD] for known in itertools.islice(words, _MOST_WORDS)]
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -1,5 +1,6 @@
 """Files that appear complete or not at all, and JSONL that survives a kill."""
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -8,7 +9,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
@@ -18,6 +21,9 @@ import yaml
 
 from llm2vec_gen_jax.errors import InputError
 
+_LARGEST_JSON, LARGEST_YAML = 1 << 28, 1 << 20  # bytes of a file that is read whole
+_LONGEST_LINE = 1 << 26  # bytes
+_MOST_YAML_NODES = 100_000
 _HERE = pathlib.Path(__file__).parent
 SHIPPED = _HERE if (_HERE / "configs").is_dir() else _HERE.parent  # of an installed package, of a checkout
 
@@ -128,8 +134,32 @@ def shipped(path):
     return path
 
 
+def check_file(path, what="file", largest=None):
+    """Raises InputError where there is no regular file (or a link to one): a device or a pipe may have no end.
+
+    largest: the bytes that it may have.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such {what}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise InputError(f"{path}: not a readable {what} ({getattr(error, 'strerror', error)})") from None
+    if not stat.S_ISREG(status.st_mode):
+        reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise InputError(f"{path}: not a readable {what} ({reason})")
+    if largest is not None and status.st_size > largest:
+        raise InputError(f"{path}: not a readable {what} ({status.st_size} bytes, at most {largest} are read)")
+
+
+def whole_number(text):
+    """Returns the number that at most 18 ASCII digits are, else None. (str.isdigit is true of \u00b2 as well.)"""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
 def read_json(path):
     """Reads a JSON object. Raises InputError that names the file (and line) when it is missing or malformed."""
+    check_file(path, largest=_LARGEST_JSON)
     try:
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,13 +171,34 @@ def read_json(path):
     return value
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _BoundedLoader(yaml.SafeLoader):
+    """YAML whose aliases cannot stand for more than any memory holds, which takes a few lines."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.sizes = {}  # id of a node -> nodes in it, those of aliases included
+
+    def compose_node(self, parent, index):
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if is_alias and id(node) not in self.sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias of what it is in", mark)
+        if not is_alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
+        if self.sizes[id(node)] > _MOST_YAML_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {_MOST_YAML_NODES} values", mark)
+        return node
+
+
+class _StrictLoader(_BoundedLoader):
     """YAML of which no key is repeated: PyYAML would take the last and say nothing."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -163,25 +214,29 @@ _TextLoader.yaml_implicit_resolvers = {
 }
 
 
+def parse_yaml(stream, where, loader=_BoundedLoader):
+    """Returns the value of YAML in a string or an open file; `where` is for errors."""
+    try:
+        return yaml.load(stream, Loader=loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that there is not
+        raise InputError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
 def read_yaml(path, what="file", text=False):
     """Reads a YAML file; text: numbers and dates stay the text that they are written as.
 
     Raises InputError that names the file (as `what`) when it is missing or malformed.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.load(file, Loader=_TextLoader if text else _StrictLoader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such {what}") from None
-    except OSError as error:
-        raise InputError(f"{path}: not a readable {what} ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that there is not
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not (str(path).startswith("/dev/") and pathlib.Path(path).is_fifo()):  # a shell's <(...)
+        check_file(path, what, LARGEST_YAML)
+    with open(path, encoding="utf-8") as file:
+        return parse_yaml(file, path, _TextLoader if text else _StrictLoader)
 
 
 def read_array(path, key):
     """Returns the array of a .npy file, mapped, not read. Raises InputError that names `key`, the setting it is of."""
     try:
+        check_file(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python: damage of it raises nearly anything
         raise InputError(f"{key}={path}: not a .npy array ({error})") from None
@@ -246,8 +301,7 @@ def is_broken(text):
 def read_lines(path):
     """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         yield from lines_of(file, path)
 
@@ -256,7 +310,9 @@ def lines_of(file, name):
     """`read_lines` of a file that is open for reading bytes; `name` is for its errors."""
     number = 0
     try:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+            if len(raw) > _LONGEST_LINE:
+                raise InputError(f"{name}, line {number}: is longer than {_LONGEST_LINE} bytes")
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw = raw[3:]
             yield number, raw.decode("utf-8").rstrip("\r\n")

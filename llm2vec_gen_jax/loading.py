@@ -109,7 +109,7 @@ def resolve_path(path):
         return download.default_backbone()
     local = pathlib.Path(path).expanduser()
     if local.exists():
-        if local.is_file() and local.suffix != ".gguf":
+        if not local.is_dir() and local.suffix != ".gguf":
             raise InputError(f"{path}: a backbone is a folder or a .gguf file")
         return local
     if local.suffix == ".gguf" or not is_hub_id(path):

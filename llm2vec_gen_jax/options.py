@@ -205,7 +205,7 @@ def _value(schema, key, text):
 def _list_value(key, text):
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
         raise InputError(f"command line: {key}={text}: not a list. Write a,b or [a, b]") from None
 
 

@@ -4,10 +4,9 @@ Requests and errors have the shape of https://platform.openai.com/docs/api-refer
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import hmac
+import logging
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ import time
 import traceback
 
 import numpy as np
-import orjson
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,23 +24,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llm2vec_gen_jax import vectors
+from llm2vec_gen_jax import openai_api, vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.batcher import Full
 from llm2vec_gen_jax.engine import Engine
-from llm2vec_gen_jax.errors import InputError, nearest
+from llm2vec_gen_jax.errors import InputError, one_line, quote
+from llm2vec_gen_jax.openai_api import Refused, to_response
 from llm2vec_gen_jax.telemetry import Telemetry
 
 KEY_VARIABLE = "LLM2VEC_GEN_API_KEY"
-_EMBEDDING_KEYS = {"input": object, "model": str, "dimensions": int, "encoding_format": str, "user": str}
-_EMBEDDING_KEYS |= {"instruction": str, "soft_prompts": bool}
-_DECODING_KEYS = {"input": object, "soft_prompts": list, "model": str, "max_tokens": int, "seed": int, "user": str}
-_DECODING_KEYS |= {"instruction": str}
-_JSON_NAMES = {str: "a string", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
-_TOKEN_IDS = (
-    "token ids are not accepted, those of OpenAI's tokenizers mean nothing to this model: send text "
-    "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
-)
+_LONG_BODY = 1 << 16  # bytes: parsed in a thread
+_LAST_ANSWERS = 2  # seconds in which clients must read the answer that the server is stopping
 
 
 def serve(path, config):
@@ -53,6 +45,10 @@ def serve(path, config):
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
         raise InputError(f"{KEY_VARIABLE} is empty: give it a value, or unset it to serve without a key")
+    if key is not None and not (key.isascii() and key.strip().isprintable()):
+        raise InputError(
+            f"{KEY_VARIABLE} must be of printable ASCII characters: clients cannot send others in a header"
+        )
     with _bound(config) as listener:  # before the model is loaded: a taken port is known at once
         model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
         server = Server(model, config, config.name or path, key and key.strip())
@@ -64,23 +60,6 @@ def serve(path, config):
         server.run(listener)
 
 
-class Refused(Exception):
-    """A request that is answered with an error of OpenAI's shape."""
-
-    def __init__(self, status, message, code=None, param=None):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-
-    def response(self):
-        """Returns the HTTP response, with what a client should know of when to come again."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return _json({"error": error}, self.status, headers)
-
-
 class Server:
     """A model behind HTTP. name: what requests call it. key: what they must bring, if anything."""
 
@@ -88,8 +67,8 @@ class Server:
         self.model, self.config, self.name, self.key = model, config, name, key
         self.telemetry = Telemetry(self)
         self.engine = Engine(model, config, self.telemetry.batch)
-        self.created, self.in_flight = int(time.time()), 0
-        self.ready, self.failure = False, None
+        self.created, self.in_flight, self.tasks = int(time.time()), 0, set()
+        self.ready, self.failure, self.expired = False, None, False
         routes = [
             Route("/v1/embeddings", self._endpoint(self.embeddings), methods=["POST"]),
             Route("/v1/models", self._endpoint(self.models)),
@@ -113,16 +92,17 @@ class Server:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=self.config.client_timeout,
-            timeout_graceful_shutdown=self.config.shutdown_timeout,
+            timeout_graceful_shutdown=self.config.shutdown_timeout + _LAST_ANSWERS,
         )
-        self.uvicorn = uvicorn.Server(settings)
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+        self.uvicorn = _UvicornServer(settings, self.config.shutdown_timeout, self._expire)
         # uvicorn catches both, and when all is finished raises them again for whoever was there before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         self.uvicorn.run(sockets=[listener])
         if self.failure:
             raise self.failure
-        if not self.ready:  # still compiling: native code that cannot be interrupted, and a result nobody needs
+        if not self.ready or self.engine.batcher.busy:  # in native code, which cannot be interrupted, for nobody
             sys.stdout.flush()
             os._exit(0)
 
@@ -130,7 +110,13 @@ class Server:
     async def _lifespan(self, app):
         threading.Thread(target=self._warmup, daemon=True).start()
         yield
-        await asyncio.to_thread(self.engine.batcher.close)
+        await asyncio.to_thread(self.engine.batcher.close, _LAST_ANSWERS if self.expired else None)
+
+    def _expire(self):
+        """Ends all requests that are being read or answered."""
+        self.expired = True
+        for task in self.tasks:
+            task.cancel()
 
     def _warmup(self):
         started = time.monotonic()
@@ -147,6 +133,7 @@ class Server:
     def _endpoint(self, handler):
         async def answer(request):
             started, self.in_flight = time.monotonic(), self.in_flight + 1
+            self.tasks.add(task := asyncio.current_task())
             try:
                 self._admit(request)
                 response = await handler(request)
@@ -156,11 +143,18 @@ class Server:
                 response = Refused(400, str(error)).response()
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it; for the metrics
+            except asyncio.CancelledError:
+                if not self.expired:
+                    raise
+                task.uncancel()
+                message = f"the server is stopping, and gave this request {self.config.shutdown_timeout} s"
+                response = Refused(503, message, "stopping").response()
             except Exception:
                 traceback.print_exc()
                 response = Refused(500, "the server failed on this request; its log says how").response()
             finally:
                 self.in_flight -= 1
+                self.tasks.discard(task)
             self.telemetry.request(handler.__name__, response.status_code, time.monotonic() - started)
             return response
 
@@ -190,39 +184,9 @@ class Server:
                         raise too_large
         except TimeoutError:
             raise Refused(408, f"the request took longer than {self.config.client_timeout:g} s to come") from None
-        try:
-            found = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise Refused(400, f"the body is not valid JSON: {error}", "invalid_json") from None
-        if not isinstance(found, dict):
-            raise Refused(400, "the body must be a JSON object")
-        found = {key: value for key, value in found.items() if value is not None}
-        for key, value in found.items():
-            if key not in keys:
-                raise Refused(400, f"unknown key {key!r}{nearest(key, keys)}", "unknown_parameter", key)
-            if keys[key] is not object and type(value) is not keys[key]:  # a bool is no int
-                raise Refused(400, f"{key!r} must be {_JSON_NAMES[keys[key]]}", "invalid_type", key)
-        if found.get("model", self.name) != self.name:
-            message = f"the model {found['model']!r} does not exist; this server has {self.name!r}"
-            raise Refused(404, message, "model_not_found", "model")
-        return found
-
-    def _texts(self, value, most):
-        """Returns the list of texts of an `input`."""
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts:
-            raise Refused(400, "'input' must be a string, or a list of at least one", "invalid_type", "input")
-        if isinstance(texts[0], int | list):
-            raise Refused(400, _TOKEN_IDS, "invalid_type", "input")
-        self._count(texts, most, "input")
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise Refused(400, f"'input' {number} must be a string", "invalid_type", "input")
-        return texts
-
-    def _count(self, items, most, key):
-        if len(items) > most:
-            raise Refused(413, f"{key!r} has {len(items)} items, at most {most} are taken", "too_many_inputs", key)
+        if len(body) < _LONG_BODY:
+            return openai_api.parse(body, keys, self.name)
+        return await asyncio.to_thread(openai_api.parse, body, keys, self.name)
 
     async def _ids(self, texts, body):
         instruction = body.get("instruction", self.config.instruction)
@@ -251,22 +215,23 @@ class Server:
 
     async def embeddings(self, request):
         """POST /v1/embeddings: OpenAI's, with `instruction` and `soft_prompts` besides."""
-        body = await self._read(request, _EMBEDDING_KEYS)
-        texts = self._texts(body.get("input"), self.config.max_inputs)
+        body = await self._read(request, openai_api.EMBEDDING_KEYS)
         size, most = body.get("dimensions"), self.model.get_embedding_dimension()
         if size is not None and not 1 <= size <= most:
             raise Refused(400, f"'dimensions' must be within 1 and {most}, found {size}", param="dimensions")
         encoding, soft = body.get("encoding_format", "float"), body.get("soft_prompts", False)
         if encoding not in ("float", "base64"):
-            raise Refused(400, f"'encoding_format' must be float or base64, not {encoding!r}", param="encoding_format")
+            message = f"'encoding_format' must be float or base64, not {quote(encoding)}"
+            raise Refused(400, message, param="encoding_format")
         if soft and not self.config.decode.enabled:
             raise Refused(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
-        ids = await self._ids(texts, body)
+        most = min(self.config.max_inputs, self.config.decode.max_inputs) if soft else self.config.max_inputs
+        ids = await self._ids(openai_api.texts_of(body.get("input"), most), body)
         found = await self._result(request, "input", self.engine.embed, ids, soft)
-        return self._embeddings(ids, found, size, encoding, soft)
+        return await asyncio.to_thread(self._embeddings, ids, found, size, encoding, soft)
 
     def _embeddings(self, ids, found, size, encoding, soft):
-        show = _base64 if encoding == "base64" else np.ascontiguousarray
+        show = openai_api.to_base64 if encoding == "base64" else np.ascontiguousarray
         embeddings = np.stack([row[0] if soft else row for row in found])
         data = [
             {"object": "embedding", "index": number, "embedding": show(row)}
@@ -278,11 +243,12 @@ class Server:
         read = sum(map(len, ids))
         self.telemetry.read(len(ids), read)
         usage = {"prompt_tokens": read, "total_tokens": read}
-        return _json({"object": "list", "data": data, "model": self.name, "usage": usage})
+        data = openai_api.to_list(data)
+        return to_response({"object": "list", "data": data, "model": self.name, "usage": usage})
 
     async def decode(self, request):
         """POST /v1/decode: the text that the LLM reads out of texts' embeddings, or of soft prompts."""
-        body = await self._read(request, _DECODING_KEYS)
+        body = await self._read(request, openai_api.DECODING_KEYS)
         settings = self.config.decode
         if ("input" in body) == ("soft_prompts" in body):
             raise Refused(
@@ -295,12 +261,13 @@ class Server:
             raise Refused(400, f"'max_tokens' must be within 1 and {settings.max_new_tokens}", param="max_tokens")
         read = 0
         if "input" in body:
-            ids = await self._ids(self._texts(body["input"], settings.max_inputs), body)
+            ids = await self._ids(openai_api.texts_of(body["input"], settings.max_inputs), body)
             read = sum(map(len, ids))
             prompts = [prompts for _, prompts in await self._result(request, "input", self.engine.embed, ids, True)]
         else:
-            self._count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
-            prompts = self._soft_prompts(body["soft_prompts"])
+            openai_api.check_count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
+            shape = self.model.model.num_tokens, self.model.model.architecture.hidden_size
+            prompts = await asyncio.to_thread(openai_api.soft_prompts_of, body["soft_prompts"], shape)
         (key,) = body.keys() & {"input", "soft_prompts"}
         rows = await self._result(request, key, self.engine.decode, prompts, most, body.get("seed", 0))
         rows = [row[:most] for row in rows]
@@ -308,40 +275,39 @@ class Server:
         data = [{"object": "decoding", "index": number, "text": text} for number, text in enumerate(texts)]
         written = sum(map(len, rows))
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        return _json({"object": "list", "data": data, "model": self.name, "usage": usage})
-
-    def _soft_prompts(self, items):
-        """Returns float32 (K, D) of each item, which is base64 or nested lists."""
-        shape = self.model.model.num_tokens, self.model.model.architecture.hidden_size
-        found = []
-        for number, item in enumerate(items):
-            try:
-                if isinstance(item, str):
-                    array = np.frombuffer(base64.b64decode(item, validate=True), "<f4").reshape(shape)
-                else:
-                    array = np.array(item, np.float32)
-            except (binascii.Error, ValueError, TypeError, OverflowError):
-                array = np.zeros(0)
-            if array.shape != shape or not np.isfinite(array).all():
-                wanted = f"{shape[0]} x {shape[1]} numbers, as lists or as base64 of float32"
-                raise Refused(400, f"'soft_prompts' {number} must be {wanted}", param="soft_prompts")
-            found.append(array)
-        return found
+        return to_response({"object": "list", "data": data, "model": self.name, "usage": usage})
 
     async def models(self, request):
         """GET /v1/models and /v1/models/NAME."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm2vec_gen_jax"}
         name = request.path_params.get("name")
         if name is None:
-            return _json({"object": "list", "data": [model]})
+            return to_response({"object": "list", "data": [model]})
         if name != self.name:
-            message = f"the model {name!r} does not exist; this server has {self.name!r}"
-            raise Refused(404, message, "model_not_found", "model")
-        return _json(model)
+            raise openai_api.unknown_model(name, self.name)
+        return to_response(model)
 
     async def health(self, request):
         """GET /health: 200 when everything is compiled, 503 before."""
-        return _json({"status": "ok" if self.ready else "compiling"}, 200 if self.ready else 503)
+        return to_response({"status": "ok" if self.ready else "compiling"}, 200 if self.ready else 503)
+
+
+class _UvicornServer(uvicorn.Server):
+    """Calls expire() `timeout` seconds after a signal: at its own limit, uvicorn cuts connections without an answer."""
+
+    def __init__(self, settings, timeout, expire):
+        super().__init__(settings)
+        self.timeout, self.expire = timeout, expire
+
+    async def shutdown(self, sockets=None):
+        expiry = asyncio.get_running_loop().call_later(self.timeout, self.expire)
+        await super().shutdown(sockets)
+        expiry.cancel()
+
+
+def _is_no_cancellation(record):
+    """Whether a log record is of anything but a request that was cancelled: a client that reads no answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _protocol(timeout):
@@ -386,15 +352,6 @@ def _bound(config):
     return listener
 
 
-def _json(content, status=200, headers=None):
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, headers, "application/json")
-
-
-def _base64(array):
-    return base64.b64encode(np.ascontiguousarray(array, "<f4")).decode()
-
-
 async def _not_found(request, error):
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {one_line(request.url.path, 200)}: {error.detail}"
     return Refused(error.status_code, message, "unknown_url").response()

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import fingerprint, is_broken, read_json, read_jsonl, read_lines, sha256_file, visible
+from llm2vec_gen_jax.files import (
+    fingerprint,
+    is_broken,
+    read_json,
+    read_jsonl,
+    read_lines,
+    sha256_file,
+    visible,
+    whole_number,
+)
 
 MAIN_METRIC = {
     "retrieval": "ndcg_at_10",
@@ -107,14 +116,14 @@ def _read_retrieval(folder, limit):
         fields = line.split("\t")
         if (number == 1 and fields[-1] == "score") or not line.strip():
             continue
-        if len(fields) != 3 or not fields[2].strip().isdigit():
+        if len(fields) != 3 or (grade := whole_number(fields[2].strip())) is None:
             raise InputError(f"{file}, line {number}: expected query-id, corpus-id and a whole number, tab-separated")
-        query, document, grade = fields
+        query, document, _ = fields
         if query not in asked:
             raise InputError(f"{file}, line {number}: queries.jsonl has no {query!r}")
         if document not in documents:
             raise InputError(f"{file}, line {number}: corpus.jsonl has no {document!r}")
-        qrels.setdefault(query, {})[document] = int(grade)
+        qrels.setdefault(query, {})[document] = grade
     # As in BEIR, a query without a relevant document is not asked.
     queries = [row for row in queries if any(qrels.get(row["id"], {}).values())][:limit]
     if not queries:

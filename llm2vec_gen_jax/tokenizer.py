@@ -14,7 +14,8 @@ from llm2vec_gen_jax.templates import render
 # its letters, strips its lines or escapes it shows.
 _SENTINEL = '\ue000It\'s 1 < 2 & "A" {{ x }} {% y %} \\n\n  <b>Où?</b>\t\n' + 99 * "A long text. " + "\ue001"
 _PROBE = "It's 3,000 m² away; don't go!\n\tdef f(x): return x**2  # Größe, déjà vu, 你好, مرحبا, Привет, 🙂"
-_CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
+CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
+_CHARS_AT_A_TIME = 1 << 22
 
 
 class Tokenizer:
@@ -82,21 +83,36 @@ class Tokenizer:
                 "this tokenizer is not the backbone's"
             )
 
-    def encode(self, texts, max_length, first=0):
+    def encode(self, texts, max_length, first=0, prefix=""):
         """Returns a list of id lists, each at most max_length long, with the tokenizer's own BOS if it has one.
 
-        first: the number that errors give to texts[0].
+        first: the number that errors give to texts[0]. prefix: put before every text, with one space.
         """
-        cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
+        longest = max_length * CHARS_PER_TOKEN
+        # Only a few texts at a time are put together with a long prefix: it may be that of many texts.
+        step = max(1, _CHARS_AT_A_TIME // longest) if len(prefix) > CHARS_PER_TOKEN else len(texts)
+        return [
+            row[:max_length]
+            for start in range(0, len(texts), max(step, 1))
+            for row in self._encode(texts[start : start + step], max_length, longest, first + start, prefix)
+        ]
+
+    def _encode(self, texts, max_length, longest, first, prefix):
+        def start_of(text, count):
+            return (f"{prefix[:count]} {text[:count]}" if prefix else text)[:count]
+
+        cut = [start_of(text, longest) for text in texts]
         try:
             ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
         except TypeError:  # what tokenizers says of text that is not valid Unicode
             bad = next(row for row, text in enumerate(cut) if is_broken(text))
             raise InputError(f"input {first + bad} holds half of a surrogate pair, which is no valid text") from None
         for row, text in enumerate(texts):
-            if len(cut[row]) < len(text) and len(ids[row]) <= max_length:
-                ids[row] = self.plain.encode(text).ids  # a text of very long tokens (runs of spaces)
-        return [row[:max_length] for row in ids]
+            whole, count = len(text) + (len(prefix) + 1 if prefix else 0), longest
+            while count < whole and len(ids[row]) <= max_length:  # a text of very long tokens (runs of spaces)
+                count *= 4
+                ids[row] = self.plain.encode_batch([start_of(text, count)])[0].ids
+        return ids
 
     def encode_answers(self, answers, max_length, suffix):
         """Returns id lists of answers that end in the end token; an over-long answer is cut, its end token too.

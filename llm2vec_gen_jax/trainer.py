@@ -17,7 +17,7 @@ from flax import struct
 from llm2vec_gen_jax import data, distributed, optim, options, preemption, progress, sharding, tracking
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes, write_text
+from llm2vec_gen_jax.files import changes, whole_number, write_text
 from llm2vec_gen_jax.metrics import MetricsWriter
 
 # What may change when a run is resumed: how long and where it runs, not what it computes.
@@ -268,9 +268,9 @@ class _Profile:
         self.folder, self.first, self.last, self.running = output / "profile", None, None, False
         if steps is not None:
             first, _, last = steps.partition(":")
-            if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            self.first, self.last = whole_number(first), whole_number(last)
+            if None in (self.first, self.last) or not 1 <= self.first <= self.last:
                 raise InputError(f"train.profile={steps}: expected START:STOP, the first and the last step of a trace")
-            self.first, self.last = int(first), int(last)
 
     def __enter__(self):
         return self

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 
 import hypothesis
 from hypothesis import strategies as st
@@ -55,6 +56,50 @@ def damaged(draw, content):
         length = draw(st.sampled_from([0, len(piece), 1, len(content)]))
         content[place : place + length] = piece
     return bytes(content)
+
+
+ALIASES = b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c, *%c]\n" % (n + 1, n + 1, n, n, n) for n in range(97, 120))
+HUGE = [number.to_bytes(8, order) for number in (2**31, 2**40, 2**62, 2**64 - 1) for order in ("little", "big")]
+PIECES = [
+    b"[" * 5000,
+    b"{a: " * 3000,
+    b"9" * 5000,
+    "²".encode(),
+    b"1e999",
+    b"-1",
+    b"18446744073709551616",
+    b"2024-02-30",
+]
+PIECES += [
+    ALIASES,
+    b"\0",
+    b"\xff",
+    b"\\ud800",
+    b"x" * 300_000,
+    b"{{",
+    b"&a [*a]",
+    b"*a",
+    b"<<: ",
+    b"!!python/name:os",
+    *HUGE,
+]
+PIECES += [b"null", b"true", b'""', b"[]", b"{}", b"../../x", b"(a+)+$", b"%s%n" * 9, b"\x1b[2J"]
+_SPOTS = re.compile(rb"[-+.\w]+|\"[^\"\n]*\"|[\[{][^\[{\]}]*[\]}]")
+
+
+def hostile(random, content):
+    """Returns a file's bytes as an attacker alters them: a value, a word or a number in place of another."""
+    content = bytes(content)
+    for _ in range(random.choice([1, 1, 2])):
+        spots = [match.span() for match in _SPOTS.finditer(content[:20_000])]
+        if spots and random.random() < 0.6:
+            start, end = random.choice(spots)
+        else:
+            start = random.randrange(min(len(content), random.choice([64, 400, 10**9])) or 1)
+            end = start + random.choice([0, 1, 4, 8, 8, 8, len(content)])
+        piece = random.choice(PIECES + [random.randbytes(random.randrange(9)), content[start : start + 200] * 50])
+        content = content[:start] + piece + content[end:]
+    return content
 
 
 def dumped(value):

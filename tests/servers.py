@@ -35,9 +35,9 @@ def environment(key=None):
 class Running:
     """A server in a process of its own. url: where it answers."""
 
-    def __init__(self, folder, *words, key=None):
+    def __init__(self, folder, *words, key=None, stderr=None):
         command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *words]
-        self.process = subprocess.Popen(command, env=environment(key), stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=environment(key), stdout=subprocess.PIPE, stderr=stderr, text=True)
         self.url = self.process.stdout.readline().split()[-1].removesuffix("/v1")
 
     def ready(self):
@@ -61,6 +61,11 @@ class Running:
                 return
             time.sleep(0.05)
         raise AssertionError(f"{name} stays {self.metric(name)}")
+
+    def memory(self, name):
+        """Bytes of the process, as Linux counts them: VmRSS now, VmHWM at most."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
     def address(self):
         host, port = self.url.removeprefix("http://").split(":")

@@ -134,6 +134,25 @@ def test_a_senseless_config_of_a_backbone_is_named(command, tiny_folder, tmp_pat
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize(
+    ("front", "message"),
+    [
+        ("license: mit\ndate: 2024-02-30", "day is out of range"),
+        ("license: " + "[" * 5000, "recursion"),
+        ("license: " + "9" * 5000, "4300 digits"),
+        ("a: &a [x, x]\nb: &b [" + "*a, " * 999 + "]\nc: [" + "*b, " * 999 + "]", "more than 100000 values"),
+        ("a: &a [*a]", "an alias of what it is in"),
+        ("license: mit\n\ttab", "not valid YAML"),
+    ],
+)
+def test_damaged_metadata_of_a_model_card_are_named(command, tiny_folder, tmp_path, front, message):
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_folder("llama"), backbone)
+    (backbone / "README.md").write_text(f"---\n{front}\n---\n\n# A model\n")
+    check_error(respond(command, backbone), f"{backbone / 'README.md'}: its metadata", message)
+    assert os.listdir() == []
+
+
 def test_a_tokenizer_of_another_model_is_refused(command, model_folder, tiny_folder, tmp_path):
     """Of the same size, so that every id has a row: the vectors would be those of other texts."""
     backbone, model = tmp_path / "backbone", tmp_path / "model"

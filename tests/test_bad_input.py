@@ -59,7 +59,9 @@ import pytest
 from tokenizers import AddedToken
 
 from llm2vec_gen_jax import LLM2VecGen, load_embeddings
+from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax.trainer import _Profile
 
 from .commands import RESPONSES, TRAIN, encode, losses, only_config, respond, rows_of, succeed, train, write_task
 from .conftest import check_error, tiny_tokenizer, write_jsonl
@@ -224,7 +226,62 @@ def test_more_shares_than_rows_are_the_whole(command, model_folder, tiny_folder,
     np.testing.assert_allclose(load_embeddings("out", verify=True), load_embeddings("whole-out"), atol=1e-5)
 
 
+@pytest.mark.parametrize("grade", ["²", "٣" * 5000, "9" * 5000, "-1", "1.5", ""])
+def test_a_grade_that_is_no_number_is_named(command, model_folder, tmp_path, grade):
+    folder = write_task(tmp_path / "task")
+    (folder / "qrels.tsv").write_text(f"q0\td0\t{grade}\n")
+    result = command("evaluate", model_folder, f"tasks={folder}", "output=out")
+    check_error(result, f"{folder / 'qrels.tsv'}, line 1: expected query-id, corpus-id and a whole number")
+    assert os.listdir() == []
+
+
 # Settings
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, str(2**63), str(2**32), "1e400"])
+def test_a_number_that_is_none_is_named(command, tmp_path, number):
+    """Of a seed that is larger, JAX would keep the lower bits: that of another run."""
+    for name, key in (("train", "train.seed"), ("train", "data.seed"), ("respond", "seed"), ("train", "train.steps")):
+        check_error(command(name, f"{key}={number}"), f"{key.rpartition('.')[2]}")
+    if number != str(2**32):
+        check_error(command("plan", f"topology=cpu:{number}"), "topology=cpu:")
+        with pytest.raises(InputError, match="train.profile="):
+            _Profile(f"1:{number}", tmp_path)
+
+
+@pytest.fixture
+def no_files(tmp_path):
+    """Paths of what is there and no file."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    return [str(tmp_path / "folder"), str(tmp_path / "pipe"), "/dev/zero", "/dev/null", f"{__file__}/x"]
+
+
+def test_a_folder_or_a_device_is_no_file(command, model_folder, tiny_folder, tmp_path, no_files):
+    backbone = f"backbone.path={tiny_folder('llama')}"
+    data = f"data.responses={write_jsonl(tmp_path / 'rows.jsonl', RESPONSES)}"
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "task.json").touch()
+    task = f"tasks={tmp_path / 'task'}"
+    for path in no_files:
+        for name, *words in (
+            ("train", path),
+            ("train", backbone, f"data.responses={path}.jsonl" if "/dev" in path else f"data.responses={path}", *TRAIN),
+            ("train", f"backbone.path={path}", data, *TRAIN),
+            ("train", backbone, data, "teacher.kind=file", f"teacher.path={path}", *TRAIN),
+            ("train", backbone, data, f"teacher.adapters={path}", *TRAIN),
+            ("train", backbone, data, f"train.init_from={path}", *TRAIN),
+            ("respond", backbone, f"input={path}", "output=answers.jsonl"),
+            ("encode", model_folder, f"input={path}", "output=out"),
+            ("encode", path, f"input={tmp_path / 'rows.jsonl'}", "output=out"),
+            ("decode", model_folder, f"input={path}", "output=decoded.jsonl"),
+            ("decode", model_folder, f"soft_prompts={path}"),
+            ("evaluate", model_folder, task, f"instructions={path}", "output=out"),
+            ("convert to_pytorch", path, "output=out"),
+        ):
+            check_error(command(name, *words), path)
+        shutil.rmtree("run", ignore_errors=True)
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize(

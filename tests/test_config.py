@@ -361,7 +361,9 @@ def test_text_of_the_command_line_is_verbatim(text):
     assert options.load(TrainConfig, None, [f"backbone.path={text}"]).backbone.path == text
 
 
-@hypothesis.given(st.lists(YAML_TEXT, min_size=4, max_size=4), st.lists(YAML_TEXT), st.floats(0, 1e300), st.integers(0))
+@hypothesis.given(
+    st.lists(YAML_TEXT, min_size=4, max_size=4), st.lists(YAML_TEXT), st.floats(0, 1e300), st.integers(0, 2**32 - 1)
+)
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number, count):
     written = TrainConfig()

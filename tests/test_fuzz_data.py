@@ -71,6 +71,46 @@ def test_any_damage_of_a_table(tmp_path, tables, data, name):
     refused_or(lambda: list(Corpus(str(path), id_field="id").read()))
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow
+
+    table = pyarrow.table([["one"], ["two"], [1]], names=["text", "text", "id"])
+    with pyarrow.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.arrow", "x.parquet"):
+        with pytest.raises(InputError, match=f"{name}: two of its columns are called 'text'"):
+            list(Corpus(str(tmp_path / name)).read())
+        with pytest.raises(InputError, match=f"{name}: two of its columns are called 'text'"):
+            Corpus(str(tmp_path / name)).count()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "{}"),
+        ("state.json", "["),
+        ("state.json", '{"_data_files": [{"filename": "/dev/zero"}]}'),
+        ("state.json", '{"_data_files": 5}'),
+        ("dataset_info.json", "[" * 5000),
+        ("dataset_info.json", '{"features": {"text": {"dtype": "x", "_type": "Value"}}}'),
+        ("data-00000-of-00001.arrow", "ARROW1"),
+    ],
+)
+def test_a_damaged_dataset_is_refused(tmp_path, tables, file, content):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / file).unlink()
+    (tmp_path / "saved" / file).write_text(content)
+    with pytest.raises(InputError, match="saved: damaged or not readable"):
+        list(Corpus(str(tmp_path / "saved")).read())
+    for splits in ("[", "{}", '{"splits": 5}', '{"splits": [5]}', "9" * 5000):
+        (tmp_path / "dataset_dict.json").write_text(splits)
+        with pytest.raises(InputError, match="dataset_dict.json: "):
+            Corpus(str(tmp_path))
+
+
 # Vectors
 
 

@@ -1,6 +1,7 @@
 """GGUF files: equal to the folder that they were made from, on any mesh; what is unknown in them is refused."""
 
 import json
+import struct
 
 import gguf
 import numpy as np
@@ -9,7 +10,8 @@ from tokenizers import AddedToken, normalizers
 
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.formats import gguf_file, published
+from llm2vec_gen_jax.formats.gguf import GGUFSource
 from llm2vec_gen_jax.loading import open_backbone
 from llm2vec_gen_jax.tokenizer import Tokenizer
 from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model
@@ -321,3 +323,51 @@ def test_unknown_rope_factors_are_refused(tmp_path):
 def test_rotation_that_is_not_implemented_is_refused(metadata, message, tmp_path):
     with pytest.raises(InputError, match=message):
         load(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), metadata=metadata))
+
+
+def header(tensors, fields, rest=b""):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + rest
+
+
+KEY = struct.pack("<Q", 3) + b"a.b"
+HUGE = [2**20, 2**31, 2**62, 2**63, 2**64 - 1]
+
+
+@pytest.mark.parametrize("count", HUGE)
+@pytest.mark.parametrize(
+    "place", ["fields", "tensors", "key", "string", "numbers", "bytes", "strings", "in strings", "arrays", "shape"]
+)
+def test_a_count_that_the_file_cannot_hold_is_refused_at_once(tmp_path, place, count):
+    number = struct.pack("<Q", count)
+    content = {
+        "fields": header(0, count),
+        "tensors": header(count, 0),
+        "key": header(0, 1, number + b"a.b" + bytes(12)),
+        "string": header(0, 1, KEY + struct.pack("<I", 8) + number),
+        "numbers": header(0, 1, KEY + struct.pack("<II", 9, 12) + number + bytes(8)),
+        "bytes": header(0, 1, KEY + struct.pack("<II", 9, 0) + number),
+        "strings": header(0, 1, KEY + struct.pack("<II", 9, 8) + number + bytes(64)),
+        "in strings": header(0, 1, KEY + struct.pack("<IIQ", 9, 8, 1) + number + b"a"),
+        "arrays": header(0, 1, KEY + struct.pack("<II", 9, 9) + number + bytes(64)),
+        "shape": header(1, 0, KEY + struct.pack("<I", 1) + number + struct.pack("<IQ", 0, 0)),
+    }[place]
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(InputError, match="model.gguf: not a whole GGUF file"):
+        GGUFSource(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kinds", [{}, {"q_proj": gguf.GGMLQuantizationType.Q8_0}])
+def test_a_gguf_file_is_what_the_reader_of_llama_cpp_makes_of_it(tmp_path, kinds):
+    def metadata(writer):
+        writer.add_array("x.words", ["a", "é", ""])
+        writer.add_array("x.numbers", [1.5, 2.5])
+        writer.add_bool("x.bool", True)
+        writer.add_uint64("x.large", 2**63)
+
+    path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama3"), kinds, metadata)
+    ours, theirs = gguf_file.GGUFFile(path), gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert {key: field.contents() for key, field in ours.fields.items()} == fields
+    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.shape, one.tensor_type) == (other.name, tuple(other.shape), other.tensor_type)
+        np.testing.assert_array_equal(one.data, other.data)

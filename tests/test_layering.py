@@ -21,15 +21,15 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry templates",
-    "architecture config.inference config.lens config.serve config.training execution files layers progress "
-    "sharding supervised topologies",
+    "architecture config.inference config.lens config.serve config.training execution files layers openai_api "
+    "progress sharding supervised topologies",
     "config.study kernels package_index quantization study.plots tracking",
     "config",
     "attention options",
     "corpus data distributed download instructions metrics tasks tokenizer vectors",
     "study.splits",
     "backbone card checkpoint heads lens.chart memory optim",
-    "formats.torchzip formats.weights lora",
+    "formats.gguf_file formats.torchzip formats.weights lora",
     "formats.gguf formats.hf formats.peft formats.published",
     "loading model",
     "directory encode losses trainer",
@@ -162,17 +162,11 @@ def test_no_torch_no_outdated_jax_nothing_that_executes_data(module):
         assert not under(name, ("torch", *OUTDATED, *EXECUTES_DATA)), f"{module} uses {name}"
 
 
-def test_pickle_is_read_by_the_restricted_unpickler_alone():
+def test_nothing_is_unpickled():
     names = {module: used(path.read_text()) for module, path in FILES.items()}
     assert [module for module in names if "pickle" in names[module]] == ["formats.torchzip"]
-    allowed = {"pickle", "pickle.Unpickler", "pickle.UnpicklingError", "pickle.dumps"}
-    assert {name for name in names["formats.torchzip"] if under(name, ["pickle"])} <= allowed
-    tree = ast.parse(FILES["formats.torchzip"].read_text())
-    restricted = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "_Unpickler"]
-    overridden = {node.name for node in restricted[0].body if isinstance(node, ast.FunctionDef)}
-    assert {"find_class", "persistent_load"} <= overridden
-    whole = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "Unpickler"]
-    assert whole == restricted[0].bases
+    allowed = {"pickle", "pickle.UnpicklingError", "pickle.dumps"}
+    assert {name for name in names["formats.torchzip"] if under(name, ["pickle"])} == allowed
 
 
 # Linen's own method; harness._Folder says what `build` gives; the module's docstring is the command of a `main`.

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -57,6 +58,48 @@ def model(model_folder):
 def test_bad_requests_are_refused_and_the_server_lives(strict, body, status, expected):
     check_refusal(strict.post("embeddings", body), status, expected)
     assert strict.healthy()
+
+
+@pytest.fixture(scope="module")
+def wide(model_folder):
+    """A server of the default limits."""
+    with running(model_folder, "warmup=false", "max_wait_ms=0") as started:
+        yield started.ready()
+
+
+MANY = b",[1]" * 1_000_000
+LONG = b"k" * 7_000_000
+
+
+@pytest.mark.parametrize(
+    "path, body, status",
+    [
+        ("decode", b'{"soft_prompts":[[[1]%s]]}' % MANY, 400),
+        ("decode", b'{"soft_prompts":[[[1]]%s]}' % MANY, 413),
+        ("decode", b'{"soft_prompts":["%s"]}' % LONG, 400),
+        ("decode", b'{"soft_prompts":[[[1%s],[2],[3]]]}' % (b",1" * 2_000_000), 400),
+        ("embeddings", b'{"%s":1}' % LONG, 400),
+        ("embeddings", b'{"model":"%s"}' % LONG, 404),
+        ("embeddings", b'{"input":"a","encoding_format":"%s"}' % LONG, 400),
+        ("embeddings", b'{"input":[""%s]}' % MANY, 413),
+        ("embeddings", b'{"input":"%s"}' % (b" " * 7_000_000), 200),
+        ("embeddings", b'{"input":["a"%s],"instruction":"%s"}' % (b',"a"' * 2000, b"i" * 2**20), 400),
+        ("embeddings", b'{"input":["a"%s],"instruction":"%s"}' % (b',"a"' * 2000, b" " * 2**20), 400),
+    ],
+    ids=lambda value: str(value)[:28],
+)
+def test_a_large_body_holds_nothing_up(wide, path, body, status):
+    """No array, comparison or echo of it: others are answered meanwhile, and the server's memory stays."""
+    before, longest = wide.memory("VmRSS"), 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(wide.post, path, body)
+        while not answer.done():
+            asked = time.monotonic()
+            assert wide.healthy()
+            longest = max(longest, time.monotonic() - asked)
+    assert answer.result().status_code == status and len(answer.result().content) < 5000
+    assert longest < 1.5
+    assert wide.memory("VmHWM") - before < 400e6  # of JSON, an empty list of 4 bytes takes 64
 
 
 def test_a_body_of_unknown_length_is_limited(strict):

@@ -33,6 +33,25 @@ def test_a_signal_ends_the_server_after_what_is_in_flight(model_folder, number):
             server.post("embeddings", {"input": "one"})
 
 
+def test_what_is_in_flight_at_the_limit_of_a_shutdown_is_answered(model_folder):
+    """Texts that wait, a body that never comes whole, and a client that reads nothing: in that order."""
+    words = ("max_wait_ms=600000", "shutdown_timeout=1", "warmup=false")
+    with running(model_folder, *words, stderr=subprocess.PIPE) as server:
+        server.ready()
+        with concurrent.futures.ThreadPoolExecutor() as pool, socket.create_connection(server.address()) as slow:
+            slow.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+            answers = [pool.submit(server.post, "embeddings", {"input": ["one", "two"]}) for _ in range(5)]
+            server.until("waiting", 10)
+            server.process.send_signal(signal.SIGTERM)
+            for answer in answers:
+                check_refusal(answer.result(), 503, "the server is stopping", code="stopping")
+                assert answer.result().headers["Retry-After"] == "1"
+            assert slow.recv(100).startswith(b"HTTP/1.1 503")
+        _, errors = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0
+    assert "Traceback" not in errors and "Error" not in errors, errors
+
+
 def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, tmp_path):
     check_error(command("serve", tmp_path / "nowhere", "port=0"), "nowhere")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -43,6 +62,11 @@ def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, t
     check_error(command("serve", model_folder, "port=0", "max_length=4"), "max_length must exceed")
     monkeypatch.setenv("LLM2VEC_GEN_API_KEY", " ")
     check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY is empty")
+    for key in ("clé", "a\nb", "a\udce9"):
+        monkeypatch.setenv("LLM2VEC_GEN_API_KEY", key)
+        check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY must be of printable ASCII")
+    monkeypatch.delenv("LLM2VEC_GEN_API_KEY")
+    check_error(command("serve", model_folder, "port=0", f"instruction={'a' * 600}"), "'instruction' leaves no room")
 
 
 def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch, capsys):

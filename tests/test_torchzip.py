@@ -72,6 +72,47 @@ def test_a_pickle_that_runs_something_is_refused_and_not_run(tmp_path):
         torchzip.read(path)
 
 
+def doubled(times):
+    """The instructions of a tuple of 2**times empty tuples, in which each pair is one tuple twice."""
+    return b")" + b"q\x00h\x00\x86" * times
+
+
+@pytest.mark.parametrize("place", ["key", "size", "record", "class", "state", "config"])
+def test_a_tuple_of_many_tuples_is_refused_at_once(tmp_path, place):
+    """To hash, compare or print one of 2**90 takes for ever, in native code that no signal ends."""
+    storage = b"(" + pickle.dumps("storage", 2)[2:-1] + b"ctorch\nFloatStorage\n"
+    record = storage + pickle.dumps("0", 2)[2:-1] + pickle.dumps("cpu", 2)[2:-1] + b"K\x04tQ"
+    program = {
+        "key": b"}" + doubled(90) + b"K\x01s.",
+        "size": b"ctorch._utils\n_rebuild_tensor_v2\n(" + record + b"K\0" + doubled(90) + b"(K\x01t\x89}tR.",
+        "record": storage + doubled(90) + b"X\x03\0\0\0cpuK\x04tQ.",
+        "class": b"(X\x07\0\0\0storage" + doubled(90) + b"X\x03\0\0\0cpuX\x01\0\0\0aK\x04tQ.",
+        "state": b"}X\x0a\0\0\0state_dict" + doubled(90) + b"sX\x06\0\0\0config}s.",
+        "config": b"}(X\x0a\0\0\0state_dict}X\x06\0\0\0config}X\x01\0\0\0a" + doubled(90) + b"su.",
+    }[place]
+    zip_with(tmp_path / "head", b"\x80\x02" + program, r0=bytes(16))
+    assert (tmp_path / "head").stat().st_size < 1000
+    with pytest.raises(InputError, match="head: not a readable torch file of tensors .*tuples of tuples"):
+        torchzip.read(tmp_path / "head")
+
+
+def test_no_value_of_a_torch_file_is_shown_whole(tmp_path):
+    long = "x" * 500_000
+    programs = [
+        pickle.dumps({"state_dict": {}, "config": {long: [1]}}, 2),
+        pickle.dumps({"state_dict": {long: 1}, "config": {}}, 2),
+        b"\x80\x02c" + long.encode() + b"\nname\n.",
+        b"\x80\x02(K\x01" + b"h\x00" * 400_000 + b"t.",
+        torchzip._program({"a": claims((2**40,) * 9, 4)}, {}),
+        torchzip._program({"a": claims((2**31,) * 300, 4)}, {}),
+    ]
+    for program in programs:
+        zip_with(tmp_path / "head", program, r0=bytes(16))
+        with pytest.raises(InputError) as error:
+            torchzip.read(tmp_path / "head")
+        assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
 SOUND = torchzip._program({"a": np.arange(4, dtype=np.float32)}, {"size": 1})
 PIECES = [
     b"cos\nsystem\n",
@@ -160,5 +201,5 @@ def test_damaged_torch_files_name_the_file(tmp_path):
 def test_tensors_outside_their_storage_are_refused(offset, size, stride):
     storage = np.arange(4, dtype=np.float32)
     with pytest.raises(pickle.UnpicklingError):
-        torchzip._Rebuild()(storage, offset, size, stride)
-    np.testing.assert_array_equal(torchzip._Rebuild()(storage, 1, (2,), (2,)), [1, 3])
+        torchzip._rebuild(storage, offset, size, stride)
+    np.testing.assert_array_equal(torchzip._rebuild(storage, 1, (2,), (2,)), [1, 3])

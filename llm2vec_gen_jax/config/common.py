@@ -4,14 +4,17 @@ import dataclasses
 import math
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LARGEST = 2**32 - 1  # of whole numbers: of a larger seed, JAX would keep these bits alone
 BACKBONE_DTYPES = (*DTYPES, "int8")
 
 
-def setting(default, help, choices=None, least=0, most=math.inf, path=False):
+def setting(default, help, choices=None, least=0, most=None, path=False):
     """Declares a config field with its help text and, where only some values make sense, the choices.
 
-    least, most: the smallest and largest value of a number. path: of files or folders, in which ~ is the user's home.
+    least, most: the smallest and largest value of a number; by default, only whole numbers have a largest. path: of
+    files or folders, in which ~ is the user's home.
     """
+    most = most if most is not None else math.inf if isinstance(default, float) else LARGEST
     metadata = {"help": help, "choices": choices, "least": least, "most": most, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

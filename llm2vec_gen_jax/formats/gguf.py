@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.formats import gguf_file
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -69,7 +70,7 @@ class GGUFSource:
     @_damage_named
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self.reader = gguf.GGUFReader(path)
+        self.reader = gguf_file.GGUFFile(path)
         self.family = self.field("general.architecture")
         self.tensors = {}
         for part in [self.reader, *self._further_parts()]:
@@ -106,7 +107,7 @@ class GGUFSource:
     @staticmethod
     def _part(file, number, count):
         try:
-            reader = gguf.GGUFReader(file)
+            reader = gguf_file.GGUFFile(file)
             found = {key: reader.fields[f"split.{key}"].contents() for key in ("no", "count")}
         except Exception as error:
             raise InputError(f"{file}: not a whole part of a GGUF file ({error})") from None

@@ -7,18 +7,18 @@ import re
 
 import jax
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from llm2vec_gen_jax import architecture as architecture_lib
 from llm2vec_gen_jax.errors import InputError, not_finite
-from llm2vec_gen_jax.files import atomic_directory, read_json, write_json
+from llm2vec_gen_jax.files import atomic_directory, parse_yaml, read_json, write_json
 from llm2vec_gen_jax.formats import weights
 
 # What a backbone needs from the hub; never code, never pickles.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 MAX_FILE_BYTES = 5_000_000_000  # of weights in one file
 _OF_BASE_MODEL = ("embed_tokens.", "layers.", "norm.")  # names in files saved without the head: no "model." before them
+_FRONT_MATTER = 1 << 20  # characters of a model card within which its metadata end
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _READABLE_DTYPES = (*_SAFETENSORS_DTYPES.values(), "F64")  # others are quantised: numbers without their scales
 
@@ -113,13 +113,14 @@ def stop_ids(folder, config):
 
 
 def read_license(folder):
-    """Returns the license that the model card of a folder states, or None."""
+    """Returns the license that the model card of a folder states, or None. Raises InputError for damaged metadata."""
     card = pathlib.Path(folder) / "README.md"
-    match = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
-    try:
-        license = yaml.safe_load(match[1]).get("license") if match else None
-    except (yaml.YAMLError, AttributeError):
+    if not card.is_file():
         return None
+    with open(card, encoding="utf-8", errors="replace") as file:
+        match = re.match(r"---\n(.*?)\n---", file.read(_FRONT_MATTER), re.DOTALL)
+    front = parse_yaml(match[1], f"{card}: its metadata, between the lines of ---") if match else None
+    license = front.get("license") if isinstance(front, dict) else None
     return license if isinstance(license, str) else None
 
 

@@ -27,7 +27,7 @@ _NEUTRAL = set(
     " layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config megatron_core"
     " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
 )
-_KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.(\d+)\.(.+))\.lora_([AB])\.weight")
+_KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.([0-9]{1,9})\.(.+))\.lora_([AB])\.weight")
 _SELECTING = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
 _MODULES = {
     name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)

@@ -184,6 +184,7 @@ def _read_run_config(path):
 
     BaseLoader knows no types: what a tag such as !!python/object stands for is never constructed.
     """
+    files.check_file(path, largest=files.LARGEST_YAML)
     try:
         run = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -207,7 +208,7 @@ def _read_num_tokens(directory, run):
     config = files.read_json(path) if path else {}
     _require(not config.get("save_decoder"), path, "save_decoder is true: a second decoder is not supported")
     mode = config.get("encoding_mode", run.get("encoding_mode", "last_10_tokens"))
-    match = re.fullmatch(r"last_(\d+)_tokens", str(mode))
+    match = re.fullmatch(r"last_([0-9]{1,9})_tokens", str(mode))
     _require(match, path or directory, f"encoding_mode is {mode!r}, supported: last_N_tokens, N a number")
     return int(match[1])
 
@@ -216,7 +217,7 @@ def _token_ids(path, special_tokens):
     """Returns the id of each special token in tokenizer.json."""
     try:
         ids = {token["content"]: int(token["id"]) for token in files.read_json(path)["added_tokens"]}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last: an id of 1e999
         raise InputError(f"{path}: added_tokens is not a list of tokens with content and id") from None
     for token in special_tokens:
         _require(token in ids, path, f"added_tokens lacks the special token {token!r} of run_config.yml")

@@ -1,12 +1,11 @@
 """Reads and writes the files of `torch.save({"state_dict": ..., "config": {...}})` without torch.
 
 Such a file is a zip of a pickle (`data.pkl`) and of one record of raw bytes per tensor (`data/0`, ...).
-A pickle is a program; the reader runs only the few instructions and names that tensors need, and refuses all
+A pickle is a program; the reader follows only the few instructions and names that tensors need, and refuses all
 else.
 """
 
-import collections
-import io
+import dataclasses
 import math
 import os
 import pickle
@@ -17,7 +16,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.errors import InputError, one_line
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -25,60 +24,142 @@ STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "DoubleStorage": np.dtype(np.float64),
 }
-OPCODES = frozenset(
-    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS"
-    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NONE NEWTRUE"
-    " NEWFALSE BINPUT LONG_BINPUT BINGET LONG_BINGET".split()
-)
 MAX_PICKLE_BYTES = 1 << 20
+MAX_AXES = 8
 ALIGNMENT = 64
+_PLAIN = frozenset("NONE NEWTRUE NEWFALSE BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT".split())
+_VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_ORDERED_DICT, _REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 
 
-class _Rebuild:
-    """Stands in for torch._utils._rebuild_tensor_v2. Has no __dict__, so that a pickle cannot alter it."""
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A class or function that a pickle names: one of the few that are known, and none is ever called."""
 
-    __slots__ = ()
+    name: str
 
-    def __call__(self, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+
+def _refuse(reason):
+    raise pickle.UnpicklingError(reason)
+
+
+def _rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+    """Does what torch._utils._rebuild_tensor_v2 does, for numpy."""
+    if not isinstance(storage, np.ndarray) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+        _refuse("a tensor is malformed")
+    if len(size) != len(stride) or len(size) > MAX_AXES:
+        _refuse(f"a tensor has {len(size)} sizes and {len(stride)} strides")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        _refuse("a tensor has a size, offset or stride that is none")
+    count = math.prod(size)
+    last = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1
+    # `count`: a stride of 0 makes a tensor of any size out of one number; no state_dict holds one.
+    if max(offset + last + 1, count) > storage.size:
         where = f"a tensor of size {size}, offset {offset} and stride {stride}"
-        if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-            raise pickle.UnpicklingError(f"{where} is malformed")
-        count = math.prod(size)
-        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1
-        # `count`: a stride of 0 makes a tensor of any size out of one number; no state_dict holds one.
-        if max(offset + last + 1, count) > storage.size:
-            raise pickle.UnpicklingError(f"{where} leaves its storage of {storage.size}")
-        steps = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+        _refuse(f"{where} leaves its storage of {storage.size}")
+    steps = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles `data`, taking the bytes of tensors from `archive`, an open zip, under the folder `root`."""
+def _tuple(items):
+    """Returns a tuple. One in a tuple must be of numbers, as sizes are: deeper ones could take for ever to compare."""
+    for item in items:
+        if type(item) is tuple and not all(type(number) is int for number in item):
+            _refuse("it holds tuples of tuples, which no dict of tensors needs")
+    return tuple(items)
 
-    def __init__(self, data, archive, root):
-        super().__init__(io.BytesIO(data))
+
+def _set_items(target, items):
+    if not isinstance(target, dict) or len(items) % 2 or not all(type(key) is str for key in items[::2]):
+        _refuse("it holds a dict whose keys are not text")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+class _Storages:
+    """The tensors' records in `archive`, an open zip, under the folder `root`."""
+
+    def __init__(self, archive, root):
         self.archive, self.root, self.records = archive, root, {}
 
-    def find_class(self, module, name):
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Rebuild()
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module == "torch" and name in STORAGES:
-            # The name, not the dtype: BUILD could call the __setstate__ of a dtype that all of numpy shares.
-            return name
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no dict of tensors needs")
-
-    def persistent_load(self, pid):
-        kind, name, key, _, count = pid
-        if kind != "storage" or name not in STORAGES:
-            raise pickle.UnpicklingError(f"unexpected record {kind!r} of {name!r}")
+    def read(self, pid):
+        """Returns the numbers (n,) of ("storage", class, key, device, n)."""
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _Name):
+            _refuse("it refers to a record that is no storage")
+        _, kind, key, _, count = pid
+        if kind.name not in STORAGES or type(key) is not str or type(count) is not int:
+            _refuse("it refers to a storage of an unknown kind")
         if key not in self.records:
             self.records[key] = self.archive.read(f"{self.root}data/{key}")
-        array = np.frombuffer(self.records[key], STORAGES[name])
+        array = np.frombuffer(self.records[key], STORAGES[kind.name])
         if array.size != count:
-            raise pickle.UnpicklingError(f"record data/{key} holds {array.size} numbers, expected {count}")
+            _refuse(f"record data/{key} holds {array.size} numbers, expected {count}")
         return array
+
+
+def _load(data, storages):
+    """Returns the value of a pickle: dicts, tuples, plain values and arrays.
+
+    Not `pickle.load`: a pickle is a program, of which each instruction is looked at before it has an effect. Nothing
+    is called and no attribute is set, whatever the program says.
+    """
+    stack, marks, memo = [], [], {}
+
+    def since_mark():
+        mark = marks.pop()
+        items = stack[mark:]
+        del stack[mark:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                marks.append(len(stack))
+            case name if name in _PLAIN:
+                stack.append(_VALUES.get(name, argument))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(_tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                marks.append(len(stack) - int(name[-1]))
+                stack.append(_tuple(since_mark()))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(stack[-1], [key, value])
+            case "SETITEMS":
+                items = since_mark()
+                _set_items(stack[-1], items)
+            case "GLOBAL":
+                known = argument in (_ORDERED_DICT, _REBUILD) or argument.removeprefix("torch ") in STORAGES
+                if not known:
+                    _refuse(f"it refers to {argument.replace(' ', '.')}, which no dict of tensors needs")
+                stack.append(_Name(argument.removeprefix("torch ")))
+            case "BINPERSID":
+                stack.append(storages.read(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                called = function.name if isinstance(function, _Name) and type(arguments) is tuple else None
+                if called == _REBUILD:
+                    stack.append(_rebuild(*arguments))
+                elif called == _ORDERED_DICT and not arguments:
+                    stack.append({})
+                else:
+                    _refuse("it calls what makes no tensor")
+            case "BUILD":  # attributes of an OrderedDict: the _metadata of a state_dict
+                if not isinstance(stack.pop(), dict) or not isinstance(stack[-1], dict):
+                    _refuse("it alters what is no dict")
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case name:
+                _refuse(f"unexpected pickle instruction {name}")
 
 
 def _unpickle(archive):
@@ -86,34 +167,26 @@ def _unpickle(archive):
     sizes = {info.filename: info.file_size for info in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
     if len(roots) != 1 or sizes[f"{roots[0]}data.pkl"] > MAX_PICKLE_BYTES:
-        raise pickle.UnpicklingError(f"it holds no data.pkl of at most {MAX_PICKLE_BYTES} bytes")
+        _refuse(f"it holds no data.pkl of at most {MAX_PICKLE_BYTES} bytes")
     # torch never compresses: with records stored apart, the size of the file bounds the memory needed.
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise pickle.UnpicklingError("it holds compressed records")
-    if sum(sizes.values()) > os.fstat(archive.fp.fileno()).st_size:
-        raise pickle.UnpicklingError("its records overlap")
+        _refuse("it holds compressed records")
+    if sum(info.file_size for info in archive.infolist()) > os.fstat(archive.fp.fileno()).st_size:
+        _refuse("its records overlap")
     byteorder = f"{roots[0]}byteorder"
     if byteorder in sizes and archive.read(byteorder) != b"little":
-        raise pickle.UnpicklingError("it was written on a big-endian machine")
-
-    data = archive.read(f"{roots[0]}data.pkl")
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES:
-            raise pickle.UnpicklingError(f"unexpected pickle instruction {opcode.name}")
-        # Unpickling allocates as many slots as the largest number that it is told to store at.
-        if opcode.name == "LONG_BINPUT" and argument > len(data):
-            raise pickle.UnpicklingError(f"unexpected pickle memo number {argument}")
-    return _Unpickler(data, archive, roots[0]).load()
+        _refuse("it was written on a big-endian machine")
+    return _load(archive.read(f"{roots[0]}data.pkl"), _Storages(archive, roots[0]))
 
 
 def _plain_dict(value, field, kinds):
-    """Returns a copy of value[field], a dict from str to `kinds`."""
-    # dict.items: the pickle may have given an OrderedDict attributes, "items" among them.
-    items = list(dict.items(value[field]))
-    for name, item in items:
-        if not isinstance(name, str) or not isinstance(item, kinds):
-            raise pickle.UnpicklingError(f"{field} holds an unexpected {type(item).__name__} at {name!r}")
-    return dict(items)
+    """Returns value[field], checked to be a dict from str to `kinds`."""
+    if not isinstance(value[field], dict):
+        _refuse(f"{field} is no dict")
+    for name, item in value[field].items():
+        if not isinstance(item, kinds):
+            _refuse(f"{field} holds an unexpected {type(item).__name__} at {name[:100]!r}")
+    return value[field]
 
 
 def read(path):
@@ -126,14 +199,14 @@ def read(path):
         with zipfile.ZipFile(path) as archive:
             value = _unpickle(archive)
         if not isinstance(value, dict) or set(value) != {"state_dict", "config"}:
-            raise pickle.UnpicklingError("it is not a dict of state_dict and config")
+            _refuse("it is not a dict of state_dict and config")
         tensors = _plain_dict(value, "state_dict", np.ndarray)
         return tensors, _plain_dict(value, "config", (str, int, float, type(None)))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
         # Damaged bytes raise nearly anything inside zipfile and pickle; the answer is the same to all of it.
-        reason = f"{type(error).__name__}: {error}"
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
         raise InputError(f"{path}: not a readable torch file of tensors ({reason}). Fetch it again") from None
 
 
