@@ -21,6 +21,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry",
+    "locks",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised",
     "config.study kernels quantization study.plots tracking",
