@@ -14,7 +14,7 @@ import yaml
 
 from llm2vec_gen_jax import api, config, directory, export, locks, sharding
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import install_command, write_json
+from llm2vec_gen_jax.files import write_json
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.loading import resolve_path
 
@@ -75,8 +75,8 @@ class Report:
         lines.append(f"limits in {self.dtype}: cosine {cosine}, largest difference {difference} {unit}")
         if self.missing:
             lines.append(
-                f"missing: {', '.join(self.missing)}; only this side was read. Install what is missing with "
-                f"`{install_command('torch')}`, or name a Python that has it: python=PATH"
+                f"missing: {', '.join(self.missing)}; only this side was read. Install with "
+                f"`pip install {' '.join(self.missing)}`, or name a Python that has it: python=PATH"
             )
         else:
             lines.append(f"read by {', '.join(self.reader)}")

@@ -66,7 +66,7 @@ def test_what_could_not_be_compared_is_no_pass(command, model_folder, tmp_path):
         bare.chmod(0o755)
         code, out, _ = command("convert verify", model_folder, f"python={bare}")
         assert code == 2 and out.splitlines()[-1] == "NOT COMPARED"
-        assert f"missing: {missing};" in out and "requirements-teachers" not in out
+        assert f"missing: {missing};" in out
     with pytest.raises(InputError, match="python=/bin/true: is no Python"):
         verify(model_folder, "/bin/true")
     with pytest.raises(InputError, match="python=/nowhere/python: No such file"):
