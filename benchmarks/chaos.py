@@ -44,7 +44,7 @@ def _compare(run, reference):
     if contents(run / "model") != contents(reference / "model"):
         raise Failure("the model differs from the undisturbed run's")
     left = [path for path in run.rglob("*") if ".orbax-checkpoint-tmp" in path.name or path.name == "_deleted"]
-    if left := left + [path for path in run.iterdir() if path.name.startswith(".")]:
+    if left := left + [path for folder in (run, run.parent) for path in folder.glob(".*")]:
         raise Failure(f"left behind: {left[0]}")
     return len(expected)
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,8 +37,8 @@ class Failure(Exception):
 class Leg:
     """A command from one start to its end, as `count` processes with 2 / count devices each."""
 
-    def __init__(self, folder, count, words):
-        """words: the command's name and what follows."""
+    def __init__(self, folder, count, words, name="output"):
+        """words: the command's name and what follows. name: of the files that keep what it prints."""
         self.folder, self.trains = folder, False
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -51,7 +52,7 @@ class Leg:
         for index in range(count):
             joined = [f"distributed={address}", f"num_processes={count}", f"process_id={index}"] if count > 1 else []
             command = [sys.executable, "-m", "benchmarks.chaos_child", *words, *joined]
-            output = open(folder.parent / f"output-{index}.txt", "w+", encoding="utf-8")
+            output = open(folder.parent / f"{name}-{index}.txt", "w+", encoding="utf-8")
             self.outputs.append(output)
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             # A session of its own: whatever a process leaves behind can be found by it.
@@ -212,6 +213,48 @@ def fill_the_disk(chaos, leg):
     return time.monotonic() - started
 
 
+def start_twice(chaos, leg):
+    """As a job that was queued again: of two runs of one output the later one is refused, and the other goes on."""
+    more = chaos.rng.choice(((), ("train.overwrite=true",)))
+    second = Leg(chaos.folder, 1, (*chaos.words, *more), "second")
+    try:
+        leg.until(lambda: not second.running())
+        refused, other = (leg, second) if second.running() else (second, leg)
+        started = time.monotonic()
+        codes = refused.wait(_limit())
+        if chaos.done() or not other.running():
+            return None  # they were not there at the same time
+        if 2 not in codes or "another process is writing to it" not in refused.said():
+            raise Failure(f"two runs of one output: exit codes {codes}, expected 2\n{refused.said()}")
+        check(codes, {2} | LOST)
+        seconds = time.monotonic() - started
+        if chaos.at_step(other):
+            _send(chaos, other, signal.SIGTERM, {3}, {3})
+        else:
+            check(other.wait(_limit()), {0})
+        return seconds
+    finally:
+        second.end()
+
+
+def remove_the_output(chaos, leg):
+    if not chaos.at_step(leg):
+        return None
+    gone = chaos.run.with_name("gone")
+    chaos.run.rename(gone)  # at once: the run goes on to write files
+    shutil.rmtree(gone)
+    started = time.monotonic()
+    codes = leg.wait(_limit())
+    if codes == [0] * len(codes) and chaos.done():
+        return None
+    # 74 where it was a checkpoint that could not be written.
+    if not {1, 74} & set(codes):
+        raise Failure(f"exit codes {codes}, expected 1")
+    check(codes, {1, 74} | LOST)
+    shutil.rmtree(chaos.run, ignore_errors=True)  # what was written after the removal
+    return time.monotonic() - started
+
+
 # While nothing runs: what returns True has done its damage.
 
 
@@ -238,6 +281,13 @@ def corrupt_the_config(chaos):
     return True
 
 
+def damage_the_targets(chaos):
+    files = sorted(chaos.folder.glob("responses.jsonl.targets/*.npy"))
+    for path in files[:1]:
+        path.write_bytes(chaos.rng.choice((flipped, truncated))(path.read_bytes(), chaos.rng))
+    return bool(files)
+
+
 FAULTS = {
     "kill -9": (kill, 6),
     "kill -9 inside a save": (kill_in_a_save, 6),
@@ -248,11 +298,14 @@ FAULTS = {
     "stall": (stall, 2),
     "reader lost": (lose_the_reader, 4),
     "disk full": (fill_the_disk, 3),
+    "two runs of one output": (start_twice, 4),
+    "output removed": (remove_the_output, 3),
 }  # of a run: what it does, and how often it is drawn
 DAMAGES = {
     "bit flipped": (flip, 4),
     "file truncated": (truncate, 4),
     "config damaged": (corrupt_the_config, 1),
+    "targets damaged": (damage_the_targets, 3),
     None: (lambda chaos: False, 10),
 }  # between two starts
 

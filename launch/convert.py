@@ -52,20 +52,20 @@ def to_pytorch(path, config):
 
 
 def verify(path, config):
-    """Prints the comparison of both frameworks; exit code 1 where they differ."""
+    """Prints the comparison of both frameworks; exit code 1 where they differ, 2 where they were not compared."""
     from llm2vec_gen_jax.verify import verify
 
     report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)
     print(report)
     if not report.passed:
-        sys.exit(1)
+        sys.exit(2 if report.verdict == "NOT COMPARED" else 1)
 
 
 if __name__ == "__main__":
     start.run_one_of(
         {
-            "from_pytorch": (FromPytorchConfig, from_pytorch),
-            "to_pytorch": (ToPytorchConfig, to_pytorch),
+            "from_pytorch": (FromPytorchConfig, start.alone(from_pytorch)),
+            "to_pytorch": (ToPytorchConfig, start.alone(to_pytorch, "output", "merged", "backbone_output")),
             "verify": (VerifyConfig, verify),
         }
     )

@@ -49,4 +49,4 @@ def main(path, config):
 
 
 if __name__ == "__main__":
-    start.run(DecodeConfig, main, "MODEL")
+    start.run(DecodeConfig, start.alone(main), "MODEL")

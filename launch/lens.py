@@ -139,10 +139,10 @@ def _cell(text, width):
 if __name__ == "__main__":
     start.run_one_of(
         {
-            "logit": (LogitLensConfig, logit),
+            "logit": (LogitLensConfig, start.alone(logit)),
             "build_index": (BuildIndexConfig, build_index),
-            "query": (QueryIndexConfig, query),
-            "generations": (GenerationsConfig, generations),
-            "report": (ReportConfig, report),
+            "query": (QueryIndexConfig, start.alone(query)),
+            "generations": (GenerationsConfig, start.alone(generations)),
+            "report": (ReportConfig, start.alone(report)),
         }
     )

@@ -2,17 +2,18 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import sys
 import textwrap
 import traceback
 
-from llm2vec_gen_jax import options, preemption
+from llm2vec_gen_jax import locks, options, preemption
 from llm2vec_gen_jax.config import DistributedConfig, ShardConfig
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
-from llm2vec_gen_jax.files import SHIPPED
+from llm2vec_gen_jax.files import SHIPPED, require_written
 
 
 def run_one_of(actions):
@@ -51,6 +52,24 @@ def run(schema, command, positional="CONFIG", words=None):
         if isinstance(config, DistributedConfig):
             _join(config)
         command(*arguments)
+
+
+def alone(command, *keys):
+    """Returns command(model, config), made the only process that writes the paths of `keys` (default "output").
+
+    Raises InputError where another one does, OSError where a path was removed before the command's end.
+    """
+
+    @functools.wraps(command)
+    def run_alone(path, config):
+        outputs = {key: target for key in keys or ("output",) if (target := getattr(config, key))}
+        with contextlib.ExitStack() as stack:
+            for key, target in {os.path.realpath(path): (key, path) for key, path in outputs.items()}.values():
+                stack.enter_context(locks.locked(target, key))
+            command(path, config)
+            require_written(*outputs.values())
+
+    return run_alone
 
 
 def _read(schema, positional, words):

@@ -10,12 +10,21 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import options, progress, sharding, vectors
+from llm2vec_gen_jax import locks, options, progress, sharding, vectors
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.encode import WINDOW
 from llm2vec_gen_jax.errors import InputError, not_finite, quote
-from llm2vec_gen_jax.files import JsonlAppender, atomic_path, changes, read_array, read_json, sha256_file, write_json
+from llm2vec_gen_jax.files import (
+    JsonlAppender,
+    atomic_path,
+    changes,
+    read_array,
+    read_json,
+    removed,
+    sha256_file,
+    write_json,
+)
 
 CALIBRATION = 1024  # texts whose vectors give the ranges of int8
 
@@ -32,10 +41,14 @@ def encode_corpus(path, config, check=lambda: None):
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
-    corpus = Corpus(config.input, config.field, config.id_field, config.stdin)
     output = pathlib.Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
     files = _Files(output, config)
+    with locks.locked(files.share, "output"):  # what cannot be written fails before the work, not after it
+        return _encode_corpus(path, config, files, check)
+
+
+def _encode_corpus(path, config, files, check):
+    corpus = Corpus(config.input, config.field, config.id_field, config.stdin)
     files.check()
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
@@ -66,6 +79,7 @@ class _Files:
         self.output, self.config = output, config
         index, count = config.shard.index, config.shard.count
         suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
+        self.share = output.with_name(f"{output.name}{suffix}")  # what is locked: shares do not wait for one another
         self.manifest = output / f"manifest{suffix}.json"
         self.journal = output / f"progress{suffix}.jsonl"
         self.journal_record, self.journal_sums = JsonlAppender.sidecars(self.journal)
@@ -95,7 +109,7 @@ class _Files:
 
     def remove_if_empty(self):
         """Removes the folder when it holds no more than ranges."""
-        if {path.name for path in self.output.iterdir()} <= {self.ranges.name}:
+        if self.output.exists() and {path.name for path in self.output.iterdir()} <= {self.ranges.name}:
             self.ranges.unlink(missing_ok=True)
             self.output.rmdir()
 
@@ -105,7 +119,7 @@ class _Files:
             shard = re.match(r"\.(?:embeddings|soft_prompts)-(\d+)\.", path.name)
             mine = int(shard[1]) % self.config.shard.count == self.config.shard.index if shard else False
             if mine or path.name.startswith((f".{self.manifest.name}.", f".{self.journal.name}.", ".ranges.")):
-                path.unlink(missing_ok=True)
+                locks.remove_unlocked(path)
 
 
 class _Job:
@@ -113,7 +127,7 @@ class _Job:
 
     def __init__(self, model, corpus, config, files, record, check):
         self.model, self.corpus, self.config, self.files, self.record = model, corpus, config, files, record
-        self.check = check
+        self.check, self.sizes = check, {}
         self.size, self.share = config.shard_size, config.shard
         self.limit = model.text_length(config.max_length)
         if config.truncate_dim is not None and config.truncate_dim > model.get_embedding_dimension():
@@ -153,8 +167,11 @@ class _Job:
             self.files.remove_torn()
             self.done = {row["shard"]: row for row in self._whole(journal.rows)}
             try:
+                self.files.check()  # again: another run that divides the texts otherwise may have begun meanwhile
                 self._encode(journal)
                 manifest = self._manifest()
+                journal.check()
+                self._require_files()
                 write_json(self.files.manifest, manifest)
                 journal.remove()
             finally:
@@ -162,6 +179,12 @@ class _Job:
                     journal.remove()
                     self.files.remove_if_empty()
         return manifest
+
+    def _require_files(self):
+        """Raises OSError where a file of this share is not as long as it was when it was written or checked."""
+        for path, size in self.sizes.items():
+            if not path.is_file() or path.stat().st_size != size:
+                raise removed(path)
 
     def _whole(self, entries):
         """Returns the entries of a journal or manifest whose files are what was written."""
@@ -182,6 +205,8 @@ class _Job:
             if name in entry and not (path.is_file() and sha256_file(path) == entry.get(digest)):
                 print(f"{path}: missing, or not what was written; made again", flush=True)
                 return False
+            if name in entry:
+                self.sizes[path] = path.stat().st_size
         return True
 
     def _mine(self, shard):
@@ -275,6 +300,7 @@ class _Job:
         path = self.files.shard(number)
         with atomic_path(path) as temporary:
             vectors.write_shard(temporary, [row.id for row in rows], np.concatenate([part[1] for part in parts]))
+            self.sizes[path] = temporary.stat().st_size
         entry = {"shard": number, "file": path.name, "rows": [rows[0].number, rows[-1].number + 1]}
         entry |= {"sha256": sha256_file(path), "texts_sha256": digest.hexdigest()}
         entry |= {"cut": sum(part[3] for part in parts), "empty": sum(not row.text.strip() for row in rows)}
@@ -282,6 +308,7 @@ class _Job:
             path = self.files.soft_prompts(number)
             with atomic_path(path) as temporary:
                 np.save(temporary, np.concatenate([part[2] for part in parts]))
+                self.sizes[path] = temporary.stat().st_size
             entry |= {"soft_prompts": path.name, "soft_prompts_sha256": sha256_file(path)}
         if self.config.precision == "int8":
             entry |= {"ranges": self.files.ranges.name, "ranges_sha256": sha256_file(self.files.ranges)}

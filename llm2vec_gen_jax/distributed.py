@@ -3,6 +3,7 @@
 Only `start` decides that a run has several processes; without it everything here is for one process and costs nothing.
 """
 
+import contextlib
 import faulthandler
 import hashlib
 import json
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llm2vec_gen_jax import preemption
+from llm2vec_gen_jax import locks, preemption
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, whole_number
 
@@ -96,6 +97,14 @@ def on_first(function):
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["result"]
+
+
+@contextlib.contextmanager
+def locked(path, key):
+    """`locks.locked`, by process 0 for all processes of a run. An InputError is raised on all of them."""
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locks.locked(path, key)))
+        yield
 
 
 def agree(values):

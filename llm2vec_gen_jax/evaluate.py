@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from llm2vec_gen_jax import embedders, instructions, options, tasks
+from llm2vec_gen_jax import embedders, instructions, locks, options, tasks
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes, exclusive, install_command, read_json, write_json
+from llm2vec_gen_jax.files import changes, install_command, read_json, require_written, write_json
 
 _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
 
@@ -35,10 +35,10 @@ def evaluate(path, config):
     results.json, run.json has what they were made with.
     """
     options.require(config, "tasks", "output")
-    jobs = resolve(config)
-    output = pathlib.Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with exclusive(output / ".lock"):
+    with locks.locked(config.output, "output"):
+        jobs = resolve(config)
+        output = pathlib.Path(config.output)
+        output.mkdir(parents=True, exist_ok=True)
         query, document, identity = embedders.load(path, config)
         book = _Book(output, identity | {"limit": config.limit}, config.overwrite)
         for job in jobs:
@@ -55,6 +55,7 @@ def evaluate(path, config):
             if config.limit is not None:
                 scores["limit"] = config.limit
             book.add(job, scores)
+        require_written(book.results_file, book.run_file)
     print(table(jobs, book.results))
     return book.results
 

@@ -3,22 +3,20 @@
 import collections
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
 import os
 import pathlib
 import re
-import shutil
 import stat
 import struct
-import tempfile
 import zlib
 
 import numpy as np
 import yaml
 
+from llm2vec_gen_jax import locks
 from llm2vec_gen_jax.errors import InputError
 
 _LARGEST_JSON, LARGEST_YAML = 1 << 28, 1 << 20  # bytes of a file that is read whole
@@ -45,57 +43,37 @@ def writing(path):
 @contextlib.contextmanager
 def atomic_path(path):
     """Yields a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        try:
-            yield pathlib.Path(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-            raise
+    with writing(path), locks.temporary(path) as name:
+        yield name
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
 
 
 @contextlib.contextmanager
 def atomic_directory(path):
     """Yields a temporary directory beside `path`; on success it becomes `path`, on any error it is removed."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-            os.chmod(temporary, 0o755)
-            os.rename(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with writing(path), locks.temporary(path, folder=True) as name:
+        yield name
+        for file in name.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        os.chmod(name, 0o755)
+        os.rename(name, path)
 
 
-@contextlib.contextmanager
-def exclusive(path):
-    """Lets one process at a time into the block; the others wait. A kill lets the next one in.
+def require_written(*paths):
+    """Raises OSError for the first of the paths at which nothing is: what a command wrote was removed meanwhile."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise removed(path)
 
-    path: of a lock file, removed when the block succeeds; who waited for it must check whether there is still work.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
+
+def removed(path):
+    """Returns the OSError about an output that was removed or replaced while it was written."""
+    return OSError(errno.ENOENT, "was removed or replaced while it was written. Repeat the command", str(path))
 
 
 def write_text(path, text):
@@ -362,25 +340,39 @@ class JsonlAppender:
         self.path = pathlib.Path(path)
         self.sidecar, self.sums = self.sidecars(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self._open()
+        try:
+            self._begin(run, overwrite)
+        except BaseException:
+            self.file.close()
+            raise
+        self.kept = True
+
+    def _open(self):
+        """Returns the open file, locked before anything in it or beside it is changed."""
+        while True:
+            file = open(self.path, "ab+")
+            if locks.take(file.fileno()) is False:
+                file.close()
+                raise InputError(f"{self.path}: another process is writing to it")
+            if locks.is_at(file.fileno(), self.path):
+                return file
+            file.close()  # whoever held it has removed it
+
+    def _begin(self, run, overwrite):
         if overwrite:
-            self.remove()
-        if self.path.exists():
+            self.file.truncate(0)
+        if os.fstat(self.file.fileno()).st_size:
             if not self.sidecar.exists():
                 raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
-            differing = changes(read_json(self.sidecar), run)
-            if differing:
+            if differing := changes(read_json(self.sidecar), run):
                 raise InputError(
                     f"{self.path}: holds another run ({differing}). Repeat its settings to resume it, "
                     "choose another output, or pass overwrite=true"
                 )
         else:
-            write_json(self.sidecar, run)
             self.sums.unlink(missing_ok=True)
-        self.file = open(self.path, "ab+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another process is writing to it") from None
+            write_json(self.sidecar, run)
         self._keep_what_is_whole()
         self.rows = [row for _, row in read_jsonl(self.path)]
 
@@ -412,19 +404,30 @@ class JsonlAppender:
             os.fsync(self.file.fileno())
             with open(self.sums, "ab") as file:
                 file.write(_crc32(lines))
+        self.check()
         self.rows.extend(rows)
+
+    def check(self):
+        """Raises OSError where the file or its record is no longer there."""
+        if not (locks.is_at(self.file.fileno(), self.path) and self.sidecar.exists()):
+            raise removed(self.path)
 
     def remove(self):
         """Removes the file and its sidecars."""
+        self.kept = False
         for path in (self.path, self.sidecar, self.sums):
             path.unlink(missing_ok=True)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        with writing(self.path):  # what could not be flushed is tried again
-            self.file.close()
+    def __exit__(self, error, *_):
+        try:
+            if error is None and self.kept:
+                self.check()
+        finally:
+            with writing(self.path):  # what could not be flushed is tried again
+                self.file.close()
 
 
 def _crc32(lines):

@@ -4,7 +4,8 @@ import json
 
 from tensorboardX import SummaryWriter
 
-from llm2vec_gen_jax.files import read_jsonl, write_text
+from llm2vec_gen_jax import locks
+from llm2vec_gen_jax.files import read_jsonl, removed, write_text
 from llm2vec_gen_jax.tracking import Tracker
 
 
@@ -26,11 +27,13 @@ class MetricsWriter:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10, max_queue=0)
 
     def write(self, record):
-        """Writes a dict with `step` and numbers."""
+        """Writes a dict with `step` and numbers. Raises OSError where the file was removed or replaced."""
         if self.tracker:
             self.tracker.write(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        if not locks.is_at(self.file.fileno(), self.path):
+            raise removed(self.path)
         for name, value in record.items():
             if name != "step":
                 self.board.add_scalar(f"train/{name}", value, record["step"])

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import download, options
+from llm2vec_gen_jax import download, locks, options
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import read_jsonl
+from llm2vec_gen_jax.files import read_jsonl, require_written
 from llm2vec_gen_jax.loading import TEACHERS
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.respond import open_backbone, respond
@@ -34,6 +34,11 @@ ANSWERS = (
 def quickstart(config):
     """Runs (or resumes) the recipe of a QuickstartConfig and prints what came out. Returns the model directory."""
     options.require(config)
+    with locks.locked(config.output, "output"):
+        return _quickstart(config)
+
+
+def _quickstart(config):
     output = pathlib.Path(config.output)
     if config.overwrite and output.exists():
         if not (output / "queries.jsonl").exists() and any(output.iterdir()):
@@ -65,6 +70,7 @@ def quickstart(config):
     model = LLM2VecGen.from_pretrained(
         model_directory, config.backbone.dtype, mesh=config.mesh, attention=config.kernels.attention
     )
+    require_written(queries, responses, model_directory)
     print(report(model, model_directory.parent, responses))
     print(_places(output, queries, responses, model_directory))
     return model_directory

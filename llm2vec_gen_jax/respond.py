@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import data, options, progress, sharding
+from llm2vec_gen_jax import data, locks, options, progress, sharding
 from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.files import JsonlAppender, fingerprint
 from llm2vec_gen_jax.generate import Sampling, ended, generate
@@ -41,6 +41,12 @@ def respond(config, backbone=None):
     if config.samples > 1 and not config.temperature:
         raise InputError(f"samples={config.samples}: greedy responses are all alike. Pass a temperature, such as 1")
     path = shard_path(config.output, config.shard)
+    with locks.locked(path, "output"):
+        _respond(path, config, backbone)
+    return path
+
+
+def _respond(path, config, backbone):
     records = data.read_records(config.input, ("question",), limit=config.limit)
     for number, record in enumerate(records):
         record.setdefault("id", number)
@@ -93,4 +99,3 @@ def respond(config, backbone=None):
                     if wanted and answer is None:
                         name = f"{config.input}: question {records[row]['id']!r}, {quote(records[row]['question'])}"
                         raise not_finite(name, backbone.dtype)
-    return path

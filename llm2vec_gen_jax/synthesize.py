@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llm2vec_gen_jax import options, progress
+from llm2vec_gen_jax import locks, options, progress
 from llm2vec_gen_jax.errors import InputError, not_finite
 from llm2vec_gen_jax.files import JsonlAppender
 from llm2vec_gen_jax.generate import Sampling, ended, generate
@@ -20,6 +20,12 @@ def synthesize(config, backbone=None):
     """
     options.require(config, "output")
     path = shard_path(config.output, config.shard)
+    with locks.locked(path, "output"):
+        _synthesize(path, config, backbone)
+    return path
+
+
+def _synthesize(path, config, backbone):
     backbone = backbone or open_backbone(config)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     if not sampling.temperature:
@@ -60,7 +66,6 @@ def synthesize(config, backbone=None):
                         f"{_PATIENCE} batches gave no new query: is {backbone.name} an instruct model? Otherwise "
                         "raise max_new_tokens or temperature"
                     )
-    return path
 
 
 def _key(question):

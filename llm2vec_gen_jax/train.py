@@ -24,7 +24,7 @@ from llm2vec_gen_jax import (
 )
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import first_remat
-from llm2vec_gen_jax.files import changes
+from llm2vec_gen_jax.files import changes, require_written
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.loading import load_backbone
 from llm2vec_gen_jax.metrics import read_metrics
@@ -94,6 +94,11 @@ def train(config, show_progress=True, backbone=None):
     options.require(config, "data.responses", "train.output")
     if config.teacher.adapters and config.teacher.kind != "llm2vec":
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
+    with distributed.locked(config.train.output, "train.output"):
+        return _train(config, show_progress, backbone)
+
+
+def _train(config, show_progress, backbone):
     output = pathlib.Path(config.train.output)
     resuming = claim(output, config)
     final = output / "model"
@@ -139,6 +144,8 @@ def train(config, show_progress=True, backbone=None):
         shutil.rmtree(final)  # of a shorter run that this one went on from
     directory.save(final, method.model, trainable, backbone, extra)
     distributed.wait_for_all("model directory")
+    if jax.process_index() == 0:
+        require_written(output / "config.yaml", output / "metrics.jsonl", final)
     return final
 
 

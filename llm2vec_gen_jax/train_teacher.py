@@ -7,9 +7,10 @@ import pathlib
 import jax
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, lora, memory, optim, options, progress, sharding, unsupervised
+from llm2vec_gen_jax import data, distributed, lora, memory, optim, options, progress, sharding, unsupervised
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import first_remat
+from llm2vec_gen_jax.files import require_written
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.layers import Dropout
 from llm2vec_gen_jax.model import Model
@@ -28,6 +29,11 @@ def train_teacher(config, show_progress=True):
     options.require(config, "train.output")
     if config.corpus.path is None and jax.process_count() > 1:
         raise InputError("corpus.path is needed with several processes: make it first, by synthesize and respond")
+    with distributed.locked(config.train.output, "train.output"):
+        return _train_teacher(config, show_progress)
+
+
+def _train_teacher(config, show_progress):
     output = pathlib.Path(config.train.output)
     claim(output, config)
     backbone = open_backbone(config, jax.devices())
@@ -47,6 +53,8 @@ def train_teacher(config, show_progress=True):
             peft.save(folder, tree, settings.rank, settings.alpha, backbone.name, config.train.adapter_dtype)
         backbone.frozen = peft.merge(backbone.frozen, folder, backbone.architecture)
         adapters.append(folder)
+    if jax.process_index() == 0:
+        require_written(output / "config.yaml", *adapters)
     return adapters
 
 

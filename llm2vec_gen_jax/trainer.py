@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from llm2vec_gen_jax import data, distributed, optim, options, preemption, progress, sharding, tracking
+from llm2vec_gen_jax import data, distributed, locks, optim, options, preemption, progress, sharding, tracking
 from llm2vec_gen_jax.checkpoint import Checkpoints
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import changes, whole_number, write_text
@@ -79,6 +79,8 @@ def claim(output, config, free=FREE_KEYS):
 def _claim(output, config, free):
     tracking.check(config.tracking)
     resuming = False
+    if output.is_dir():
+        locks.remove_abandoned(output / "config.yaml")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         old = _config_of(output, type(config))
         if config.train.overwrite:

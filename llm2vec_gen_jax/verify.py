@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import yaml
 
-from llm2vec_gen_jax import api, config, directory, export, sharding
+from llm2vec_gen_jax import api, config, directory, export, locks, sharding
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.files import write_json
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.loading import resolve_path
 
 SCRIPT = pathlib.Path(__file__).parent / "pytorch" / "encode.py"
+PACKAGES = ("torch", "transformers", "peft")  # of the Python that runs it
 TEXTS = (
     "What is the capital of France?",
     "Write a Python function that adds two numbers.",
@@ -40,18 +41,29 @@ LIMITS = {"float32": (0.99999, 1e-4, 1.0), "bfloat16": (0.999, 0.05, 0.0), "floa
 
 @dataclasses.dataclass
 class Report:
-    """What was compared, a row per text; reader: the PyTorch packages, None when there is no PyTorch."""
+    """What was compared, a row per text; reader: the PyTorch packages.
+
+    missing: the packages without which nothing could be compared; then a row only says whether its numbers are finite.
+    """
 
     rows: list[dict]
     dtype: str
-    reader: list[str] | None
+    reader: list[str]
     decoded_equal: bool
+    missing: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def passed(self):
-        """Whether every text is within the limits of the dtype; without PyTorch, whether all numbers are finite."""
+        """Whether every text was compared and is within the limits of the dtype."""
+        return self.verdict == "PASS"
+
+    @property
+    def verdict(self):
+        """PASS, FAIL or NOT COMPARED: a number that is not finite fails whatever is missing."""
         exact = self.dtype == "float32"
-        return all(row["ok"] for row in self.rows) and (self.decoded_equal or not exact)
+        if not (all(row["ok"] for row in self.rows) and (self.decoded_equal or not exact)):
+            return "FAIL"
+        return "NOT COMPARED" if self.missing else "PASS"
 
     def __str__(self):
         cosine, difference, above = LIMITS[self.dtype]
@@ -61,11 +73,14 @@ class Report:
             lines.append(f"{row['text']} {numbers}  {'' if row['ok'] else '<-- differs'}".rstrip())
         unit = "of the largest value" + " where that is above 1" * bool(above)
         lines.append(f"limits in {self.dtype}: cosine {cosine}, largest difference {difference} {unit}")
-        if self.reader is None:
-            lines.append("PyTorch is not installed here: only this side was checked (python=PATH names another Python)")
+        if self.missing:
+            lines.append(
+                f"missing: {', '.join(self.missing)}; only this side was read. Install with "
+                f"`pip install {' '.join(self.missing)}`, or name a Python that has it: python=PATH"
+            )
         else:
             lines.append(f"read by {', '.join(self.reader)}")
-        return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
+        return "\n".join([*lines, self.verdict])
 
 
 _COLUMNS = {"cosine": 10, "embedding": 10, "soft_prompts": 13, "decoded": 9}
@@ -84,12 +99,12 @@ def verify(path, python, backbone=None, max_new_tokens=16):
     parts = [embedder.encode(list(texts), max_length=MAX_LENGTH, return_soft_prompts=True) for texts in BATCHES]
     embeddings, soft_prompts = (np.concatenate(part) for part in zip(*parts))
     ids = generate_from_soft_prompts(embedder.backbone, soft_prompts[:DECODED], Sampling(max_new_tokens))
-    if not has_pytorch(python):
+    if missing := missing_packages(python):
         ok = np.isfinite(embeddings).all(axis=1) & np.isfinite(soft_prompts).all(axis=(1, 2))
         rows = [{"text": _short(text), "ok": fine, **dict.fromkeys(_COLUMNS, "")} for text, fine in zip(TEXTS, ok)]
-        return Report(rows, record.dtype, None, True)
-    with tempfile.TemporaryDirectory() as temporary:
-        theirs, reader = _read_with_pytorch(pathlib.Path(temporary), path, embedder, python, max_new_tokens)
+        return Report(rows, record.dtype, [], True, missing)
+    with locks.temporary(pathlib.Path(tempfile.gettempdir(), "llm2vec-gen-verify"), folder=True) as folder:
+        theirs, reader = _read_with_pytorch(folder, path, embedder, python, max_new_tokens)
     stop = set(embedder.backbone.tokenizer.stop_ids)
     rows, equal = [], True
     for row, text in enumerate(TEXTS):
@@ -107,19 +122,26 @@ def verify(path, python, backbone=None, max_new_tokens=16):
     return Report(rows, record.dtype, reader, equal)
 
 
-def has_pytorch(python):
-    """Whether a Python can import what the reading script needs."""
-    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'peft'))))"
+def missing_packages(python):
+    """Returns which packages that the reading script needs a Python does not have."""
+    code = (
+        f"import importlib.util as u, json; print(json.dumps([name for name in {PACKAGES} if not u.find_spec(name)]))"
+    )
     try:
-        return subprocess.run([python, "-c", code]).returncode == 0
+        result = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if result.returncode:
+            return list(PACKAGES)
+        return json.loads(result.stdout.strip().splitlines()[-1])
     except OSError as error:
         raise InputError(f"python={python}: {error.strerror}") from None
+    except (ValueError, IndexError):
+        raise InputError(f"python={python}: is no Python (it does not print what it is told to)") from None
 
 
-def _read_with_pytorch(temporary, path, embedder, python, max_new_tokens):
+def _read_with_pytorch(folder, path, embedder, python, max_new_tokens):
     """Returns (arrays of the script, versions). The directory is read as it is, in a copy of a few MB whose
     run_config.yml names a backbone that PyTorch can load."""
-    copy = temporary / "model"
+    copy = folder / "model"
     source = directory.local_folder(str(path))
     shutil.copytree(source, copy)
     run_config = copy / "run_config.yml"
@@ -127,18 +149,18 @@ def _read_with_pytorch(temporary, path, embedder, python, max_new_tokens):
         shutil.copy(source.resolve().parent / "run_config.yml", run_config)
     where = resolve_path(embedder.backbone.name)
     if where.suffix == ".gguf":
-        where = temporary / "backbone"
+        where = folder / "backbone"
         export.save_backbone(embedder.backbone, where)
     with open(run_config, "a", encoding="utf-8") as file:  # the last of a repeated key holds
         file.write("\n" + yaml.safe_dump({"model_name_or_path": str(where.resolve())}))
     request = {"batches": BATCHES, "decode": DECODED, "max_length": MAX_LENGTH, "max_new_tokens": max_new_tokens}
-    write_json(temporary / "request.json", request)
-    command = [python, SCRIPT, copy, temporary / "request.json", temporary / "out.npz"]
+    write_json(folder / "request.json", request)
+    command = [python, SCRIPT, copy, folder / "request.json", folder / "out.npz"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise InputError(f"{path}: PyTorch ({python}) cannot read it: {reason}")
-    with np.load(temporary / "out.npz") as arrays:
+    with np.load(folder / "out.npz") as arrays:
         return dict(arrays), json.loads(result.stdout.strip().splitlines()[-1])
 
 

@@ -1,5 +1,6 @@
 """PEFT folders on the tiny models, and the targets of teachers."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -44,5 +45,19 @@ def targets(backbone, tiny_folder, responses, *words, answers=ANSWERS):
 
 
 def kept(responses):
-    """The files that hold or would hold targets."""
-    return sorted(responses.with_name("responses.jsonl.targets").iterdir())
+    """The files of targets. Beside them must be their records alone."""
+    found = sorted(responses.with_name("responses.jsonl.targets").iterdir())
+    whole = [path for path in found if path.suffix == ".npy"]
+    assert found == sorted([*whole, *(path.with_suffix(".json") for path in whole)])
+    return whole
+
+
+def interrupted(file, targets, order, done):
+    """Leaves what a computation of `file` leaves that was ended when `done` texts were through."""
+    file.unlink(missing_ok=True)
+    cut = np.zeros_like(targets)
+    cut[order[:done]] = targets[order[:done]]
+    np.save(file.with_suffix(".partial.npy"), cut)
+    digest = hashlib.sha256(cut[order[:done]].tobytes()).hexdigest()
+    record = {"done": done, "shape": list(cut.shape), "sha256": digest}
+    file.with_suffix(".partial.json").write_text(json.dumps(record))

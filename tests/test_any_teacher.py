@@ -15,7 +15,7 @@ from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.train import train
 
-from .adapters import FAMILY, kept, targets
+from .adapters import FAMILY, interrupted, kept, targets
 from .conftest import one_device_mesh, write_jsonl
 
 # Any embedder
@@ -104,11 +104,8 @@ def test_kept_vectors_need_no_embedder_and_an_interrupted_computation_goes_on(mi
     answers = [f"answer {'x' * (number % 7)}" for number in range(9)]
     whole = embed(minilm, "teacher.batch_size=2", answers=answers)
     (file,) = kept(responses)
-    file.unlink()
     order = np.argsort([-len(answer) for answer in answers], kind="stable")
-    cut = np.where(np.isin(np.arange(9), order[:4])[:, None], whole + 1, 0).astype(np.float32)
-    np.save(file.with_suffix(".partial.npy"), cut)
-    file.with_suffix(".partial.json").write_text('{"done": 4}')
+    interrupted(file, whole + 1, order, 4)
     found = embed(minilm, "teacher.batch_size=2", answers=answers)
     np.testing.assert_array_equal(found[order[:4]], whole[order[:4]] + 1)
     np.testing.assert_allclose(found[order[4:]], whole[order[4:]], atol=1e-6)

@@ -59,12 +59,16 @@ def test_a_difference_fails(model_folder, tmp_path):
     assert not report.passed and "FAIL" in str(report) and "<-- differs" in str(report)
 
 
-def test_verify_without_pytorch_says_so(model_folder, tmp_path):
+def test_what_could_not_be_compared_is_no_pass(command, model_folder, tmp_path):
     bare = tmp_path / "python"
-    bare.write_text("#!/bin/sh\nexit 1\n")
-    bare.chmod(0o755)
-    report = verify(model_folder, str(bare))
-    assert report.passed and "PyTorch is not installed" in str(report)
+    for line, missing in (("exit 1", "torch, transformers, peft"), ("echo '[\"peft\"]'", "peft")):
+        bare.write_text(f"#!/bin/sh\n{line}\n")
+        bare.chmod(0o755)
+        code, out, _ = command("convert verify", model_folder, f"python={bare}")
+        assert code == 2 and out.splitlines()[-1] == "NOT COMPARED"
+        assert f"missing: {missing};" in out
+    with pytest.raises(InputError, match="python=/bin/true: is no Python"):
+        verify(model_folder, "/bin/true")
     with pytest.raises(InputError, match="python=/nowhere/python: No such file"):
         verify(model_folder, "/nowhere/python")
 

@@ -21,6 +21,7 @@ LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob(
 # A module imports only from floors below its own.
 FLOORS = (
     "batcher collectives config.common costs errors preemption programs study.tables targets telemetry templates",
+    "locks",
     "architecture config.inference config.lens config.serve config.training execution files layers openai_api "
     "progress sharding supervised topologies",
     "config.study kernels package_index quantization study.plots tracking",

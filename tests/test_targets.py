@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, targets, teacher
+from llm2vec_gen_jax import config, data, distributed, locks, preemption, targets, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.train import train
 
-from .adapters import ANSWERS, FAMILY, kept, settings_of
+from .adapters import ANSWERS, FAMILY, interrupted, kept, settings_of
 from .adapters import targets as computed
 from .conftest import write_jsonl
 
@@ -20,9 +20,10 @@ from .conftest import write_jsonl
 def test_targets_are_kept_beside_the_responses_and_reused(tiny, tiny_folder, responses):
     first, _ = computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
-    np.save(file, first + 1)
+    before = file.stat().st_mtime_ns
     again, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
-    np.testing.assert_array_equal(again, first + 1)
+    np.testing.assert_array_equal(again, first)
+    assert file.stat().st_mtime_ns == before
     # Another attention, text or backbone is another file.
     other, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
     assert np.abs(other - first).max() > 1e-3
@@ -30,6 +31,38 @@ def test_targets_are_kept_beside_the_responses_and_reused(tiny, tiny_folder, res
     computed(tiny(FAMILY), tiny_folder, responses, "data.max_answer_length=3")
     computed(tiny("llama"), tiny_folder, responses)
     assert len(kept(responses)) == 5
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: path.write_bytes(path.read_bytes()[:40]),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.save(path, np.load(path).astype(np.float64)),
+        lambda path: np.save(path, np.load(path)[::-1]),
+        lambda path: np.save(path, np.load(path)[:, :-1]),
+        lambda path: np.save(path, np.zeros((3, 3), np.float32)),
+        lambda path: path.with_suffix(".json").unlink(),
+        lambda path: path.with_suffix(".json").write_text("{"),
+    ],
+)
+def test_kept_targets_that_are_not_what_was_written_are_computed_again(tiny, tiny_folder, responses, damage, capsys):
+    first, _ = computed(tiny(FAMILY), tiny_folder, responses)
+    (file,) = kept(responses)
+    damage(file)
+    again, _ = computed(tiny(FAMILY), tiny_folder, responses)
+    np.testing.assert_array_equal(again, first)
+    assert f"{file}: is not what was written, or has no record of it; computed again" in capsys.readouterr().out
+    assert kept(responses) == [file]
+    np.testing.assert_array_equal(np.load(file), first)
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, responses):
@@ -40,22 +73,40 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, 
     partial, marker = file.with_suffix(".partial.npy"), file.with_suffix(".partial.json")
     order = np.argsort([-len(answer) for answer in answers], kind="stable")  # a token per byte
     for done in (0, 4, 24, 48):
-        file.unlink()
-        cut = np.zeros_like(whole)
-        cut[order[:done]] = whole[order[:done]] + 0.5  # to see that these are not computed again
-        np.save(partial, cut)
-        marker.write_text(json.dumps({"done": done}))
+        interrupted(file, whole + 0.5, order, done)  # to see that these are not computed again
         found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found[order[:done]], whole[order[:done]] + 0.5)
         np.testing.assert_array_equal(found[order[done:]], whole[order[done:]])
         assert kept(responses) == [file]
-    # What is done is only known with both files.
-    for leftover, content in ((marker, json.dumps({"done": 48})), (partial, "torn")):
-        file.unlink()
-        leftover.write_text(content)
+    # What is done is only known with both files, and where they fit each other.
+    damages = (
+        lambda: marker.unlink(),
+        lambda: partial.write_text("torn"),
+        lambda: partial.write_bytes(partial.read_bytes()[:200]),
+        lambda: _flip(partial),
+        lambda: np.save(partial, np.load(partial)[:, ::-1]),
+        lambda: marker.write_text(json.dumps({"done": 50})),
+        lambda: marker.write_text(json.dumps(json.loads(marker.read_text()) | {"done": 50})),
+    )
+    for damage in damages:
+        interrupted(file, whole + 0.5, order, 48)
+        damage()
         found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found, whole)
         assert kept(responses) == [file]
+
+
+def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, monkeypatch, capsys):
+    computed(tiny(FAMILY), tiny_folder, responses)
+    (file,) = kept(responses)
+    file.unlink()
+    other = locks.Lock(file.with_suffix(".lock"))
+    assert other.acquire()
+    monkeypatch.setattr(preemption, "_asked", True)
+    with pytest.raises(distributed.Preempted, match="stopped as asked, while another process computes it"):
+        computed(tiny(FAMILY), tiny_folder, responses)
+    assert "waiting for another process" in capsys.readouterr().out
+    other.release()
 
 
 def test_the_batch_a_text_is_in_is_no_matter(tiny, tiny_folder, responses):

@@ -11,12 +11,12 @@ import shutil
 
 import numpy as np
 
-from llm2vec_gen_jax import directory, options, progress, sharding, vectors
+from llm2vec_gen_jax import directory, locks, options, progress, sharding, vectors
 from llm2vec_gen_jax.corpus import Corpus
 from llm2vec_gen_jax.data import pad
 from llm2vec_gen_jax.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.execution import platform_jit
-from llm2vec_gen_jax.files import changes, exclusive, new_array, read_json, require_new, sha256_file, write_json
+from llm2vec_gen_jax.files import changes, new_array, read_json, require_new, sha256_file, write_json
 from llm2vec_gen_jax.generate import ladder
 from llm2vec_gen_jax.lens.states import check_layers
 from llm2vec_gen_jax.loading import load_backbone
@@ -47,6 +47,11 @@ def build_index(path, config):
     Raises InputError for bad input, and where another index was begun at the same place, naming the difference.
     """
     options.require(config, "input", "output")
+    with locks.locked(config.output, "output"):
+        return _build_index(path, config)
+
+
+def _build_index(path, config):
     require_new(config.output, "output")
     output = pathlib.Path(config.output)
     corpus = Corpus(config.input, config.field)
@@ -57,20 +62,18 @@ def build_index(path, config):
     num_layers = backbone.architecture.num_layers
     layers = check_layers(config.layers, num_layers) or default_layers(num_layers)
     partial = output.with_name(f"{output.name}.partial")
-    with exclusive(output.with_name(f"{output.name}.lock")):
-        require_new(config.output, "output")
-        if not (partial / _PROGRESS).exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        run = _run_record(backbone, corpus, config, layers)
-        _begin(partial, backbone, corpus, config, run)
-        _fill(partial, backbone, config, run)
-        count = len(np.load(partial / "contexts.npy", mmap_mode="r"))
-        names = sorted(file.name for file in partial.glob("*.npy"))
-        hashes = {name: sha256_file(partial / name) for name in names}
-        write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
-        (partial / _PROGRESS).unlink(missing_ok=True)
-        os.rename(partial, output)
+    if not (partial / _PROGRESS).exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    run = _run_record(backbone, corpus, config, layers)
+    _begin(partial, backbone, corpus, config, run)
+    _fill(partial, backbone, config, run)
+    count = len(np.load(partial / "contexts.npy", mmap_mode="r"))
+    names = sorted(file.name for file in partial.glob("*.npy"))
+    hashes = {name: sha256_file(partial / name) for name in names}
+    write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
+    (partial / _PROGRESS).unlink(missing_ok=True)
+    os.rename(partial, output)
     return count
 
 

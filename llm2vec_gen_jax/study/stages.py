@@ -4,20 +4,11 @@ import dataclasses
 import pathlib
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import data, options
+from llm2vec_gen_jax import data, locks, options
 from llm2vec_gen_jax.config import BUDGETS
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.evaluate import evaluate, resolve
-from llm2vec_gen_jax.files import (
-    changes,
-    exclusive,
-    read_json,
-    read_jsonl,
-    visible,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from llm2vec_gen_jax.files import changes, read_json, read_jsonl, visible, write_json, write_jsonl, write_text
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.respond import respond
 from llm2vec_gen_jax.study import plots, readings, splits, tables
@@ -65,8 +56,8 @@ def reproduce(config):
     if config.teacher.kind != "llm2vec" or config.teacher.path:
         raise InputError("the study's teacher is the backbone with teacher.adapters: leave teacher.kind and .path out")
     output = pathlib.Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with exclusive(output / ".lock"):
+    with locks.locked(output, "output"):
+        output.mkdir(parents=True, exist_ok=True)
         return Study(config).run()
 
 
@@ -300,7 +291,8 @@ class Study:
                     f"output={self.output}: holds another study ({differing}). Repeat its settings to resume it, or "
                     "choose another output"
                 )
-        elif others := [path.name for path in self.output.iterdir() if path.name != ".lock"]:
+        locks.remove_abandoned(file)
+        if not file.exists() and (others := [path.name for path in self.output.iterdir()]):
             raise InputError(f"output={self.output}: holds {others[0]}, which is of no study. Choose another output")
         write_json(file, mine)
         shared = {key: getattr(self.config, key) for key in ("backbone", "teacher", "kernels", "mesh")}
