@@ -32,7 +32,7 @@ def encode_corpus(path, config, check=lambda: None):
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
-    corpus = Corpus(config.input, config.field, config.id_field, config.stdin)
+    corpus = Corpus(config.input, config.field, config.id_field, config.stdin, check)
     output = pathlib.Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written fails before the work, not after it
     files = _Files(output, config)

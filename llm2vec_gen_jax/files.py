@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import struct
 import tempfile
+import time
 import zlib
 
 import numpy as np
@@ -76,20 +77,30 @@ def atomic_directory(path):
 
 
 @contextlib.contextmanager
-def exclusive(path):
+def exclusive(path, waiting=lambda: None):
     """Lets one process at a time into the block; the others wait. A kill lets the next one in.
 
-    path: of a lock file, removed when the block succeeds; who waited for it must check whether there is still work.
+    waiting: called twice a second while it waits; what it raises ends that. path: of a lock file, removed when the
+    block succeeds; who waited for it must check whether there is still work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file):
             print(f"waiting for another process, which holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _lock(file):
+                waiting()
+                time.sleep(0.5)
         yield
         path.unlink(missing_ok=True)
+
+
+def _lock(file):
+    """Locks an open file where no other process has. Returns whether it did."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_text(path, text):

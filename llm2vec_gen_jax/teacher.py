@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from llm2vec_gen_jax import distributed, progress, sharding
+from llm2vec_gen_jax import distributed, preemption, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError
@@ -182,16 +182,38 @@ def _kept(responses, key, lengths, batch_size, make, together=False):
     computed = not distributed.on_first(file.exists)
     if computed:
         first = jax.process_index() == 0
-        with exclusive(file.with_suffix(".lock")) if first else contextlib.nullcontext():
+        with _alone(file.with_suffix(".lock")):
             computed = not distributed.on_first(file.exists)  # else another run, on the same responses, was faster
             done = distributed.on_first(lambda: _done(file))
             if computed and (together or first):
                 stop = distributed.stop_requested if together or jax.process_count() == 1 else lambda: False
-                _fill(file, lengths, batch_size, *make(), done, stop)
+                embed, width = make()
+                with preemption.deferred():
+                    _fill(file, lengths, batch_size, embed, width, done, stop)
         distributed.wait_for_all("teacher targets")
     if not file.exists():
         raise InputError(f"{file}: was written by process 0, but cannot be seen here: data must be on a shared disk")
     return np.load(file), computed
+
+
+@contextlib.contextmanager
+def _alone(lock):
+    """Lets one run at a time into the block. Process 0 holds the lock; while it waits, all see whether to stop."""
+
+    def wait(here=True):
+        waiting = distributed.on_first(lambda: here)
+        if waiting and distributed.stop_requested():
+            raise preemption.Stopped(f"{lock}: stopped as asked, while another process computes the targets")
+        return waiting
+
+    if jax.process_index() > 0:
+        while wait():
+            pass
+        yield
+        return
+    with exclusive(lock, wait):
+        wait(False)
+        yield
 
 
 def _folder(responses):
@@ -212,7 +234,7 @@ def _done(file):
 def _fill(file, lengths, batch_size, embed, width, done, stop):
     """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues.
 
-    Raises distributed.Preempted when stop() says so.
+    Raises preemption.Stopped when stop() says so.
     """
     order = np.argsort([-length for length in lengths], kind="stable")
     partial, marker = _partial(file)
@@ -232,7 +254,7 @@ def _fill(file, lengths, batch_size, embed, width, done, stop):
                     targets.flush()
                     write_json(marker, {"done": start + len(rows)})
             if stopping:
-                raise distributed.Preempted(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
+                raise preemption.Stopped(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
     if first:
         targets.flush()
         partial.replace(file)
