@@ -29,12 +29,8 @@ def main():
     elif name in ("-h", "--help"):
         from launch import start
 
-        lines = [
-            "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]",
-            "",
-            "commands, each with its own --help:",
-        ]
-        start.show("\n".join(lines + [f"  {name:<14} {about}" for name, about in known.items()]))
+        usage = "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands, each with its own --help:"
+        start.show("\n".join([usage, *(f"  {name:<14} {about}" for name, about in known.items())]))
     elif name == "--version":
         print(__version__)
     else:

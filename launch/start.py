@@ -188,6 +188,7 @@ def _prepare():
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
     import jax
 
+    jax.config.update("jax_enable_x64", False)  # dtypes are settings; nothing here takes 64 bits by default
     # Programs compiled by an earlier run are read back; set JAX_COMPILATION_CACHE_DIR to keep them elsewhere.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -31,7 +31,8 @@ class Corpus:
 
     source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
     Face dataset (save_to_disk) or stands for the files in it. field, id_field: keys of JSON objects, columns of tables.
-    stdin: what `-` holds, "txt" or "jsonl". check: called while that gives nothing; what it raises comes out. Files come in the order given, those of a pattern or folder sorted.
+    stdin: what `-` holds, "txt" or "jsonl". check: called while `-` is silent; what it raises ends the reading.
+    Files come in the order given, those of a pattern or folder sorted.
     """
 
     def __init__(

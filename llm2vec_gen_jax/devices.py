@@ -1,4 +1,4 @@
-"""Accelerators that JAX cannot use: one line on what is wrong and how to mend it, instead of its logs and tracebacks."""
+"""Accelerators that JAX cannot use: one line that says why and how to mend it, instead of logs and tracebacks."""
 
 import glob
 import importlib.metadata
@@ -17,7 +17,7 @@ _failures = []  # of plugins, as they were reported
 
 
 def prepare():
-    """Call it before `import jax`: its reports of plugins that cannot be used become one line, or none without a GPU."""
+    """Call it before `import jax`: what it reports of plugins is left out; one line where a GPU is not used."""
     warnings.filterwarnings("ignore", "JAX plugin .* is installed, but", RuntimeWarning)
     logging.getLogger("jax._src.xla_bridge").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda13").addFilter(_note)

@@ -7,6 +7,7 @@ has said which one it is; then JAX's coordination service takes the port. A proc
 
 import contextlib
 import json
+import os
 import select
 import socket
 import time
@@ -48,7 +49,7 @@ def _listen(host, port, count, time_left):
     try:
         server = _server(host, port)
     except OSError as error:
-        raise Missed(f"port {port} cannot be listened on: {error.strerror}") from None
+        raise Missed(f"port {port} cannot be listened on: {os.strerror(error.errno)}") from None
     came, unknown = {}, {}  # connections by process, and what others have sent so far
     with server, contextlib.ExitStack() as connections:
         while len(came) < count - 1:

@@ -172,7 +172,8 @@ class Run:
     def loop(self, show_progress, name="train"):
         """Trains to train.steps, logging and checkpointing on the way.
 
-        Raises preemption.Stopped when asked to stop, with a checkpoint of the last step. Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
+        Raises preemption.Stopped when asked to stop, with a checkpoint of the last step. Step n is dispatched before
+        the metrics of step n-1 are read, so the device never waits for the host.
         """
         settings = self.settings
         if distributed.stop_requested():

@@ -20,7 +20,8 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "batcher collectives config.common costs devices errors preemption programs rendezvous study.tables targets telemetry",
+    "batcher collectives config.common costs devices errors preemption programs rendezvous study.tables targets "
+    "telemetry",
     "architecture config.inference config.lens config.serve config.training execution files layers progress "
     "sharding supervised",
     "config.study kernels quantization study.plots tracking",
