@@ -21,11 +21,7 @@ def caught():
     """Handles both signals in the block. They are noted for `asked`; after `stop_at_once` they raise Stopped."""
     global _asked, _at_once
     _asked = _at_once = False
-    # What is ignored stays so: a shell's background job gets no Ctrl-C.
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, _note)
+    before = {number: signal.signal(number, _note) for number in _SIGNALS}
     try:
         yield
     finally:
