@@ -13,7 +13,7 @@ import warnings
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_nothing_here` looks for
 _NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # PCI vendors
-_failures = []  # of plugins, as they were reported
+_failures: list[str] = []  # of plugins, as they were reported
 
 
 def prepare():

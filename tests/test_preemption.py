@@ -117,7 +117,7 @@ def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
     run.send_signal(signal.SIGINT)
     assert any("saving" in line for line in run.stdout)
     run.send_signal(signal.SIGINT)
-    ended(run, -signal.SIGINT, 5)
+    ended(run, -signal.SIGINT, 20)
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -127,7 +127,7 @@ def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     run = start("train.steps=2", script=script)
     assert any("reading" in line for line in run.stdout)
     run.send_signal(number)
-    assert "stopped as asked" in ended(run, 3, 5)
+    assert "stopped as asked" in ended(run, 3, 20)
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -140,7 +140,7 @@ def test_a_run_that_waits_for_the_targets_of_another_can_be_stopped(start, tmp_p
         waiting = start("train.steps=2", "train.output=other")
         assert any("waiting for another process" in line for line in waiting.stdout)
         waiting.send_signal(number)
-        assert "stopped as asked" in ended(waiting, 3, 10)
+        assert "stopped as asked" in ended(waiting, 3, 20)
 
 
 def test_a_checkpoint_is_saved_by_time_too(start, tmp_path):
@@ -190,7 +190,7 @@ def test_encode_stops_while_its_producer_is_silent(start, model_folder, tmp_path
     encode.stdin.flush()
     until(encode, lambda: list(tmp_path.glob("out/embeddings-*")))
     encode.send_signal(number)
-    assert encode.wait(timeout=4) == code
+    assert encode.wait(timeout=20) == code
     encode.stdin.close()
     encode.stdin = None
     ended(encode, code)
