@@ -173,6 +173,10 @@ def term_at_the_start(chaos, leg):
     return _send(chaos, leg, signal.SIGTERM, {3}, {3})
 
 
+def interrupt(chaos, leg):
+    return chaos.at_step(leg) and _send(chaos, leg, signal.SIGINT, {3}, {3})
+
+
 def freeze(chaos, leg):
     if not chaos.at_step(leg):
         return None
@@ -294,6 +298,7 @@ FAULTS = {
     "kill -9 at the start": (kill_at_the_start, 5),
     "SIGTERM": (term, 6),
     "SIGTERM at the start": (term_at_the_start, 8),
+    "Ctrl-C": (interrupt, 4),
     "SIGSTOP": (freeze, 2),
     "stall": (stall, 2),
     "reader lost": (lose_the_reader, 4),

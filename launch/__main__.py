@@ -27,8 +27,10 @@ def main():
         sys.argv = [f"llm2vec-gen {name}", *words]
         runpy.run_module(f"launch.{name}", run_name="__main__")
     elif name in ("-h", "--help"):
-        print("usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands, each with its own --help:")
-        print("\n".join(f"  {name:<14} {about}" for name, about in known.items()))
+        from launch import start
+
+        usage = "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands, each with its own --help:"
+        start.show("\n".join([usage, *(f"  {name:<14} {about}" for name, about in known.items())]))
     elif name == "--version":
         print(__version__)
     else:

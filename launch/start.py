@@ -9,11 +9,13 @@ import sys
 import textwrap
 import traceback
 
-from llm2vec_gen_jax import locks, options, preemption
-from llm2vec_gen_jax.config import DistributedConfig, ShardConfig
+from llm2vec_gen_jax import devices, locks, options, preemption
+from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, nearest
 from llm2vec_gen_jax.files import SHIPPED, require_written
+
+_INTERRUPTED = "\ninterrupted; nothing is half written, repeat the command to go on"
 
 
 def run_one_of(actions):
@@ -22,7 +24,7 @@ def run_one_of(actions):
     if action in actions:
         run(*actions[action], positional="MODEL", words=words)
     elif action in ("-h", "--help"):
-        print("\n\n".join(_help(schema, "MODEL") for schema, _ in actions.values()))
+        show("\n\n".join(_help(schema, "MODEL") for schema, _ in actions.values()))
     else:
         print(f"error: unknown action {action!r}{nearest(action, actions)}", file=sys.stderr)
         sys.exit(2)
@@ -33,25 +35,64 @@ def run(schema, command, positional="CONFIG", words=None):
     command(files, configs) for CONFIG... (one config per file; key=value pairs override each).
 
     words: what follows the command's name, default sys.argv.
-    Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 3 stopped by SIGTERM and
-    saved, 74 could not write, 75 another process of the run ended, 76 no progress, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 3 stopped by SIGTERM or
+    Ctrl-C and saved, 74 could not write, 75 another process of the run ended, 76 no progress, 130 interrupted.
     """
+    _open_streams()
     words = sys.argv[1:] if words is None else words
     if any(word in ("-h", "--help") for word in words):
-        print(_help(schema, positional))
+        show(_help(schema, positional))
         return
     try:
         arguments, config = _read(schema, positional, words)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if isinstance(config, DistributedConfig) and not hasattr(config, "shard"):
-        preemption.catch()  # what comes while JAX is imported and the processes find one another is kept for later
-    _prepare()
-    with _exit_codes():
-        if isinstance(config, DistributedConfig):
-            _join(config)
-        command(*arguments)
+    trains = isinstance(config, TrackingConfig | ReproduceConfig)
+    # What comes while JAX is imported and the processes find one another is kept for later.
+    with preemption.caught() if trains else contextlib.nullcontext():
+        try:
+            _prepare()
+        except KeyboardInterrupt:
+            print(_INTERRUPTED, file=sys.stderr)
+            sys.exit(130)
+        with _exit_codes():
+            if isinstance(config, DistributedConfig):
+                _join(config)
+            if trains:
+                _stop_at_once_if_alone()
+            command(*arguments)
+            _flush()
+
+
+def show(text):
+    """Prints a text that may be cut off: `--help | head`."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+        _flush()
+
+
+def _flush():
+    """Flushes standard output. Where it is closed, Python would report that again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _open_streams():
+    """Opens /dev/null in place of a standard stream that is closed: its number would go to the next file opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _stop_at_once_if_alone():
+    import jax
+
+    if not jax.distributed.is_initialized():  # processes of one run stop at one step
+        preemption.stop_at_once()
 
 
 def alone(command, *keys):
@@ -109,7 +150,7 @@ def _join(config):
     values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
     distributed.agree({"code": distributed.code_version(), "config": values})
     if not shared and distributed.stop_requested():
-        raise distributed.Preempted("stopped as asked, before anything was begun")
+        raise preemption.Stopped("stopped as asked, before anything was begun")
     if shared and jax.process_count() > 1:
         if config.shard.count > 1:
             raise InputError(f"shard.count={config.shard.count}: joined processes take a share each; leave it out")
@@ -125,6 +166,8 @@ def _exit_codes():
 
     def end(line, code):
         print(line, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            _flush()
         distributed.leave(code)
 
     try:
@@ -133,20 +176,24 @@ def _exit_codes():
         end(f"error: {error}", distributed.BAD_INPUT)
     except FloatingPointError as error:
         end(f"error: {error}", 1)
-    except distributed.Preempted as error:  # all processes end together
+    except preemption.Stopped as error:  # all processes end together
         print(f"{error}. Repeat the command to go on", file=sys.stderr)
         sys.exit(distributed.PREEMPTED)
     except distributed.PeerMissing as error:
         end(f"error: {error}", distributed.PEER_FAILED)
+    except BrokenPipeError as error:
+        end(f"error: {error.filename or 'standard output'}: closed by who reads it", 1)
     except OSError as error:
         if error.strerror is None:
             raise
         of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         end(f"error: {error.filename or 'writing'}: {error.strerror}", distributed.IO_FAILED if of_the_disk else 1)
     except KeyboardInterrupt:
-        end("\ninterrupted; nothing is half written, repeat the command to go on", 130)
+        end(_INTERRUPTED, 130)
     except Exception as error:
-        if jax.process_count() == 1:
+        if problem := devices.problem_of(error):
+            end(f"error: {problem}", distributed.BAD_INPUT)
+        if not jax.distributed.is_initialized():
             raise
         if distributed.is_loss_of_peer(error):
             first = str(error).strip().splitlines()[0]
@@ -156,9 +203,11 @@ def _exit_codes():
 
 
 def _prepare():
+    devices.prepare()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
     import jax
 
+    jax.config.update("jax_enable_x64", False)  # dtypes are settings; nothing here takes 64 bits by default
     # Programs compiled by an earlier run are read back; set JAX_COMPILATION_CACHE_DIR to keep them elsewhere.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

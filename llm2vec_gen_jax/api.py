@@ -19,7 +19,7 @@ from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.lens import logit
-from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone
+from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone, require_own_process
 from llm2vec_gen_jax.model import Model
 
 _TOKENIZED = 512  # texts of one call of the tokenizer, whose own records of them are large
@@ -76,6 +76,7 @@ class LLM2VecGen:
         devices on the data axis. attention: which kernel computes it (auto | xla | cudnn | pallas).
         Raises InputError that names what is missing or does not fit.
         """
+        require_own_process()
         _checked_prompts(prompts)  # before the backbone is loaded
         record = directory.read(str(path))
         if not isinstance(mesh, jax.sharding.Mesh):
@@ -183,6 +184,7 @@ class LLM2VecGen:
         self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any, refuse: Any = None
     ) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         """The stream behind `encode`: see encode.encode_windows."""
+        require_own_process()
         return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar, refuse)
 
     def text_length(self, max_length: int | None = None) -> int:
@@ -204,6 +206,7 @@ class LLM2VecGen:
 
         Later calls compile nothing. Compiled programs are kept on disk where jax_compilation_cache_dir is set.
         """
+        require_own_process()
         options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size)
         length = self.text_length(max_length) + self.model.num_appended
         more = batch_size, return_soft_prompts, show_progress_bar
@@ -242,6 +245,7 @@ class LLM2VecGen:
 
         Raises InputError as `encode` does.
         """
+        require_own_process()
         options.check_arguments(config_lib.DecodeConfig, batch_size=batch_size, seed=seed)
         sampling = Sampling(max_new_tokens, temperature, top_p)
         try:
@@ -273,6 +277,7 @@ class LLM2VecGen:
     def logit_lens(self, inputs: str | Iterable[str], top_k: int = 5, **options: Any) -> list[Any]:
         """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
         finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
+        require_own_process()
         found = logit.logit_lens(self, texts_of(inputs), top_k, **options)
         return found[0] if isinstance(inputs, str) else found
 
@@ -301,6 +306,17 @@ class LLM2VecGen:
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Uploads the model directory to the Hugging Face hub (export.push_to_hub). Returns its URL."""
         return export.push_to_hub(self, repo_id, private, token)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an LLM2VecGen is on its devices and cannot be pickled: pass the path of its model directory, and load it "
+            "with from_pretrained in the other process"
+        )
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        copied.__dict__ |= self.__dict__
+        return copied
 
     @property
     def special_tokens(self) -> list[str]:

@@ -48,7 +48,7 @@ def encode_corpus(path, config, check=lambda: None):
 
 
 def _encode_corpus(path, config, files, check):
-    corpus = Corpus(config.input, config.field, config.id_field, config.stdin)
+    corpus = Corpus(config.input, config.field, config.id_field, config.stdin, check)
     files.check()
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())

@@ -19,7 +19,7 @@ from llm2vec_gen_jax.files import changes, fingerprint
 _policies = ocp.checkpoint_managers
 _ITEMS = ("state", "record")
 _OF_THE_DISK = ("OS error", "os_error_code", "No space left", "RESOURCE_EXHAUSTED")  # in what tensorstore says
-_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of a number
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of a number
 
 
 class Checkpoints:

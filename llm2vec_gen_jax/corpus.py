@@ -2,7 +2,10 @@
 
 import glob
 import hashlib
+import io
+import os
 import pathlib
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -37,12 +40,19 @@ class Corpus:
 
     source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
     Face dataset (save_to_disk) or stands for the files in it, but for names that begin with a dot. field, id_field:
-    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". Files come in the order given,
-    those of a pattern or folder sorted.
+    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". check: called while `-` is silent;
+    what it raises ends the reading. Files come in the order given, those of a pattern or folder sorted.
     """
 
-    def __init__(self, source: str, field: str = "text", id_field: str | None = None, stdin: str = "txt") -> None:
-        self.source, self.field, self.id_field, self.stdin = source, field, id_field, stdin
+    def __init__(
+        self,
+        source: str,
+        field: str = "text",
+        id_field: str | None = None,
+        stdin: str = "txt",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.source, self.field, self.id_field, self.stdin, self.check = source, field, id_field, stdin, check
         self.files = _expand(source)
         self.streamed = "-" in self.files
 
@@ -78,7 +88,7 @@ class Corpus:
                 suffix = pathlib.Path(file.stem).suffix
             if suffix in (".txt", ".jsonl"):
                 name = "standard input" if file == "-" else file
-                lines = lines_of(sys.stdin.buffer, name) if file == "-" else read_lines(file)
+                lines = lines_of(_standard_input(self.check), name) if file == "-" else read_lines(file)
                 for line_number, line in lines:
                     if suffix == ".jsonl" and not line.strip():
                         continue
@@ -138,6 +148,33 @@ class Corpus:
             raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
         for length, table in pieces(columns):
             yield length, lambda table=table: guarded(lambda: _rows(table()))
+
+
+class _StandardInput(io.RawIOBase):
+    """Standard input that can be given up while its producer is silent: a thread in a read of sys.stdin, when Python
+    ends, aborts the process."""
+
+    def __init__(self, descriptor, check):
+        self.descriptor, self.check = descriptor, check
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not select.select([self.descriptor], [], [], 0.1)[0]:
+            self.check()
+        try:
+            return os.readv(self.descriptor, [buffer])
+        except OSError as error:  # opened for writing only, a directory, a terminal that is gone
+            raise InputError(f"input=-: standard input cannot be read ({error.strerror})") from None
+
+
+def _standard_input(check):
+    try:
+        descriptor = sys.stdin.fileno()
+    except OSError:  # not a file
+        return sys.stdin.buffer
+    return io.BufferedReader(_StandardInput(descriptor, check), 1 << 16)
 
 
 def _rows(table):

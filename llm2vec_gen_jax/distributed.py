@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 import threading
 import time
@@ -17,16 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llm2vec_gen_jax import locks, preemption
+from llm2vec_gen_jax import locks, preemption, rendezvous
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import changes, whole_number
+from llm2vec_gen_jax.files import changes
+from llm2vec_gen_jax.preemption import Stopped
 
 BAD_INPUT, PREEMPTED, IO_FAILED, PEER_FAILED, STALLED = 2, 3, 74, 75, 76  # exit codes of a command, beside 0 and 1
 _WEEK = 7 * 24 * 3600  # seconds
-
-
-class Preempted(Exception):
-    """A run was asked to stop and has saved where it is."""
 
 
 class PeerMissing(Exception):
@@ -61,18 +59,22 @@ def start(config, together=True):
                 if "must be called before" not in str(error):
                     raise PeerMissing(f"distributed=auto: {_first_line(error)}") from None
     else:
-        host, _, port = address.rpartition(":")
-        if not host or whole_number(port) is None:
+        found = re.fullmatch(r"(\S+):([0-9]{1,5})", address)
+        if not found or not 0 < int(found[2]) < 2**16:
             raise InputError(f"distributed={address}: expected auto, off or HOST:PORT (of process 0)")
         if count is None or index is None or not 0 <= index < count:
             raise InputError(
                 f"distributed={address} needs num_processes=N and process_id=0 ... N-1 (found {count}, {index})"
             )
+        host, port = found[1], int(found[2])
         if host in ("localhost", "127.0.0.1"):
-            timeouts["coordinator_bind_address"] = address  # nobody else's network
+            timeouts["coordinator_bind_address"] = f"127.0.0.1:{port}"  # nobody else's network
         try:
+            rendezvous.meet(host, port, count, index, config.join_timeout, preemption.asked)
             jax.distributed.initialize(address, count, index, **timeouts)
-        except RuntimeError as error:
+        except (rendezvous.Missed, RuntimeError) as error:
+            if preemption.asked():
+                raise Stopped("stopped as asked, before all processes had come") from None
             reason = f"process {index} of {count} could not join ({_first_line(error)})"
             raise PeerMissing(f"distributed={address}: {reason}") from None
 
@@ -204,8 +206,9 @@ class Watchdog:
 
 def leave(code):
     """Ends the process with `code`; in a run of several without waiting for the others, which then end too."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

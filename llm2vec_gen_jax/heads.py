@@ -27,7 +27,7 @@ class Compressor(nn.Module):
 
     def setup(self):
         count, D, E = self.num_thought_tokens + self.num_tokens, self.hidden_size, self.embedding_size
-        self.tokens = self.param("tokens", nn.initializers.normal(0.02), (count, D))
+        self.tokens = self.param("tokens", nn.initializers.normal(0.02), (count, D), jnp.float32)
         highest = jax.lax.Precision.HIGHEST  # float32 products, which TPUs and GPUs round by default
         self.reconstruction = nn.Dense(D, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
         self.alignment = nn.Dense(E, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
@@ -46,8 +46,8 @@ def init_trainable(compressor, key, embedding_VD):
     """Returns a fresh trainable tree. The tokens start at the mean of the backbone's embedding table, as tokens
     added to a Hugging Face model do, with a tenth of its spread as noise so that they differ."""
     key_tokens, key_heads = jax.random.split(key)
-    h_BKD = jnp.zeros((1, compressor.num_tokens, compressor.hidden_size))
+    h_BKD = jnp.zeros((1, compressor.num_tokens, compressor.hidden_size), jnp.float32)
     params = compressor.init(key_heads, h_BKD)["params"]
     table = embedding_VD.astype(jnp.float32)
-    noise = 0.1 * table.std(axis=0) * jax.random.normal(key_tokens, params["tokens"].shape)
+    noise = 0.1 * table.std(axis=0) * jax.random.normal(key_tokens, params["tokens"].shape, jnp.float32)
     return {**params, "tokens": table.mean(axis=0) + noise}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from typing import Any
@@ -64,12 +65,28 @@ def resolve_dtype(name):
     return jnp.dtype(name)
 
 
+_process = None  # that has loaded a backbone, by its id
+
+
+def require_own_process():
+    """Raises InputError in a fork of a process that has loaded a backbone: JAX hangs there for ever."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise InputError(
+            f"JAX was used by process {_process} and hangs in its fork, this process {os.getpid()}: start processes by "
+            'multiprocessing.get_context("spawn") (PyTorch\'s DataLoader: multiprocessing_context="spawn") and load '
+            "the model in each of them"
+        )
+
+
 def load_backbone(path, dtype, mesh, attention="auto"):
     """Loads a backbone: the default's name, a .gguf file, a local folder or a hub id.
 
     dtype: a config name (auto | float32 | bfloat16 | float16 | int8). attention: of kernels.attention.
     Raises InputError for what is missing or unsupported.
     """
+    require_own_process()
     options.check_arguments(BackboneConfig, dtype=dtype)
     backbone, source = open_backbone(path, Execution(mesh, attention))
     backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))

@@ -28,8 +28,8 @@ def init(architecture, rank, key):
     for name, (inner, outer) in kernel_dims(architecture).items():
         key, part = jax.random.split(key)
         bound = math.prod(inner) ** -0.5
-        a = jax.random.uniform(part, (L, *inner, rank), minval=-bound, maxval=bound)
-        tree[name] = {"a": a, "b": jnp.zeros((L, rank, *outer))}
+        a = jax.random.uniform(part, (L, *inner, rank), jnp.float32, minval=-bound, maxval=bound)
+        tree[name] = {"a": a, "b": jnp.zeros((L, rank, *outer), jnp.float32)}
     return tree
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import data, distributed, losses, progress, sharding
+from llm2vec_gen_jax import data, distributed, losses, preemption, progress, sharding
 from llm2vec_gen_jax.errors import InputError, not_finite
 
 _PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
@@ -36,7 +36,7 @@ def start(method, trainable, examples):
     with progress.bar(count * plan.batch_size, "example", "ridge") as bar:
         for number, batch in enumerate(data.iterate(method.batches, 0, count)):
             if distributed.stop_requested():
-                raise distributed.Preempted("stopped as asked, before the first step")
+                raise preemption.Stopped("stopped as asked, before the first step")
             cache, batch = _read(method, batch)
             if origin is None:  # numbers near zero, because their squares are summed in float32
                 origin = means(trainable, frozen, cache, batch)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from llm2vec_gen_jax import distributed, locks, progress, sharding
+from llm2vec_gen_jax import distributed, locks, preemption, progress, sharding
 from llm2vec_gen_jax.data import choose_edges, pad
 from llm2vec_gen_jax.download import cache_folder
 from llm2vec_gen_jax.errors import InputError, not_finite, quote
@@ -197,11 +197,13 @@ def _kept(responses, key, lengths, batch_size, make, together=False):
                     print(f"waiting for another process, which holds {lock.path}", flush=True)
                 waiting = True
                 if distributed.stop_requested():
-                    raise distributed.Preempted(f"{file}: stopped as asked, while another process computes it")
+                    raise preemption.Stopped(f"{file}: stopped as asked, while another process computes it")
             computed = not distributed.on_first(lambda: _is_kept(file))  # else the other process has
             if computed and (together or first):
                 stop = distributed.stop_requested if together or jax.process_count() == 1 else lambda: False
-                _fill(file, lengths, batch_size, *make(), stop, together)
+                embed, width = make()
+                with preemption.deferred():
+                    _fill(file, lengths, batch_size, embed, width, stop, together)
         finally:
             lock.release()
         distributed.wait_for_all("teacher targets")
@@ -301,7 +303,7 @@ class _Partial:
 def _fill(file, lengths, batch_size, embed, width, stop, together):
     """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues.
 
-    together: all processes call it, and process 0 writes. Raises distributed.Preempted when stop() says so.
+    together: all processes call it, and process 0 writes. Raises preemption.Stopped when stop() says so.
     """
     order = np.argsort([-length for length in lengths], kind="stable")
     partial = None
@@ -322,6 +324,6 @@ def _fill(file, lengths, batch_size, embed, width, stop, together):
                 if stopping or number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
                     partial.keep()
             if stopping:
-                raise distributed.Preempted(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
+                raise preemption.Stopped(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
     if partial:
         partial.finish()

@@ -139,6 +139,7 @@ def _run(stage, config, settings, backbone, output, show_progress):
         output=str(output),
         log_every=train.log_every,
         checkpoint_every=train.checkpoint_every,
+        checkpoint_minutes=train.checkpoint_minutes,
         keep_checkpoints=train.keep_checkpoints,
         watchdog=train.watchdog,
     )

@@ -27,6 +27,7 @@ FREE_KEYS = {
         "steps",
         "log_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "keep_checkpoints",
         "output",
         "overwrite",
@@ -38,6 +39,8 @@ FREE_KEYS = {
     "kernels": ("attention",),
     "mesh": ("data", "fsdp", "tensor"),
 }
+
+_SAVE, _STOP = 1, 2  # what a process asks of all of them; the largest is done
 
 
 @struct.dataclass
@@ -169,20 +172,28 @@ class Run:
             self.state = start(self.task.begin(self.state.trainable))
 
     def loop(self, show_progress, name="train"):
-        """Trains to train.steps, logging and checkpointing on the way. Raises distributed.Preempted when asked to stop.
+        """Trains to train.steps, logging and checkpointing on the way.
 
-        Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the host.
+        Raises preemption.Stopped when asked to stop, with a checkpoint of the last step. Step n is dispatched before
+        the metrics of step n-1 are read, so the device never waits for the host.
         """
         settings = self.settings
         if distributed.stop_requested():
             self.checkpoints.close()
-            raise distributed.Preempted(f"{self.output}: stopped as asked, at step {self.first_step}")
+            raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
         watchdog = distributed.Watchdog(settings.watchdog, self.checkpoints.check)
+
+        def before_compiling(what):
+            watchdog.beat(what)
+            if distributed.stop_requested():
+                raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
+
         with watchdog, self.checkpoints.settled():
             if self.task.compile:
                 steps = range(self.first_step, settings.steps)
-                self.task.compile(self.state, steps, show_progress, watchdog.beat)
-            self._train(show_progress, name, watchdog.beat)
+                self.task.compile(self.state, steps, show_progress, before_compiling)
+            with preemption.deferred():
+                self._train(show_progress, name, watchdog.beat)
         self.checkpoints.close()
 
     def _train(self, show_progress, name, beat):
@@ -191,6 +202,7 @@ class Run:
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
         batches = data.iterate(self.task.batches, self.first_step, settings.steps)
+        self.saved_step, self.saved_at = self.first_step, time.monotonic()
         with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
             pending = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
@@ -203,17 +215,18 @@ class Run:
                 # What goes over to the device unasked would wait there for the step under way, and the host with it.
                 with jax.transfer_guard("disallow"):
                     state, metrics = self.task.step(state, on_mesh)
-                    stopping = self._finish(pending, window, writer, bar)
+                    wish = self._finish(pending, window, writer, bar)
                     pending = (number, metrics | {"tokens": real, "asked": asked}, computed)
-                    if due or stopping or number in (steps[0], profile.last):  # the first has a time of its own
-                        stopping |= self._finish(pending, window, writer, bar)
+                    if due or wish or number in (steps[0], profile.last):  # the first has a time of its own
+                        wish = max(wish, self._finish(pending, window, writer, bar))
                         pending = None
                 profile.after(number)
-                if due or stopping:
+                if due or wish:
                     self.checkpoints.save(number, state)
-                if stopping and number < settings.steps:
+                    self.saved_step, self.saved_at = number, time.monotonic()
+                if wish == _STOP and number < settings.steps:
                     self.checkpoints.close()
-                    raise distributed.Preempted(f"{self.output}: stopped as asked, and saved at step {number}")
+                    raise preemption.Stopped(f"{self.output}: stopped as asked, and saved at step {number}")
         self.state = state
 
     def _writer(self):
@@ -222,27 +235,32 @@ class Run:
         return MetricsWriter(self.output, self.first_step, self.config.tracking, options.to_dict(self.config))
 
     def _asked_on_any(self):
-        """Whether any process was asked to stop: read with the metrics of its step, so that nobody waits for it."""
-        asked = preemption.asked()
+        """Whether any process was asked to stop, or is due to save by its clock: the same on all of them.
+
+        Read with the metrics of its step, so that nobody waits for it.
+        """
+        minutes = self.settings.checkpoint_minutes
+        due = 0 < minutes * 60 <= time.monotonic() - self.saved_at
+        asked = _STOP if preemption.asked() else _SAVE * due
         if jax.process_count() == 1:
             return asked
-        rows = np.full(self.settings.batch_size // jax.process_count(), asked)
+        rows = np.full(self.settings.batch_size // jax.process_count(), asked, np.int32)
         return jnp.max(sharding.put_batch(rows, self.mesh))
 
     def _finish(self, pending, window, writer, bar):
-        """Reads the metrics of a dispatched step; logs them when they are due. Returns whether to stop."""
+        """Reads the metrics of a dispatched step; logs them when they are due. Returns what any process asked for."""
         if pending is None:
-            return False
+            return 0
         number, metrics, computed = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            last = number - 1 - (number - 1) % self.settings.checkpoint_every
+            last = self.saved_step
             kept = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
                 f"The batch is {self.task.where(number - 1)}"
             )
-        asked = bool(values.pop("asked"))
+        asked = int(values.pop("asked"))
         window.add(values, computed)
         bar.update(1)
         bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)

@@ -1,9 +1,13 @@
 """`LLM2VecGen.encode` by the conventions of sentence-transformers, and the commands `encode` and `decode`."""
 
+import copy
 import json
 import os
 import pathlib
+import pickle
 import shutil
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -332,3 +336,49 @@ def test_similarity_is_the_cosine(model):
     np.testing.assert_allclose(found, unit @ unit[:2].T, atol=1e-6)
     assert model.similarity(embeddings[0], embeddings).shape == (1, 6)
     assert np.isfinite(model.similarity(np.zeros((1, E)), embeddings)).all()
+
+
+FORKED = """
+import os, sys, warnings
+import numpy as np
+from llm2vec_gen_jax import LLM2VecGen
+
+warnings.simplefilter("ignore")
+model = LLM2VecGen.from_pretrained(sys.argv[1])
+model.encode("a")
+prompts = np.zeros((model.model.num_tokens, model.model.architecture.hidden_size))
+for call in (
+    lambda: model.encode("a"),
+    lambda: model.encode_query(["a"]),
+    lambda: model.decode(prompts),
+    lambda: model.logit_lens("a"),
+    lambda: model.warmup(),
+    lambda: LLM2VecGen.from_pretrained(sys.argv[1]),
+):
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_fork_is_refused_and_does_not_hang(model_folder):
+    words = [sys.executable, "-c", FORKED, model_folder]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent), "XLA_FLAGS": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6, done.stderr
+    assert all(line.startswith("InputError JAX was used by process ") and '"spawn"' in line for line in lines)
+
+
+def test_a_model_is_copied_but_not_pickled(embedder):
+    copied = copy.copy(embedder)
+    copied.prompts = {"query": "q"}
+    assert embedder.prompts != copied.prompts
+    np.testing.assert_array_equal(copied.encode("a"), embedder.encode("a"))
+    with pytest.raises(TypeError, match="cannot be pickled: pass the path"):
+        pickle.dumps(embedder)

@@ -20,7 +20,8 @@ FILES = {
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # A module imports only from floors below its own.
 FLOORS = (
-    "batcher collectives config.common costs errors preemption programs study.tables targets telemetry templates",
+    "batcher collectives config.common costs devices errors preemption programs rendezvous study.tables targets "
+    "telemetry templates",
     "locks",
     "architecture config.inference config.lens config.serve config.training execution files layers openai_api "
     "progress sharding supervised topologies",

@@ -3,20 +3,24 @@
 That they share one fate is what test_chaos.py shows: signals, lost and frozen processes, full disks.
 """
 
+import concurrent.futures
+import fcntl
 import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
-from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings, options
+from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings, options, rendezvous
 from llm2vec_gen_jax.metrics import read_metrics
 
 from .conftest import write_jsonl
@@ -53,7 +57,7 @@ class Cluster:
         Python that these (or a single one) run before."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        address = free_address()
+        self.address = address = free_address()
         environment = os.environ | {
             "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -224,6 +228,110 @@ def test_joined_processes_encode_a_share_each(cluster, tmp_path):
 def test_bad_words_are_named(cluster, words, message):
     ((code, _, err),) = cluster("bad", 1, 1, "train.steps=1", *words).wait()
     assert code == 2 and message in err
+
+
+# Joining
+
+
+def test_a_process_that_does_not_come_is_said(cluster):
+    for index in (0, 1):
+        words = (f"distributed={free_address()}", "num_processes=2", f"process_id={index}", "join_timeout=2")
+        ((code, _, err),) = cluster("alone", 1, 1, "train.steps=1", *words).wait(timeout=60)
+        assert code == 75 and err.count("\n") == 1, err
+        assert f"process {index} of 2 could not join (" in err
+        assert ("did not come within join_timeout: process 1" if index == 0 else "Connection refused") in err
+
+
+def test_a_port_that_is_taken_is_said(cluster):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = (f"distributed=127.0.0.1:{port}", "num_processes=2", "process_id=0")
+        ((code, _, err),) = cluster("taken", 1, 1, "train.steps=1", *words).wait(timeout=60)
+    assert code == 75 and err.count("\n") == 1
+    assert f"could not join (port {port} cannot be listened on: Address already in use)" in err
+
+
+def met(address, count, *indices, timeout=20):
+    """Lets threads stand for the processes `indices`. Returns a Future of each."""
+    host, _, port = address.rpartition(":")
+    pool = concurrent.futures.ThreadPoolExecutor(len(indices))
+    found = []
+    for index in indices:
+        found.append(pool.submit(rendezvous.meet, host, int(port), count, index, timeout))
+        time.sleep(0.3)
+    pool.shutdown(wait=False)
+    return found
+
+
+def test_processes_meet_whoever_comes_first():
+    for order in ((0, 1, 2), (2, 1, 0)):
+        assert [each.result(10) for each in met(free_address(), 3, *order)] == [None] * 3
+
+
+def test_who_is_not_of_the_run_is_refused_and_the_others_meet():
+    address = free_address()
+    host, _, port = address.rpartition(":")
+    first, one, twin = met(address, 3, 0, 1, 1)
+    with pytest.raises(rendezvous.Missed, match="another process has come with process_id=1"):
+        twin.result(10)
+    (larger,) = met(address, 4, 3)
+    with pytest.raises(rendezvous.Missed, match="process 0 was started with num_processes=3"):
+        larger.result(10)
+    for message in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000, b"", b'{"process": true, "of": 3}\n', b"\x00\n"):
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(message)
+    assert not first.done() and not one.done()
+    (two,) = met(address, 3, 2)
+    assert [each.result(10) for each in (first, one, two)] == [None] * 3
+
+
+def test_a_process_that_is_started_again_is_met():
+    address = free_address()
+    host, _, port = address.rpartition(":")
+    (first,) = met(address, 2, 0)
+    with socket.create_connection((host, int(port))) as ended:
+        ended.sendall(b'{"process": 1, "of": 3}\n')
+        ended.recv(100)
+    (one,) = met(address, 2, 1)
+    assert [each.result(10) for each in (first, one)] == [None] * 2
+
+
+def test_a_stray_process_cannot_end_a_run_and_a_signal_stops_it(cluster):
+    """A second start of a process of a run that trains, and of its process 0; then Ctrl-C to one of them."""
+    run = cluster("run", 2, 1, "train.steps=100000")
+    address = run.address
+    metrics = run.folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert [process.poll() for process in run.processes] == [None, None], run.wait()
+        time.sleep(0.05)
+    for index in (1, 0):
+        words = (f"distributed={address}", "num_processes=2", f"process_id={index}", "join_timeout=3")
+        ((code, _, err),) = cluster("stray", 1, 1, "train.steps=1", *words).wait(timeout=60)
+        assert code == 75 and "could not join" in err and err.count("\n") == 1
+    before = len(metrics.read_text().splitlines())
+    time.sleep(1)
+    assert [process.poll() for process in run.processes] == [None, None]
+    assert len(metrics.read_text().splitlines()) > before
+    run.processes[1].send_signal(signal.SIGINT)
+    for code, _, err in run.wait(timeout=60):
+        assert code == 3 and "stopped as asked, and saved at step" in err
+
+
+@pytest.mark.slow
+def test_processes_that_wait_for_targets_stop_together(cluster):
+    cluster("first", 1, 1, "train.steps=1").succeed()
+    (targets,) = (cluster.folder / "responses.jsonl.targets").glob("*.npy")
+    targets.unlink()
+    with open(targets.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = cluster("second", 2, 1, "train.steps=1")
+        assert any("waiting for another process" in line for line in waiting.processes[0].stdout)
+        waiting.processes[1].send_signal(signal.SIGTERM)
+        for code, _, err in waiting.wait(timeout=30):
+            assert code == 3 and "stopped as asked, while another process computes the targets" in err
+
+
+# The watchdog
 
 
 def test_the_watchdog_ends_a_process_that_hangs():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, distributed, locks, preemption, targets, teacher
+from llm2vec_gen_jax import config, data, locks, preemption, targets, teacher
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.metrics import read_metrics
 from llm2vec_gen_jax.train import train
@@ -103,7 +103,7 @@ def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, mo
     other = locks.Lock(file.with_suffix(".lock"))
     assert other.acquire()
     monkeypatch.setattr(preemption, "_asked", True)
-    with pytest.raises(distributed.Preempted, match="stopped as asked, while another process computes it"):
+    with pytest.raises(preemption.Stopped, match="stopped as asked, while another process computes it"):
         computed(tiny(FAMILY), tiny_folder, responses)
     assert "waiting for another process" in capsys.readouterr().out
     other.release()

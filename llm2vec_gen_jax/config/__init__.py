@@ -47,6 +47,7 @@ from llm2vec_gen_jax.config.training import (
     TeacherConfig,
     TeacherSettings,
     TeacherTrainConfig,
+    TrackingConfig,
     TrainConfig,
     TrainSettings,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherSettings",
     "TeacherTrainConfig",
+    "TrackingConfig",
     "ToPytorchConfig",
     "TrainConfig",
     "TrainSettings",

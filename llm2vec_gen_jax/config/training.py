@@ -124,6 +124,7 @@ class RunSettings:
     output: str | None = setting(None, "run directory; an interrupted run in it is resumed", path=True)
     overwrite: bool = setting(False, "delete what is in the run directory first")
     log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
+    checkpoint_minutes: float = setting(10.0, "minutes after which a checkpoint is saved besides; 0: by steps alone")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
     watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
     remat: str = setting(
