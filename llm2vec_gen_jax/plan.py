@@ -52,7 +52,9 @@ def plan(config):
     architecture = _architecture(config)
     devices, chip, compiler = _devices(config.topology)
     if config.measure and is_described(devices[0]):
-        raise InputError(f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out")
+        raise InputError(
+            f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out"
+        )
     with compiling_for(devices):
         return _plan(config, architecture, devices, chip, compiler)
 

@@ -100,7 +100,9 @@ def _tpus(topology, kind, shape):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices
     except Exception as error:  # whatever the plugin makes of it
-        hint = "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "as v5e:4x4, v5p:2x2x1"
+        hint = (
+            "pip install libtpu" if "libtpu" in str(error) or "not installed" in str(error) else "as v5e:4x4, v5p:2x2x1"
+        )
         raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
 
 
