@@ -67,6 +67,11 @@ def test_a_target_is_the_chip_that_it_names(kind):
     np.testing.assert_allclose((memory, bandwidth), (chip.memory, chip.bandwidth), rtol=1e-3)
 
 
+def test_the_help_lists_every_target():
+    listed = re.search(r"h100:2x8 \(two\):\n(.*);", config.PlanConfig.__doc__)[1]
+    assert listed.replace(" ", "").split(",") == sorted(topologies.TARGETS)
+
+
 @pytest.mark.parametrize(
     "settings, share",
     [
