@@ -17,7 +17,7 @@ from llm2vec_gen_jax.errors import InputError, nearest
 TARGETS = {path.stem: path for path in (pathlib.Path(__file__).parent / "gpu_targets").glob("*.txtpb")}
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _KINDS = (*_TPUS, *sorted(TARGETS), "cpu")
-_MOST_DEVICES = 16384  # NVIDIA and CPU: more are a typing error, and would take gigabytes to describe
+_MOST_DEVICES = 16384  # more GPUs or CPUs are a typing error, and would take gigabytes to describe
 ESTIMATE = "XLA:CPU estimate"  # the compiler where GPUs are meant and the CUDA plugin is absent
 _CUDNN = 91200  # the version in the target descriptions
 
@@ -34,9 +34,9 @@ def described_devices(topology):
     kind, _, shape = topology.partition(":")
     if kind in _TPUS and shape:
         return _tpus(topology, kind, shape), CHIPS[kind], f"XLA:TPU (libtpu {_version('libtpu')})"
-    sizes = [int(size) for size in (shape or "1").split("x")] if re.fullmatch(r"(\d{1,6}x)?\d{1,6}|", shape) else [0]
-    hosts, per_host = sizes if len(sizes) == 2 else (1, *sizes)
-    if kind not in TARGETS and (kind != "cpu" or not shape or hosts > 1) or not 0 < hosts * per_host <= _MOST_DEVICES:
+    hosts, per_host = _gpu_shape(shape or "1")
+    known = kind in TARGETS or (kind == "cpu" and shape.isdigit())
+    if not known or not 0 < hosts * per_host <= _MOST_DEVICES:
         raise InputError(
             f"topology={topology}: expected KIND:SHAPE, as v5e:4x4, h100:8, h100:2x8 (hosts x GPUs), cpu:4"
             + ("" if kind in _KINDS else nearest(kind, _KINDS))
@@ -48,6 +48,12 @@ def described_devices(topology):
         return _cpus(topology, hosts * per_host), CHIPS[kind], ESTIMATE
     name = f"XLA:GPU (cuda plugin {_version(plugin)})"
     return _gpus(plugin, TARGETS[kind].read_text(), hosts, per_host), CHIPS[kind], name
+
+
+def _gpu_shape(shape):
+    """Returns (hosts, devices of each) of N or HOSTSxN, (0, 0) where it is neither."""
+    found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})", shape, re.ASCII)
+    return (int(found[1] or 1), int(found[2])) if found else (0, 0)
 
 
 def install_hint():

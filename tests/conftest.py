@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from llm2vec_gen_jax import config, sharding  # noqa: E402
+from llm2vec_gen_jax import config, sharding, topologies  # noqa: E402
 from llm2vec_gen_jax.download import cache_folder  # noqa: E402
 from llm2vec_gen_jax.loading import load_backbone  # noqa: E402
 
@@ -299,6 +299,15 @@ def launch():
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def gpu_compiler():
+    """XLA's GPU compiler is installed; it needs no GPU."""
+    if not topologies.described_devices("h100")[2].startswith("XLA:GPU"):
+        if os.environ.get("CI"):
+            pytest.fail("the GPU compiler is missing: pip install -r requirements-gpu-compiler.txt")
+        pytest.skip("needs the GPU compiler: pip install -r requirements-gpu-compiler.txt")
 
 
 @pytest.fixture(scope="session")

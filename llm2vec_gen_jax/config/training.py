@@ -188,11 +188,14 @@ class PlanConfig:
     """`python -m launch.plan`: what a training step and an encoding pass cost on devices that need not be here.
 
     Compiles both, and the generation of a batch of answers, for a mesh; runs nothing, and prints bytes per device,
-    FLOPs, bytes that collectives move, and the time that these need at least by the data sheets of the devices. A
-    topology of TPUs is compiled by the real TPU compiler (pip install libtpu); one of GPUs by the compiler for CPUs,
-    whose memory is an estimate of theirs, and lowered for CUDA.
+    FLOPs, bytes that collectives move, and the time that these need at least by the data sheets of the devices. TPUs
+    need the TPU compiler (pip install libtpu), NVIDIA GPUs the GPU compiler (requirements-gpu-compiler.txt); without
+    it they are estimated by the CPU compiler, and lowered for CUDA. What fits is below 92 % of what JAX lets a program
+    have: on a GPU 75 % of its memory, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 
-    topology=   v5e:4x4, v5p:2x2x1, v6e:2x4; h100:8, h200:8; cpu:4; null: the devices here
+    topology=   v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1; h100 (one), h100:8 (one host), h100:2x8 (two):
+                a100, a100-40gb, a10g, b200, gb200, gh200, h100, h100-nvl, h100-pcie, h200, l4, l40s, t4;
+                cpu:4; null: the devices here
     """
 
     topology: str | None = setting(None, "devices, as above")

@@ -1,0 +1,164 @@
+"""Devices that are described: their names, their memory, and compiling for them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm2vec_gen_jax import config, memory, sharding, topologies
+from llm2vec_gen_jax.costs import CHIPS, chip_of
+from llm2vec_gen_jax.errors import InputError
+
+NAMES = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+    "Tesla T4": "t4",
+    "NVIDIA A10": "a10",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100-80gb-pcie",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H100 NVL": "h100-nvl",
+    "NVIDIA H200": "h200",
+    "NVIDIA H200 NVL": "h200-nvl",
+    "NVIDIA GH200 480GB": "gh200",
+    "NVIDIA GH200 120GB": "gh200",
+    "NVIDIA GH200 144G HBM3e": "gh200-144gb",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+}
+UNKNOWN = ("cpu", "TPU v2", "TPU v4 lite", "TPU v50", "NVIDIA L40", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA B2000")
+UNKNOWN += ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "Radeon", "gfx942", "AMD Instinct MI300X", "NVIDIA A1000", "Tesla T40")
+
+
+def test_chips_are_known_by_the_names_of_devices():
+    assert {name: chip_of(name) for name in NAMES} == {name: CHIPS[kind] for name, kind in NAMES.items()}
+    assert set(NAMES.values()) == set(CHIPS)
+    assert [name for name in UNKNOWN if chip_of(name)] == []
+
+
+@pytest.mark.parametrize("kind", sorted(topologies.TARGETS))
+def test_a_target_is_the_chip_that_it_names(kind):
+    text = topologies.TARGETS[kind].read_text()
+    chip = chip_of(re.search(r'device_description_str: "(.*)"', text)[1])
+    assert chip is CHIPS[kind]
+    memory, bandwidth = (
+        int(re.search(rf"{key}: (\d+)", text)[1]) for key in ("device_memory_size", "memory_bandwidth")
+    )
+    np.testing.assert_allclose((memory, bandwidth), (chip.memory, chip.bandwidth), rtol=1e-3)
+
+
+def test_the_help_lists_every_target():
+    listed = re.search(r"h100:2x8 \(two\):\n(.*);", config.PlanConfig.__doc__)[1]
+    assert listed.replace(" ", "").split(",") == sorted(topologies.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "settings, share",
+    [
+        ({}, 0.75),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}, 0.95),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, 0.5),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, 0.75),
+        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 1.0),
+    ],
+)
+def test_training_takes_most_of_jax_s_pool(gpu_compiler, monkeypatch, settings, share):
+    for key in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    mesh = sharding.make_mesh(config.MeshConfig(), topologies.described_devices("h100:2x8")[0])
+    np.testing.assert_allclose(memory.limit(mesh), 0.92 * share * CHIPS["h100"].memory)
+
+
+@pytest.mark.parametrize("value", ["most", "0", "1.5", "90%"])
+def test_a_bad_share_of_memory_is_named(monkeypatch, value):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value}: expected a share"):
+        memory.pool_share()
+
+
+def test_a_cpu_has_no_limit():
+    assert memory.limit(None) is None
+    np.testing.assert_allclose(memory.limit(None, CHIPS["l4"]), 0.92 * 0.75 * CHIPS["l4"].memory)
+
+
+def test_a_plugin_of_another_jax_is_named(tmp_path, monkeypatch):
+    for name in ("plugin", "pjrt"):
+        (folder := tmp_path / f"jax_cuda13_{name}-0.1.2.dist-info").mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jax-cuda13-{name}\nVersion: 0.1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = f"the CUDA plugin 0.1.2 is not of jax {jax.__version__}; pip install jax-cuda13-pjrt=={jax.__version__}"
+    with pytest.raises(InputError, match=wanted.replace(".", r"\.")):
+        topologies.described_devices("h100:8")
+
+
+def attention_hlo(topology, head_dim):
+    """The HLO of cuDNN's attention with its gradient."""
+    devices, _, _ = topologies.described_devices(topology)
+    put = jax.NamedSharding(jax.sharding.Mesh(devices, ("x",)), jax.P())
+
+    def loss(q):
+        mixed = jax.nn.dot_product_attention(q, q, q, is_causal=True, implementation="cudnn")
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    with topologies.compiling_for(devices):
+        jitted = jax.jit(jax.grad(loss))
+        return jitted.lower(jax.ShapeDtypeStruct((2, 64, 2, head_dim), jnp.bfloat16, sharding=put)).compile().as_text()
+
+
+def test_flash_attention_compiles_by_what_the_described_gpu_can(gpu_compiler):
+    assert attention_hlo("a100", 128).count("__cudnn$fmha") >= 2
+    assert "__cudnn$fmha" in attention_hlo("h100", 256)
+    with pytest.raises(NotImplementedError, match="head dim must be <= 128"):
+        attention_hlo("a100", 256)
+
+
+def test_compiling_for_described_devices_leaves_jax_as_it_was(gpu_compiler):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    before = (
+        cudnn.check_cudnn_version,
+        cudnn.check_compute_capability,
+        jax.config.values["jax_enable_compilation_cache"],
+    )
+    with pytest.raises(ZeroDivisionError), topologies.compiling_for(topologies.described_devices("b200")[0]):
+        assert cudnn.check_compute_capability("9.0") and not jax.config.values["jax_enable_compilation_cache"]
+        raise ZeroDivisionError
+    after = cudnn.check_cudnn_version, cudnn.check_compute_capability, jax.config.values["jax_enable_compilation_cache"]
+    assert before == after
+
+
+def test_a_process_that_looks_for_gpus_itself_describes_others(gpu_compiler):
+    """JAX_PLATFORMS is not set: jax has tried to load the plugin, and given up without NVIDIA's libraries."""
+    code = (
+        "import jax, json; here = jax.devices()[0].platform; from llm2vec_gen_jax import topologies;"
+        "devices, _, compiler = topologies.described_devices('h100:2x4');"
+        "print(json.dumps([here, devices[0].device_kind, devices[-1].process_index, compiler]))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment |= {"TPU_SKIP_MDS_QUERY": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, kind, process, compiler = json.loads(done.stdout.splitlines()[-1])
+    assert (kind, process) == ("NVIDIA H100 80GB HBM3", 1) and compiler.startswith("XLA:GPU (cuda plugin ")
