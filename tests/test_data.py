@@ -67,7 +67,8 @@ def test_a_file_without_rows_is_named(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz", "none.json", "."])
 def test_a_missing_file_is_named(tmp_path, name):
-    with pytest.raises(InputError, match=f"{tmp_path / name}: no such file"):
+    message = r"not a readable file \(Is a directory\)" if name == "." else "no such file"
+    with pytest.raises(InputError, match=f"{tmp_path / name}: {message}"):
         data.read_records(tmp_path / name, ("question",))
 
 
