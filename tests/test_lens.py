@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -249,6 +250,47 @@ def test_an_index_of_another_backbone_is_refused(index_folder, tiny, tmp_path):
         search.Index(index_folder, tiny("llama"))
     with pytest.raises(InputError, match="build_index"):
         search.Index(tmp_path, tiny("llama"))
+
+
+def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
+    for name in ("layer-01.npy", "contexts.npy"):
+        folder = tmp_path / name
+        shutil.copytree(index_folder, folder)
+        content = bytearray((folder / name).read_bytes())
+        content[-5] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} is not what build_index wrote"):
+            search.Index(folder, embedder.backbone).vectors(1)
+
+
+@pytest.mark.parametrize("damaged", ["layer-01.npy", "ids.npy", None])
+def test_an_interrupted_index_that_is_damaged_is_begun_again(
+    model_folder, corpus, tmp_path, monkeypatch, damaged, capsys
+):
+    common = {"input": str(corpus), "batch_size": 1, "dtype": "float32", "layers": ["1", "2"], "contexts": 100000}
+    whole, cut = (config.BuildIndexConfig(**common, output=str(tmp_path / name)) for name in ("whole", "cut"))
+    latent.build_index(model_folder, whole)
+    keep, calls = latent._keep, []
+
+    def stop(*arguments):
+        keep(*arguments)
+        calls.append(arguments[-1])
+        if arguments[-1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(latent, "_FLUSH_EVERY", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latent, "_keep", stop)
+        latent.build_index(model_folder, cut)
+    if damaged:
+        path = tmp_path / "cut.partial" / damaged
+        content = bytearray(path.read_bytes())
+        content[140] ^= 1  # of the first numbers, behind the header
+        path.write_bytes(content if damaged == "ids.npy" else content[:200])
+    capsys.readouterr()
+    latent.build_index(model_folder, cut)
+    assert ("is not what was written; begun again" in capsys.readouterr().out) == bool(damaged)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def contents(folder):

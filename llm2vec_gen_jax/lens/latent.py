@@ -4,6 +4,7 @@ After LatentLens (McGill-NLP/latentlens): what a state means is said by the word
 """
 
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -26,6 +27,8 @@ RECORD = "index.json"
 _PROGRESS = "progress.json"
 _FIRST = 2  # the states of the first two tokens say nothing of the text: attention that has no aim ends there
 _TOKENIZED = 512  # texts of one call of the tokenizer
+_TEXTS = ("contexts.npy", "offsets.npy", "ids.npy")
+_HASHED = 8192  # vectors that are read at a time to see whether they are what was written
 _FLUSH_EVERY = 20  # passes between records of how far the index is
 
 
@@ -137,7 +140,10 @@ def _begin(partial, backbone, corpus, config, run):
                 f"{partial}: holds the beginning of another index ({differing}). Repeat its settings to go on with "
                 "it, choose another output, or remove it"
             )
-        return
+        if _is_whole(partial):
+            return
+        print(f"{partial}: is not what was written; begun again", flush=True)
+        (partial / _PROGRESS).unlink()
     ids, texts = [], [row.text for row in itertools.islice(corpus.read(), config.limit)]
     with progress.bar(len(texts), "text", "tokenize") as bar:
         for start in range(0, len(texts), _TOKENIZED):
@@ -160,14 +166,38 @@ def _begin(partial, backbone, corpus, config, run):
     np.save(partial / "ids.npy", np.concatenate([ids[text] for text in kept]))
     for layer in run["config"]["layers"]:
         new_array(partial / layer_file(layer), (len(contexts), _width(backbone)), run["config"]["precision"])
-    write_json(partial / _PROGRESS, {"run": run, "done": 0})
+    _keep(partial, {}, run, {name: sha256_file(partial / name) for name in _TEXTS}, 0)
+
+
+def _is_whole(partial):
+    """Whether what an interrupted call left is what its record says."""
+    record = read_json(partial / _PROGRESS)
+    texts = {name: sha256_file(partial / name) for name in _TEXTS if (partial / name).exists()}
+    return texts == record.get("sha256") and _digests(partial, record) is not None
+
+
+def _digests(partial, record):
+    """Returns {layer: (array, hash of its vectors that are done)}; None where one is not as the record says."""
+    found = {}
+    for layer in record["run"]["config"]["layers"]:
+        try:
+            array = np.lib.format.open_memmap(partial / layer_file(layer), "r+")
+        except (OSError, ValueError, EOFError):
+            return None
+        digest = hashlib.sha256()
+        for start in range(0, record["done"], _HASHED):
+            digest.update(array[start : min(start + _HASHED, record["done"])].tobytes())
+        if record["done"] and record.get("layers", {}).get(str(layer)) != digest.hexdigest():
+            return None
+        found[layer] = array, digest
+    return found
 
 
 def _fill(partial, backbone, config, run):
     """Computes the vectors that are not there yet."""
     contexts, offsets, flat = (np.load(partial / f"{name}.npy") for name in ("contexts", "offsets", "ids"))
-    layers, done = run["config"]["layers"], read_json(partial / _PROGRESS)["done"]
-    arrays = [np.lib.format.open_memmap(partial / layer_file(layer), "r+") for layer in layers]
+    record = read_json(partial / _PROGRESS)
+    layers, done, arrays = run["config"]["layers"], record["done"], _digests(partial, record)
     shards = sharding.batch_shards(backbone.mesh)
     size = -(-config.batch_size // shards) * shards
     model = Model(backbone.architecture, 1, 0, _width(backbone), execution=backbone.execution)
@@ -190,18 +220,20 @@ def _fill(partial, backbone, config, run):
             for text in where[0][~np.isfinite(states[:, *where]).all(axis=(0, 2))]:
                 beginning = quote(backbone.tokenizer.decode(ids[text].tolist()))
                 raise not_finite(f"{config.input}: {beginning}", backbone.dtype)
-            for array, states_BPD in zip(arrays, states):
+            for (array, digest), states_BPD in zip(arrays.values(), states):
                 array[first:last] = vectors.unit(states_BPD[where].astype(np.float32))
+                digest.update(array[first:last].tobytes())
             bar.update(len(rows))
             if number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
-                _keep(partial, arrays, run, int(last))
-    _keep(partial, arrays, run, len(contexts))
+                _keep(partial, arrays, run, record["sha256"], int(last))
+    _keep(partial, arrays, run, record["sha256"], len(contexts))
 
 
-def _keep(partial, arrays, run, done):
-    for array in arrays:
+def _keep(partial, arrays, run, texts, done):
+    for array, _ in arrays.values():
         array.flush()
-    write_json(partial / _PROGRESS, {"run": run, "done": done})
+    layers = {str(layer): digest.hexdigest() for layer, (_, digest) in arrays.items()}
+    write_json(partial / _PROGRESS, {"run": run, "done": done, "sha256": texts, "layers": layers})
 
 
 @functools.partial(platform_jit, static_argnums=(1,))

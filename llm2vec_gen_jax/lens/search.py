@@ -12,7 +12,7 @@ from llm2vec_gen_jax import options, vectors
 from llm2vec_gen_jax.config import QueryIndexConfig
 from llm2vec_gen_jax.encode import texts_of
 from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import read_array, read_json
+from llm2vec_gen_jax.files import read_array, read_json, sha256_file
 from llm2vec_gen_jax.lens.latent import RECORD, layer_file
 from llm2vec_gen_jax.lens.states import check_layers, compression_states
 
@@ -48,6 +48,7 @@ class Index:
         ours = {"backbone": backbone.identity, "tokenizer": backbone.tokenizer.identity}
         if wrong := [key for key in ours if record[key] != ours[key]]:
             raise InputError(f"index={folder}: is of another {wrong[0]} than {backbone.name}. Build one for this model")
+        self._sha256 = record["sha256"]
         self.layers, self.count = record["config"]["layers"], record["count"]
         self.contexts, self._offsets, self._ids = (self._map(name) for name in ("contexts", "offsets", "ids"))
 
@@ -75,7 +76,10 @@ class Index:
         return Neighbour(word, float(cosine), int(layer), before, after)
 
     def _map(self, name):
-        return read_array(self.folder / f"{name}.npy", "index")
+        path = self.folder / f"{name}.npy"
+        if (expected := self._sha256.pop(path.name, None)) and (not path.is_file() or sha256_file(path) != expected):
+            raise InputError(f"index={self.folder}: {path.name} is not what build_index wrote. Build the index again")
+        return read_array(path, "index")
 
     def _search_layer(self, states_QD, top_k, layer):
         contexts_CD, top_k = self.vectors(layer), min(top_k, self.count)
