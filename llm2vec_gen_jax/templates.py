@@ -52,4 +52,4 @@ def _run(request, count):
         return [(None, "it does not end, or needs too much memory")] * count
     if process.returncode:
         return [(None, (process.stderr.strip().splitlines() or ["no output"])[-1])] * count
-    return [tuple(result) for result in json.loads(process.stdout)]
+    return [tuple(result) for result in json.loads(process.stdout.splitlines()[-1])]

@@ -187,7 +187,10 @@ class Tokenizer:
             template = self.hf.get_chat_template()
         except ValueError as error:  # named templates, none of which is the default
             return dict.fromkeys((False, True), (None, None, _one_line(error)))
-        names = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        names = {
+            name: list(map(str, token)) if isinstance(token, list) else str(token)
+            for name, token in self.hf.special_tokens_map.items()
+        }
         # Some templates take the text itself, some want it as a list of parts. Qwen3 has a switch for thinking.
         requests = [
             ([{"role": "user", "content": content}], {**names, "add_generation_prompt": flag, "enable_thinking": False})

@@ -64,12 +64,13 @@ def rope_factors(rope, head_dim):
     return np.array(factors, np.float32)
 
 
-def write_gguf(path, model, kinds=(), metadata=None, merges=(), tokenizer=None, pre="gpt-2", parts=None):
+def write_gguf(path, model, kinds=(), metadata=None, merges=(), tokenizer=None, pre="gpt-2", parts=None, types=()):
     """Writes a torch model as llama.cpp's converter does, with the tiny tokenizer or another one of its kind.
 
     kinds: {part of a name: quantisation type}; the torch model is rounded to what the file holds.
     metadata: a function that adds fields to the open writer. merges: of the tokenizer, which has none.
-    pre: tokenizer.ggml.pre, None to leave it out. parts: number of tensors in a file, None for one file.
+    pre: tokenizer.ggml.pre, None to leave it out. types: {token's number: its type, where it is another}.
+    parts: number of tensors in a file, None for one file.
     """
     import torch
 
@@ -91,12 +92,14 @@ def write_gguf(path, model, kinds=(), metadata=None, merges=(), tokenizer=None, 
     if metadata:
         metadata(writer)
     tokenizer = tokenizer or tiny_tokenizer()
-    tokens, types = tokens_of(tokenizer)
+    tokens, kinds_of_tokens = tokens_of(tokenizer)
+    for number, kind in dict(types).items():
+        kinds_of_tokens[number] = kind
     writer.add_tokenizer_model("gpt2")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    writer.add_token_types(kinds_of_tokens)
     writer.add_token_merges(list(merges))
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
@@ -231,6 +234,16 @@ def test_llama_files_that_do_not_say_how_texts_are_split_are_refused(tmp_path):
         path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), pre=pre)
         with pytest.raises(InputError, match="tokenizer.ggml.pre.*supported: gpt-2.*gguf-new-metadata"):
             opened(path)
+
+
+def test_every_type_of_token(tmp_path):
+    """Byte and normal tokens are made by splitting and merging; unknown and control ones by no text; unused by none."""
+    types = {number: gguf.TokenType[name] for number, name in ((3, "UNKNOWN"), (36, "BYTE"), (37, "UNUSED"))}
+    tokenizer = opened(write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), types=types)).tokenizer
+    assert "<|begin|>" in tokenizer.control and len(tokenizer.encode(["<|begin|>"], 99)[0]) == len("<|begin|>")
+    assert tokenizer.encode(["A"], 9) == [[36]] and tokenizer.pieces[36:38] == ["A", ""]
+    with pytest.raises(InputError, match="token_type 9 is not supported"):
+        opened(write_gguf(tmp_path / "other.gguf", tiny_torch_model("llama"), types={5: 9}))
 
 
 @pytest.mark.parametrize("bos, eos", [(True, False), (False, True), (True, True), (False, False)])

@@ -79,7 +79,7 @@ class GGUFSource:
                 if name is None and tensor.name != "rope_freqs.weight":
                     raise InputError(f"{self}: tensor {tensor.name} is not supported")
                 if (name or tensor.name) in self.tensors:
-                    raise InputError(f"{self}: tensor {tensor.name} is in several parts")
+                    raise InputError(f"{self}: tensor {tensor.name} is there twice")
                 self.tensors[name or tensor.name] = tensor
         expected = self.field("split.tensors.count", len(self.tensors))
         if expected != len(self.tensors):
