@@ -80,43 +80,51 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
     blocked = visibility.causal and cache is None and key is None
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
     sizes = [min(size, T - first) for first in range(0, T, size)]
+    # Heads first: otherwise XLA's CPU compiler transposes the weights, the largest arrays of all.
+    k_BGTH, v_BGTH = jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2)
     mixed, last = [], 0
     for queries in jax.lax.split(q_BTNH, sizes, axis=1):  # its gradient is a concatenation, that of slices a sum
         first, last = last, last + queries.shape[1]
         end = last if visibility.causal else T
-        seen, own = _seen(visibility, first, last, end), (k_BTGH[:, :end], v_BTGH[:, :end])
+        seen, own = _seen(visibility, first, last, end), (k_BGTH[:, :, :end], v_BGTH[:, :, :end])
         mixed.append(_mix(queries, *own, seen, visibility.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
-def _mix(q_BTNH, k_BSGH, v_BSGH, seen, cache_BS, cache, execution, key, dropout):
+def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout):
     """`attend` of some queries over the keys that `seen` (broadcastable to B G R T S) allows."""
     B, T, N, H = q_BTNH.shape
-    q_BTGRH, scale = q_BTNH.reshape(B, T, k_BSGH.shape[2], -1, H), H**-0.5
-    scores = jnp.where(seen, product("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH) * scale, -jnp.inf)
+    G, scale = k_BGSH.shape[1], H**-0.5
+    # The M rows of a key/value head: R query heads by T tokens.
+    q_BGMH = jnp.moveaxis(q_BTNH.reshape(B, T, G, -1, H), 1, 3).reshape(B, G, -1, H)
+
+    def score(q_BGMH, k_BGSH, seen):
+        scores_BGMS = product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * scale
+        scores_BGRTS = scores_BGMS.reshape(B, G, -1, T, scores_BGMS.shape[-1])
+        return jnp.where(seen, scores_BGRTS, -jnp.inf).reshape(scores_BGMS.shape)
+
+    scores_BGMS = score(q_BGMH, k_BGSH, seen)
     if cache is None:
-        weights = drop(jax.nn.softmax(scores, axis=-1), key, dropout).astype(q_BTNH.dtype)
-        mixed_BTGRH = product("bgrts,bsgh->btgrh", weights, v_BSGH)
+        weights_BGMS = drop(jax.nn.softmax(scores_BGMS, axis=-1), key, dropout).astype(q_BTNH.dtype)
+        mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
     else:
         # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
-        seen = cache_BS[:, None, None, None, :]
-        queries = q_BTGRH.astype(cache.k_LBGSH.dtype)
-        cached = jnp.where(seen, product("btgrh,bgsh->bgrts", queries, cache.k_LBGSH) * scale, -jnp.inf)
-        weights = jax.nn.softmax(jnp.concatenate([cached, scores], axis=-1), axis=-1)
-        weights = drop(weights, key, dropout).astype(q_BTNH.dtype)
-        cached, own = jnp.split(weights, [cached.shape[-1]], axis=-1)
-        cached = cached.astype(cache.v_LBGSH.dtype)
-        mixed_BTGRH = _weigh(cached, cache.v_LBGSH, execution) + product("bgrts,bsgh->btgrh", own, v_BSGH)
-    return mixed_BTGRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+        cached_BGMS = score(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, None, :])
+        weights_BGMS = jax.nn.softmax(jnp.concatenate([cached_BGMS, scores_BGMS], axis=-1), axis=-1)
+        weights_BGMS = drop(weights_BGMS, key, dropout).astype(q_BTNH.dtype)
+        cached_BGMS, own_BGMS = jnp.split(weights_BGMS, [cached_BGMS.shape[-1]], axis=-1)
+        mixed_BGMH = _weigh(cached_BGMS.astype(cache.v_LBGSH.dtype), cache.v_LBGSH, T, execution)
+        mixed_BGMH += product("bgms,bgsh->bgmh", own_BGMS, v_BGSH)
+    mixed_BTGRH = jnp.moveaxis(mixed_BGMH.astype(q_BTNH.dtype).reshape(B, G, -1, T, H), 3, 1)
+    return mixed_BTGRH.reshape(B, T, N, H)
 
 
-def _weigh(weights_BGRTS, v_BGSH, execution):
-    """The weighted sums of a cache's values, (B, T, G, R, H) float32."""
-    if weights_BGRTS.shape[3] > 1 or execution.target != "cpu":
-        return product("bgrts,bgsh->btgrh", weights_BGRTS, v_BGSH)
+def _weigh(weights_BGMS, v_BGSH, tokens, execution):
+    """The weighted sums of a cache's values, (B, G, M, H) float32, for a pass of so many tokens."""
+    if tokens > 1 or execution.target != "cpu":
+        return product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
     # A matrix product of so few rows costs a CPU three times what the sum does.
-    weights_BGRS1, v_BG1SH = weights_BGRTS[:, :, :, 0, :, None], v_BGSH[:, :, None]
-    return jnp.sum(weights_BGRS1 * v_BG1SH, axis=3)[:, None]
+    return jnp.sum(weights_BGMS[..., None] * v_BGSH[:, :, None], axis=3)
 
 
 def _seen(visibility, first, last, end):

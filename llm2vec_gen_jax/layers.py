@@ -33,7 +33,18 @@ def product(equation, x, y, sums=jnp.float32):
     pass, and XLA turns the whole product (and a copy of the weight) into float32. An int8 weight has none, and it is
     itself what the backward pass keeps.
     """
-    return einsum_f32(equation, x, y.astype(x.dtype), dtype=sums)
+    inputs, out = equation.split("->")
+    x_dims, y_dims = inputs.split(",")
+    sizes = dict(zip(x_dims + y_dims, x.shape + y.shape))
+    x, y = _merge_heads(x_dims, x), _merge_heads(y_dims, y.astype(x.dtype))
+    result = einsum_f32(equation.replace("nh", "n"), x, y, dtype=sums)
+    return result.reshape([sizes[dim] for dim in out])
+
+
+def _merge_heads(dims, x):
+    """Makes one dimension of heads and head size: XLA would sum over the two in another order, and transpose for it."""
+    place = dims.find("nh")
+    return x if place < 0 else x.reshape(*x.shape[:place], -1, *x.shape[place + 2 :])
 
 
 def _product_forward(equation, x, y, sums):
