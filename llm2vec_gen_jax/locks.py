@@ -95,7 +95,8 @@ def locked(path, key=None):
             lock = _FolderLock(target)  # as mounted into a container: only what is in it can be written
             taken = lock.acquire()
         else:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            named = str(path) if error.filename in (None, str(lock.path)) else str(error.filename)
+            raise OSError(error.errno, error.strerror, named) from error
     if not taken:
         raise InputError(f"{place}: another process is writing to it. Wait until it ends, or choose another output")
     try:

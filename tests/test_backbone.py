@@ -83,8 +83,8 @@ def test_bfloat16_of_all_layers_is_never_converted_at_once(tiny):
     x_BTD = np.ones((B, T, backbone.architecture.hidden_size), "bfloat16")
     backward = jax.jit(jax.grad(total)).lower(x_BTD, params)
     prompt, lengths_B = np.ones((B, T), np.int32), np.full(B, T, np.int32)
-    decode = jax.jit(generate.continue_prompts, static_argnums=(0, 1, 2)).lower(
-        model, generate.Sampling(N), (0,), params, prompt, lengths_B, np.arange(B), np.uint32(0)
+    decode = jax.jit(generate.continue_prompts, static_argnums=(0, 1, 2, 3)).lower(
+        model, generate.Sampling(N), (0,), False, params, prompt, lengths_B, np.arange(B), np.uint32(0)
     )
     for lowered, width in ((backward, T), (decode, T + N)):
         loops = lowered.compile().as_text().split("ENTRY")[0]  # once, before or after the layers, it may be
