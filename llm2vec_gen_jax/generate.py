@@ -89,8 +89,10 @@ def unrolls(model, frozen, batch_size, slots):
     mesh, itemsize = execution.mesh, frozen["embedding"].dtype.itemsize
     shards = sharding.batch_shards(mesh) * mesh.shape["tensor"] if mesh else 1
     cache = 2 * a.num_layers * batch_size * a.num_kv_heads * slots * a.head_dim * itemsize / shards
-    # The cache: as the prompts' pass leaves it, padded, and by layer.
-    needed = memory.bytes_per_device(frozen) + memory.bytes_per_device(frozen["layers"]) + 3 * cache
+    # XLA gathers what fsdp divides before the loop, not in each iteration. The cache: as the prompts' pass leaves it,
+    # padded, and by layer.
+    copies = 1 + mesh.shape["fsdp"] if mesh and mesh.shape["fsdp"] > 1 else 1
+    needed = memory.bytes_per_device(frozen) + copies * memory.bytes_per_device(frozen["layers"]) + 3 * cache
     return needed < limit
 
 

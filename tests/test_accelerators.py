@@ -17,9 +17,11 @@ import pytest
 
 from llm2vec_gen_jax import memory
 from llm2vec_gen_jax.attention import CAUSAL, Visibility, attend
+from llm2vec_gen_jax.backbone import Backbone
 from llm2vec_gen_jax.collectives import moved_bytes
 from llm2vec_gen_jax.errors import InputError
 from llm2vec_gen_jax.execution import Execution
+from llm2vec_gen_jax.generate import batch_rows, unrolls
 from llm2vec_gen_jax.topologies import compiling_for, described_devices
 
 from .abstract_programs import Programs, architecture
@@ -115,10 +117,24 @@ def test_the_decode_loop_reads_weights_and_cache_in_place(h100):
     assert not loops and not copies
 
 
+@pytest.mark.parametrize(
+    "name, topology, sizes, unrolled",
+    [
+        ("qwen3-8b", "h100:1", (1, 1, 1), True),
+        ("qwen3-8b", "l4:1", (1, 1, 1), False),
+        ("qwen3-8b", "h100:8", (1, 8, 1), True),
+        ("llama3-70b", "h100:8", (1, 8, 1), False),  # gathered, the layers alone exceed a device
+    ],
+)
+def test_decoding_is_unrolled_where_a_copy_of_the_layers_fits(name, topology, sizes, unrolled):
+    with compiling_for(devices(topology)):
+        programs = Programs(devices(topology), sizes, architecture(name))
+        backbone = Backbone(programs.architecture, programs.execution)
+        assert unrolls(backbone, programs.frozen, 32, 1024) == unrolled
+
+
 def test_one_text_is_decoded_in_a_batch_of_two():
     """XLA multiplies a single row by way of a float32 copy of the weight."""
-    from llm2vec_gen_jax.generate import batch_rows
-
     assert batch_rows(1, Execution(platform="gpu")) == 2 and batch_rows(1, Execution(platform="cpu")) == 1
 
 
