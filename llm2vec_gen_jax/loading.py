@@ -54,15 +54,16 @@ class LoadedBackbone:
 
 
 def resolve_dtype(name):
-    """Returns the jnp dtype of a config's dtype name.
+    """Returns the jnp dtype of a config's dtype name. auto: `default_dtype` of this process's devices."""
+    return jnp.dtype(default_dtype(jax.devices()[0]) if name == "auto" else name)
 
-    auto: float32 on a CPU and on NVIDIA GPUs before Ampere, which have no bfloat16 products, else bfloat16.
-    """
-    if name == "auto":
-        capability = compute_capability(jax.devices()[0])
-        old = capability is not None and capability < AMPERE
-        name = "float32" if old or jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+
+def default_dtype(device):
+    """Returns the name of the dtype that `auto` is on a device: float32 on a CPU and on NVIDIA GPUs before Ampere,
+    which have no bfloat16 products, else bfloat16."""
+    capability = compute_capability(device)
+    old = capability is not None and capability < AMPERE
+    return "float32" if old or device.platform == "cpu" else "bfloat16"
 
 
 _process = None  # that has loaded a backbone, by its id

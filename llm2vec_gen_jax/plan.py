@@ -56,6 +56,9 @@ def plan(config):
         raise InputError(
             f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out"
         )
+    if config.backbone.dtype == "auto" and is_described(devices[0]):
+        backbone = dataclasses.replace(config.backbone, dtype=loading.default_dtype(devices[0]))
+        config = dataclasses.replace(config, backbone=backbone)
     with compiling_for(devices):
         return _plan(config, architecture, devices, chip, compiler)
 
@@ -81,6 +84,7 @@ def _plan(config, architecture, devices, chip, compiler):
     for mesh_config, remat in meshes:
         mesh = sharding.make_mesh(mesh_config, devices)
         execution = Execution(mesh, config.kernels.attention, remat)
+        execution.check(architecture.head_dim, quantization.product_dtype(_dtype(config)))
         row = _row(config, architecture, execution, chip, {"devices": where, "compiler": compiler})
         if compiler == ESTIMATE and row["fits"] is not None:
             # cuDNN's attention cannot be asked for where there is none.

@@ -169,6 +169,13 @@ def test_remat_policies_trade_memory(tiny_words):
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.2 * peaks[-1]
 
 
+@pytest.mark.usefixtures("gpu_compiler")
+def test_an_old_gpu_takes_float32_and_no_cudnn(tiny_words, capsys):
+    with pytest.raises(InputError, match="kernels.attention=cudnn: needs an NVIDIA GPU of compute capability 8.0"):
+        planned(*tiny_words, "topology=t4", "kernels.attention=cudnn")
+    assert ", float32; t4;" in capsys.readouterr().out
+
+
 def test_a_plan_of_gpus_is_the_gpu_compiler_s(gpu_compiler, tiny_words, capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     (row,) = planned(*tiny_words, "topology=h100:2x4", "mesh.fsdp=4", "train.remat=dots", "query_length=64")
