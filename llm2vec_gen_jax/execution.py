@@ -58,10 +58,10 @@ class Execution:
         return self.platform or (self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend())
 
     @property
-    def compiler_options(self) -> dict[str, Any]:
-        """Options of the compiler for training and for encoding, by platform and mesh; {} for its defaults."""
+    def compiler_options(self) -> dict[str, Any] | None:
+        """Options of the compiler for every program, by platform and mesh; None for its defaults."""
         if self.target != "gpu":
-            return {}
+            return None
         gathers = self.mesh is not None and self.mesh.shape["fsdp"] > 1
         return _known_options(self._device, tuple((_GPU_OPTIONS | (_FSDP_OPTIONS if gathers else {})).items()))
 
@@ -142,9 +142,7 @@ def platform_jit(function: Callable, static_argnums: tuple[int, ...] = ()) -> Ca
 
     @functools.cache
     def jitted(execution):
-        return jax.jit(
-            function, static_argnums=(0, *static_argnums), compiler_options=execution.compiler_options or None
-        )
+        return jax.jit(function, static_argnums=(0, *static_argnums), compiler_options=execution.compiler_options)
 
     @functools.wraps(function)
     def call(model, *arguments):

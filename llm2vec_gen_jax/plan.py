@@ -208,7 +208,7 @@ def _jitted(config, model, frozen):
     """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
     backbone = Backbone(model.architecture, model.execution)
     unroll = unrolls(backbone, frozen, config.train.batch_size, config.query_length + config.answer_length)
-    sampling, options = Sampling(config.answer_length), model.execution.compiler_options or None
+    sampling, options = Sampling(config.answer_length), model.execution.compiler_options
     return {
         "prefix": jit_prefix(model, config.query_length),
         "step": jit_step(config, model),
@@ -280,7 +280,7 @@ def _row(config, architecture, execution, chip, head):
     model, inputs = _inputs(config, architecture, execution)
     limit = memory.limit(mesh, chip)
     row = head | {"mesh": dict(mesh.shape), "remat": execution.remat, "fits": None, "limit": limit}
-    row |= {"weights": _per_device(inputs["frozen"]), "state": _per_device(inputs["state"])}
+    row |= {"weights": memory.bytes_per_device(inputs["frozen"]), "state": memory.bytes_per_device(inputs["state"])}
     try:
         programs = _compile(config, model, inputs)
     except jax.errors.JaxRuntimeError as error:
@@ -309,10 +309,6 @@ def _row(config, architecture, execution, chip, head):
             "links": row["moved"] / chip.link,
         }
     return row
-
-
-def _per_device(tree):
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _line(row):

@@ -63,7 +63,7 @@ def jit_step(config, model):
         step,
         donate_argnums=0,
         out_shardings=sharding.replicated(execution.mesh),
-        compiler_options=execution.compiler_options or None,
+        compiler_options=execution.compiler_options,
     )
 
 
@@ -73,7 +73,7 @@ def jit_prefix(model, slots, prefix=Model.prefix):
     return jax.jit(
         functools.partial(prefix, model, slots=slots),
         out_shardings=sharding.cache_sharding(execution.mesh),
-        compiler_options=execution.compiler_options or None,
+        compiler_options=execution.compiler_options,
     )
 
 

@@ -189,7 +189,7 @@ class _Programs:
             rates=(settings.dropout, getattr(settings, "attention_dropout", 0.0)),
             seed=self.config.train.seed,
         )
-        return Programs(jax.jit(step, donate_argnums=0, compiler_options=execution.compiler_options or None))
+        return Programs(jax.jit(step, donate_argnums=0, compiler_options=execution.compiler_options))
 
 
 def train_step(state, frozen, batch, *, loss, model, optimizer, scale, rates, seed):

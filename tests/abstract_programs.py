@@ -178,7 +178,7 @@ class Programs:
         batch = {"text": self.rows(self.T), "text_lengths": self.rows()}
         if name == "mntp":
             batch |= {"place": self.rows(self.T // 5), "label": self.rows(self.T // 5)}
-        jitted = jax.jit(step, donate_argnums=0, compiler_options=self.execution.compiler_options or None)
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=self.execution.compiler_options)
         return jitted, (state, self.frozen, batch)
 
     def generate(self, soft_prompts=False, temperature=0.0, new_tokens=64):
