@@ -23,12 +23,12 @@ def stall(*_):
 
 
 def break_reader(*_):
-    from llm2vec_gen_jax import data
+    from llm2vec_gen_jax.data import batches
 
     def broken(batches, step):
         raise RuntimeError(f"the reader of batch {step} is gone")
 
-    data.Batches.__getitem__ = broken
+    batches.Batches.__getitem__ = broken
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax import config, optim
-from llm2vec_gen_jax.architecture import Architecture
-from llm2vec_gen_jax.backbone import abstract_params
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import train_step
-from llm2vec_gen_jax.trainer import new_state
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.backbone import abstract_params
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import train_step
 
 ROUNDS = 5
 
@@ -41,9 +42,9 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
         qk_norm=False,
         tied_embeddings=True,
     )
-    model = Model(architecture, 10, 0, hidden_size)
+    model = LLM2VecGenModel(architecture, 10, 0, hidden_size)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), nn.unbox(abstract_params(architecture)))
-    optimizer = optim.make_optimizer(config.OptimizerConfig())
+    optimizer = make_optimizer(config.OptimizerConfig())
 
     def fresh():
         trainable = model.compressor.init(jax.random.key(0), jnp.zeros((1, 10, hidden_size)))["params"]
@@ -60,7 +61,7 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
     weights = config.LossConfig()
 
     def step(state, frozen, cache, batch):  # a new function each time: nothing is remembered
-        return train_step(state, frozen, cache, batch, model=model, optimizer=optimizer, weights=weights)
+        return train_step(state, frozen, cache, batch, model=model, optimizer=optimizer, loss_config=weights)
 
     state = jax.eval_shape(fresh)
     started = time.perf_counter()

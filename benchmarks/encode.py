@@ -19,10 +19,13 @@ import jax
 import numpy as np
 
 from benchmarks import lengths, side
-from llm2vec_gen_jax import config, costs, directory, export, sharding
-from llm2vec_gen_jax.files import read_jsonl
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.jsonl import read_jsonl
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.planning import flops
+from llm2vec_gen_jax.pretrained import export, model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 CPU = {"model": ["smollm2-135m"], "batch_size": [8], "rounds": 5, "texts": 32, "dtypes": ["float32", "bfloat16"]}
 GPU = {"model": ["qwen3-8b"], "batch_size": [64], "rounds": 5, "texts": 8192, "dtypes": ["bfloat16"]}
@@ -86,7 +89,7 @@ def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, m
     finally:
         for each in sides:
             each.quit()
-    work = {"samples": len(real), "tokens": int(real.sum()), "flops": costs.reading_flops(architecture, real)}
+    work = {"samples": len(real), "tokens": int(real.sum()), "flops": flops.reading_flops(architecture, real)}
     peak, table = side.peak_flops(sides), []
     for each in sides:
         works = [work | {"computed_tokens": result["computed_tokens"]} for result in each.results]
@@ -114,9 +117,9 @@ def write_model(folder):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     export.save_backbone(load_backbone("smollm2-135m", "float32", mesh), folder / "backbone")
     backbone = load_backbone(str(folder / "backbone"), "float32", mesh)
-    model = Model(backbone.architecture, side.NUM_TOKENS, 0, backbone.architecture.hidden_size)
+    model = LLM2VecGenModel(backbone.architecture, side.NUM_TOKENS, 0, backbone.architecture.hidden_size)
     trainable = model.init(jax.random.key(0), backbone.frozen)
-    directory.save(folder / "model", model, trainable, backbone, {})
+    model_directory.save(folder / "model", model, trainable, backbone, {})
     return backbone
 
 

@@ -18,7 +18,8 @@ import time
 import numpy as np
 
 from benchmarks import lengths, side
-from llm2vec_gen_jax import costs
+from llm2vec_gen_jax.parallel import chips
+from llm2vec_gen_jax.planning import flops
 
 CPU = {"model": ["smollm2-135m"], "batch_size": [8, 32], "rounds": 5, "new_tokens": 32, "dtypes": ["float32"]}
 GPU = {"model": ["qwen3-8b"], "batch_size": [256], "rounds": 5, "new_tokens": 256, "dtypes": ["bfloat16"]}
@@ -69,10 +70,10 @@ def compare(name, shape, architecture, batch_size, dtype, arguments):
     finally:
         for each in sides:
             each.quit()
-    chip = None if ours.failed else costs.chip_of(ours.ready["device"])
+    chip = None if ours.failed else chips.chip_of(ours.ready["device"])
     bandwidth = chip.bandwidth if chip else read_bandwidth()
     # The first token comes of reading the prompts; the others of N - 1 steps, after the first of which N - 2 ...
-    read = costs.decoding_bytes(architecture, prompts, N - 1, SIZES[dtype])
+    read = flops.decoding_bytes(architecture, prompts, N - 1, SIZES[dtype])
     bound = batch_size * (N - 1) / (read / bandwidth)
     table = [row(each, ours, batch_size, N, bound) for each in sides]
     for each in table:

@@ -38,12 +38,12 @@ def queries(random, count, path=None):
     """
     if not path:
         return QUERIES.sample(random, count), f"queries {QUERIES}"
-    from llm2vec_gen_jax.data import read_texts
-    from llm2vec_gen_jax.loading import open_backbone
+    from llm2vec_gen_jax.data.records import read_texts
+    from llm2vec_gen_jax.pretrained.backbone import open_checkpoint
 
     texts = read_texts(path, "question")
     drawn = [texts[row].strip() for row in random.choice(len(texts), count, replace=count > len(texts))]
-    ids = open_backbone("smollm2-135m", None)[0].tokenizer.encode(drawn, QUERY_LIMIT)
+    ids = open_checkpoint("smollm2-135m", None)[0].tokenizer.encode(drawn, QUERY_LIMIT)
     return np.array([max(len(row), 1) for row in ids]), f"queries drawn from {len(texts):,} real ones"
 
 

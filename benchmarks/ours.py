@@ -15,15 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import LLM2VecGen, data, encode, generate, optim, options, progress, sharding, teacher
+from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax.architecture import from_hf_config
-from llm2vec_gen_jax.backbone import abstract_params
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.loading import LoadedBackbone
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import Method
-from llm2vec_gen_jax.trainer import new_state
+from llm2vec_gen_jax.common import progress
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.data import batches, buckets, examples
+from llm2vec_gen_jax.inference import encode, generate
+from llm2vec_gen_jax.model.architecture import from_hf_config
+from llm2vec_gen_jax.model.backbone import abstract_params
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+from llm2vec_gen_jax.teachers import encoder
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import CompressionTrainer
 
 
 def main():
@@ -117,13 +124,13 @@ class Training:
         a = self.backbone.architecture
         ids = [random_ids(spec[name], a.vocab_size) for name in ("queries", "answers")]
         target = np.broadcast_to(np.zeros(a.hidden_size, np.float32), (len(ids[0]), a.hidden_size))
-        self.examples = data.Examples(*ids, np.arange(len(ids[0])), target)
+        self.examples = examples.Examples(*ids, np.arange(len(ids[0])), target)
         words = [f"train.batch_size={self.batch_size}", f"compression.num_tokens={spec['num_tokens']}"]
         config = options.load(config_lib.TrainConfig, None, [*words, *spec["settings"]])
-        self.method = Method(config, self.backbone, self.examples)
-        optimizer = optim.make_optimizer(config.optimizer)
+        self.method = CompressionTrainer(config, self.backbone, self.examples)
+        optimizer = make_optimizer(config.optimizer)
         self.state = jax.jit(lambda trainable: new_state(trainable, optimizer))(self.method.init())
-        self.batches = data.Batches(self.examples, self.method.plan, 0, 1)
+        self.batches = batches.Batches(self.examples, self.method.plan, 0, 1)
         self.shapes, self.steps = spec["shapes"], spec["steps"]
 
     def run(self, first=None, last=None, targets=None):
@@ -133,7 +140,7 @@ class Training:
         if first is None:
             return self._compile_all()
         started = time.perf_counter()
-        for batch in data.iterate(self.batches, first, last):
+        for batch in batches.iterate(self.batches, first, last):
             metrics = self._step(batch)
         loss = float(metrics["loss"])
         return {"seconds": time.perf_counter() - started, "loss": loss}
@@ -156,14 +163,14 @@ class Training:
     def _targets(self, rows):
         """The teacher's targets of the answers, as they are computed once before training: the second time counts."""
         answers = sorted((self.examples.answer[row] for row in rows), key=len, reverse=True)
-        edges = np.array(data.choose_edges([len(ids) for ids in answers], 8))
+        edges = np.array(buckets.choose_edges([len(ids) for ids in answers], 8))
         for _ in range(2):
             started = time.perf_counter()
             for start in range(0, len(answers), self.batch_size):
                 batch = answers[start : start + self.batch_size]
                 shape = self.batch_size, int(edges[np.searchsorted(edges, len(batch[0]))])
                 a, frozen, execution = self.backbone.architecture, self.backbone.frozen, self.backbone.execution
-                teacher.pool_rows(a, frozen, False, batch, shape, execution)
+                encoder.pool_rows(a, frozen, False, batch, shape, execution)
             seconds = time.perf_counter() - started
         return {"seconds": seconds}
 
@@ -180,7 +187,7 @@ class Encoding:
         else:
             backbone, K = random_backbone(spec), spec["num_tokens"]
             a = backbone.architecture
-            model = Model(a, K, 0, a.hidden_size, execution=backbone.execution)
+            model = LLM2VecGenModel(a, K, 0, a.hidden_size, execution=backbone.execution)
             init = jax.jit(model.init, out_shardings=sharding.replicated(backbone.mesh))
             trainable = init(jax.random.key(0), backbone.frozen)
             self.embedder = LLM2VecGen(model, trainable, backbone)
@@ -203,7 +210,7 @@ class Encoding:
             np.save(self.spec["vectors"], vectors)
         lengths = [len(ids) + self.embedder.model.num_appended for ids in self.ids]
         plans = (
-            encode.plan(lengths[start : start + encode.WINDOW], batch_size, 1)
+            encode.pack_batches(lengths[start : start + encode.WINDOW], batch_size, 1)
             for start in range(0, len(lengths), encode.WINDOW)
         )
         computed = sum(map(encode.computed_tokens, plans))

@@ -21,11 +21,14 @@ import re
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import options, plan
-from llm2vec_gen_jax.costs import GIB, decoding_bytes, layer_weights
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.sharding import make_mesh
-from llm2vec_gen_jax.topologies import compiling_for, described_devices
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.parallel.chips import GIB
+from llm2vec_gen_jax.parallel.sharding import make_mesh
+from llm2vec_gen_jax.planning import plan
+from llm2vec_gen_jax.planning import programs as programs_module
+from llm2vec_gen_jax.planning.flops import decoding_bytes, layer_weights
+from llm2vec_gen_jax.planning.topologies import compiling_for, described_devices
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -151,11 +154,13 @@ def predict(topology, model, words):
     with compiling_for(devices):
         mesh = make_mesh(settings.mesh, devices)
         remat = "block" if settings.train.remat == "auto" else settings.train.remat
-        inputs = plan._inputs(settings, architecture, Execution(mesh, settings.kernels.attention, remat))
-        programs = plan._compile(settings, *inputs)
+        inputs = programs_module.abstract_inputs(
+            settings, architecture, Execution(mesh, settings.kernels.attention, remat)
+        )
+        programs = programs_module.compile_programs(settings, *inputs)
     B, T, S, count = settings.train.batch_size, settings.query_length, settings.answer_length, len(devices)
-    itemsize, shards = plan._dtype(settings).itemsize, mesh.shape["tensor"]
-    step_flops, encode_flops = plan.flops(settings, architecture)
+    itemsize, shards = programs_module.weight_dtype(settings).itemsize, mesh.shape["tensor"]
+    step_flops, encode_flops = programs_module.flops(settings, architecture)
     weights = layer_weights(architecture) * itemsize / shards
     on_gpu = devices[0].platform == "gpu"
 

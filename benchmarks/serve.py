@@ -26,9 +26,8 @@ import numpy as np
 import orjson
 
 from benchmarks import lengths, side
-from llm2vec_gen_jax import options
-from llm2vec_gen_jax.config import ServeConfig
-from llm2vec_gen_jax.data import read_texts
+from llm2vec_gen_jax.config import ServeConfig, options
+from llm2vec_gen_jax.data.records import read_texts
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from have or by one had not but".split()
 COLUMNS = {

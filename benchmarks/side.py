@@ -14,9 +14,10 @@ import tempfile
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import architecture, costs
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.model import architecture
+from llm2vec_gen_jax.parallel import chips
 from tests import peer
 
 HERE = pathlib.Path(__file__).parent
@@ -153,7 +154,7 @@ def of_peer(arguments):
 def peak_flops(sides):
     """Returns (FLOPs per second that the sides' one device can do, in words by which account)."""
     ready = [side.ready for side in sides if side.ready]
-    chip = next((chip for told in ready if (chip := costs.chip_of(told["device"]))), None)
+    chip = next((chip for told in ready if (chip := chips.chip_of(told["device"]))), None)
     if chip:
         return chip.flops, "by its data sheet (dense bfloat16)"
     best = max((told["matmul_flops"] for told in ready), default=float("nan"))

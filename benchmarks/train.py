@@ -16,7 +16,9 @@ import numpy as np
 
 from benchmarks import lengths, side
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import costs, data, options
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.data.batches import BatchSchedule
+from llm2vec_gen_jax.planning.flops import training_flops
 
 PAIRS, WHOLE_RUN = 16_384, 160_000
 CPU = {"model": ["smollm2-135m"], "batch_size": [4], "rounds": 5, "steps": 1, "dtypes": ["float32", "bfloat16"]}
@@ -78,7 +80,7 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
         rows = np.concatenate(parts)
         tokens, thoughts = int(queries[rows].sum() + answers[rows].sum()), config.compression.num_thought_tokens
         lora = bool(config.lora.rank)
-        flops = costs.training_flops(architecture, queries[rows], answers[rows], side.NUM_TOKENS, thoughts, lora)
+        flops = training_flops(architecture, queries[rows], answers[rows], side.NUM_TOKENS, thoughts, lora)
         return {"samples": len(rows), "tokens": tokens, "computed_tokens": int(computed) * batch_size, "flops": flops}
 
     our_work = [work([batch.rows for batch in part], sum(batch.T + batch.S for batch in part)) for part in batches]
@@ -105,7 +107,7 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
 def rounds_of(config, queries, answers, arguments):
     """Returns, by round, (the Batches of our plan; the same rows in random batches, as lists)."""
     settings, size = config.data, config.train.batch_size
-    plan = data.Plan(queries, answers, size, settings.max_buckets, settings.shuffle, settings.seed)
+    plan = BatchSchedule(queries, answers, size, settings.max_buckets, settings.shuffle, settings.seed)
     every, steps = range(arguments.rounds * arguments.steps), arguments.steps
     batches = [[plan[step] for step in every[first : first + steps]] for first in every[::steps]]
     random = np.random.default_rng(1)

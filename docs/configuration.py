@@ -6,8 +6,8 @@ import textwrap
 import typing
 
 from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.files import write_text
 from llm2vec_gen_jax.config import common
-from llm2vec_gen_jax.files import write_text
 
 PAGE = pathlib.Path(__file__).parent / "configuration.md"
 SHARED = {  # groups that most commands have: described once

@@ -3,7 +3,7 @@
 import pathlib
 from xml.sax.saxutils import escape
 
-from llm2vec_gen_jax.files import write_text
+from llm2vec_gen_jax.common.files import write_text
 
 PICTURE = pathlib.Path(__file__).parent / "method.svg"
 WIDTH, HEIGHT = 1000, 560

@@ -1,42 +1,6 @@
-"""`llm2vec-gen COMMAND [words]`, where the package is installed: the same as `python -m launch.COMMAND [words]`."""
+"""`python -m launch`, in a checkout: the list of commands, as `llm2vec-gen` prints it."""
 
-import ast
-import pathlib
-import runpy
-import sys
-
-from llm2vec_gen_jax import __version__
-from llm2vec_gen_jax.errors import nearest
-
-
-def commands():
-    """Returns {name: what it does}: the modules here whose docstring says how to run them. Imports none."""
-    found = {}
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        if f"\npython -m launch.{path.stem} " in about:
-            found[path.stem] = about.splitlines()[0]
-    return found
-
-
-def main():
-    """Runs the command that the first word names. Exit codes: the command's (start.run), 2 for an unknown one."""
-    known = commands()
-    name, *words = sys.argv[1:] or ["--help"]
-    if name in known:
-        sys.argv = [f"llm2vec-gen {name}", *words]
-        runpy.run_module(f"launch.{name}", run_name="__main__")
-    elif name in ("-h", "--help"):
-        from launch import start
-
-        usage = "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands, each with its own --help:"
-        start.show("\n".join([usage, *(f"  {name:<14} {about}" for name, about in known.items())]))
-    elif name == "--version":
-        print(__version__)
-    else:
-        print(f"error: unknown command {name!r}{nearest(name, known)}", file=sys.stderr)
-        sys.exit(2)
-
+from llm2vec_gen_jax.commands.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -1,17 +1,6 @@
-"""Trains one run for each config, and prints one table of them.
+"""`python -m launch.ablate`, in a checkout: llm2vec_gen_jax/commands/ablate.py."""
 
-python -m launch.ablate CONFIG... [key=value ...]
-"""
-
-from launch import start
-from llm2vec_gen_jax.config import AblateConfig
-
-
-def main(files, configs):
-    from llm2vec_gen_jax.ablate import ablate
-
-    print(ablate(files, configs))
-
+from llm2vec_gen_jax.commands.ablate import run
 
 if __name__ == "__main__":
-    start.run(AblateConfig, main, "CONFIG...")
+    run()

@@ -1,18 +1,6 @@
-"""Scores of a model or a baseline on task folders, MTEB and BRIGHT.
+"""`python -m launch.evaluate`, in a checkout: llm2vec_gen_jax/commands/evaluate.py."""
 
-python -m launch.evaluate MODEL tasks=DIR output=OUT [key=value ...]
-"""
-
-from launch import start
-from llm2vec_gen_jax.config import EvaluateConfig
-
-
-def main(path, config):
-    from llm2vec_gen_jax.evaluate import evaluate
-
-    results = evaluate(path, config)
-    print(f"written: {config.output}/results.json ({len(results)} tasks)")
-
+from llm2vec_gen_jax.commands.evaluate import run
 
 if __name__ == "__main__":
-    start.run(EvaluateConfig, main, "MODEL")
+    run()

@@ -1,28 +1,6 @@
-"""Memory, FLOPs and time bounds on devices that need not be here.
+"""`python -m launch.plan`, in a checkout: llm2vec_gen_jax/commands/plan.py."""
 
-python -m launch.plan [CONFIG] [key=value ...]
-"""
-
-import os
-
-from launch import start
-from llm2vec_gen_jax.config import PlanConfig
-
-
-def main(config):
-    import jax
-
-    from llm2vec_gen_jax.plan import plan
-
-    if config.topology:  # devices that are here are left to others
-        jax.config.update("jax_platforms", "cpu")
-    plan(config)
-
+from llm2vec_gen_jax.commands.plan import run
 
 if __name__ == "__main__":
-    # The TPU compiler alone, on a machine that is no TPU.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    start.run(PlanConfig, main)
+    run()

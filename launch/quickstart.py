@@ -1,17 +1,6 @@
-"""The whole recipe, small, on the default backbone.
+"""`python -m launch.quickstart`, in a checkout: llm2vec_gen_jax/commands/quickstart.py."""
 
-python -m launch.quickstart [key=value ...]
-"""
-
-from launch import start
-from llm2vec_gen_jax.config import QuickstartConfig
-
-
-def main(config):
-    from llm2vec_gen_jax.quickstart import quickstart
-
-    quickstart(config)
-
+from llm2vec_gen_jax.commands.quickstart import run
 
 if __name__ == "__main__":
-    start.run(QuickstartConfig, main)
+    run()

@@ -1,17 +1,6 @@
-"""The LLM responds to queries.
+"""`python -m launch.respond`, in a checkout: llm2vec_gen_jax/commands/respond.py."""
 
-python -m launch.respond [CONFIG] [key=value ...]
-"""
-
-from launch import start
-from llm2vec_gen_jax.config import RespondConfig
-
-
-def main(config):
-    from llm2vec_gen_jax.respond import respond
-
-    print(f"written: {respond(config)}")
-
+from llm2vec_gen_jax.commands.respond import run
 
 if __name__ == "__main__":
-    start.run(RespondConfig, main)
+    run()

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time: __getattr__
     from llm2vec_gen_jax.api import LLM2VecGen
-    from llm2vec_gen_jax.errors import InputError
-    from llm2vec_gen_jax.vectors import load_embeddings
+    from llm2vec_gen_jax.common.errors import InputError
+    from llm2vec_gen_jax.inference.shards import load_embeddings
 
 # Before transformers is imported: no notice that PyTorch, which is not needed, is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -22,11 +22,11 @@ def __getattr__(name: str) -> Any:
 
         return LLM2VecGen
     if name == "InputError":
-        from llm2vec_gen_jax.errors import InputError
+        from llm2vec_gen_jax.common.errors import InputError
 
         return InputError
     if name == "load_embeddings":
-        from llm2vec_gen_jax.vectors import load_embeddings
+        from llm2vec_gen_jax.inference.shards import load_embeddings
 
         return load_embeddings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

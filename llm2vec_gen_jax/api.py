@@ -13,14 +13,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax import directory, export, options, progress, sharding, vectors
-from llm2vec_gen_jax.encode import WINDOW, encode_windows, texts_of, warmup
-from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
+from llm2vec_gen_jax.common import progress
+from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite, quote
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.formats.published import PublishedModel
-from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.inference import postprocess
+from llm2vec_gen_jax.inference.encode import WINDOW, check_texts, encode_windows, warmup
+from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.lens import logit
-from llm2vec_gen_jax.loading import LoadedBackbone, load_backbone, require_own_process
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained import export, model_directory
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, require_own_process
 
 _TOKENIZED = 512  # texts of one call of the tokenizer, whose own records of them are large
 
@@ -48,7 +52,7 @@ class LLM2VecGen:
 
     def __init__(
         self,
-        model: Model,
+        model: LLM2VecGenModel,
         trainable: dict[str, Any],
         backbone: LoadedBackbone,
         prompts: dict[str, str] | None = None,
@@ -78,14 +82,14 @@ class LLM2VecGen:
         """
         require_own_process()
         _checked_prompts(prompts)  # before the backbone is loaded
-        record = directory.read(str(path))
+        record = model_directory.read_model_directory(str(path))
         if not isinstance(mesh, jax.sharding.Mesh):
             if not isinstance(mesh, config_lib.MeshConfig | None):
                 raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
             own = None if mesh else jax.local_devices()
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), own)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention)
-        model, trainable = directory.to_model(record, loaded, path)
+        model, trainable = model_directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)
 
     @overload
@@ -135,11 +139,11 @@ class LLM2VecGen:
         A text's vector does not depend on the others of the call but by rounding, relative to its largest number: 1e-5
         with a float32 backbone, 5e-3 with bfloat16 (SmolLM2-135M: 8e-7 and 2e-3 were seen).
         """
-        texts, single = texts_of(inputs), isinstance(inputs, str)
+        texts, single = check_texts(inputs), isinstance(inputs, str)
         options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size, truncate_dim=truncate_dim)
         options.check_argument(config_lib.EncodeConfig, "normalize", normalize_embeddings, "normalize_embeddings")
-        if precision not in vectors.PRECISIONS:
-            raise InputError(f"precision {precision!r} is unknown{nearest(str(precision), vectors.PRECISIONS)}")
+        if precision not in postprocess.PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown{nearest(str(precision), postprocess.PRECISIONS)}")
         prefix, limit = self._prompt(prompt, prompt_name), self.text_length(max_length)
         windows = (
             (start, self.tokenize(texts[start : start + WINDOW], prefix, limit, start))
@@ -158,7 +162,9 @@ class LLM2VecGen:
                 embeddings[start : start + len(found)] = found
                 if return_soft_prompts:
                     soft_prompts[start : start + len(found)] = prompts
-        result: Any = vectors.quantize(vectors.finish(embeddings, truncate_dim, normalize_embeddings), precision)
+        result: Any = postprocess.quantize(
+            postprocess.finish(embeddings, truncate_dim, normalize_embeddings), precision
+        )
         if not convert_to_numpy:
             result = jnp.asarray(result)
         if single:
@@ -278,15 +284,15 @@ class LLM2VecGen:
         """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
         finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
         require_own_process()
-        found = logit.logit_lens(self, texts_of(inputs), top_k, **options)
+        found = logit.logit_lens(self, check_texts(inputs), top_k, **options)
         return found[0] if isinstance(inputs, str) else found
 
     def similarity(self, first: ArrayLike, second: ArrayLike) -> np.ndarray:
         """Returns the cosine matrix (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
         for x in (first, second):
-            vectors.require_finite(x, "NaN or infinity", what="similarity: vector")
-        return vectors.unit(first) @ vectors.unit(second).T
+            postprocess.require_finite(x, "NaN or infinity", what="similarity: vector")
+        return postprocess.l2_normalize(first) @ postprocess.l2_normalize(second).T
 
     def save_pretrained(
         self,
@@ -323,7 +329,7 @@ class LLM2VecGen:
         """Texts of the trained tokens, in the order in which they follow a text."""
         if self.record:
             return self.record.special_tokens
-        return directory.special_token_names(self.model.num_appended)
+        return model_directory.special_token_names(self.model.num_appended)
 
     def get_embedding_dimension(self) -> int:
         """Returns E."""

@@ -8,28 +8,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax import (
-    config,
-    encode,
-    generate,
-    lora,
-    optim,
-    quantization,
-    ridge,
-    sharding,
-    supervised,
-    teacher,
-    train_teacher,
-    unsupervised,
-)
-from llm2vec_gen_jax.architecture import Architecture, from_hf_config
-from llm2vec_gen_jax.backbone import Backbone, abstract_params
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.files import read_json
-from llm2vec_gen_jax.lens import latent, logit, search, states
-from llm2vec_gen_jax.model import Model, Packed
-from llm2vec_gen_jax.train import abstract_cache, jit_prefix, jit_step
-from llm2vec_gen_jax.trainer import new_state
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.inference import encode, generate
+from llm2vec_gen_jax.lens import index, logit, search, states
+from llm2vec_gen_jax.model import lora, quantization
+from llm2vec_gen_jax.model.architecture import Architecture, from_hf_config
+from llm2vec_gen_jax.model.backbone import Backbone, abstract_params
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel, Packed
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.teachers import encoder
+from llm2vec_gen_jax.training import llm2vec, ridge, supervised, train_teacher
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import abstract_cache, jit_prefill, jit_step
 
 TINY = Architecture(
     vocab_size=512,
@@ -88,13 +81,13 @@ class Programs:
     def model(self):
         a, rank = self.architecture, self.lora_rank
         scale = 16 / rank if rank else 0.0
-        return Model(a, self.num_tokens, self.num_thought_tokens, a.hidden_size, rank, scale, self.execution)
+        return LLM2VecGenModel(a, self.num_tokens, self.num_thought_tokens, a.hidden_size, rank, scale, self.execution)
 
     @functools.cached_property
     def plain(self):
         """The model that teachers are: without compression tokens that matter."""
         a = self.architecture
-        return Model(a, 1, 0, a.hidden_size, execution=self.execution)
+        return LLM2VecGenModel(a, 1, 0, a.hidden_size, execution=self.execution)
 
     @functools.cached_property
     def frozen(self):
@@ -126,7 +119,7 @@ class Programs:
         return Packed(ids, ids, ids, self.rows(max(self.T // self.model.num_appended, 1)))
 
     def prefix(self):
-        return jit_prefix(self.model, self.T), (self.frozen, self.rows(self.T))
+        return jit_prefill(self.model, self.T), (self.frozen, self.rows(self.T))
 
     def cache(self):
         """Keys and values of the queries; None with a LoRA."""
@@ -147,9 +140,9 @@ class Programs:
             if self.lora_rank:
                 batch["extra"] = extra
             else:
-                jitted = jit_prefix(self.model, self.T, supervised.prefix)
+                jitted = jit_prefill(self.model, self.T, supervised.prefix)
                 batch["extra_cache"] = abstract_cache(jitted, self.mesh, self.frozen, extra)
-        optimizer = optim.make_optimizer(settings.optimizer)
+        optimizer = make_optimizer(settings.optimizer)
         state = self.whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), self.trainable))
         return jit_step(settings, self.model), (state, self.frozen, self.cache(), batch)
 
@@ -158,15 +151,15 @@ class Programs:
 
     def teacher(self, causal=False):
         arguments = self.plain, causal, self.frozen, self.rows(self.T), self.rows()
-        return teacher._mean_pool.jitted(self.execution), arguments
+        return encoder._mean_pool.jitted(self.execution), arguments
 
     def stage(self, name):
         """A training step of a teacher: "mntp" or "simcse"."""
         settings, a = getattr(config.TeacherTrainConfig(), name), self.architecture
-        optimizer = optim.make_optimizer(config.OptimizerConfig())
+        optimizer = make_optimizer(config.OptimizerConfig())
         step = functools.partial(
             train_teacher.train_step,
-            loss=unsupervised.mntp if name == "mntp" else functools.partial(unsupervised.simcse, scale=20.0),
+            loss=llm2vec.mntp if name == "mntp" else functools.partial(llm2vec.simcse, scale=20.0),
             model=self.plain,
             optimizer=optimizer,
             scale=2.0,
@@ -199,7 +192,7 @@ class Programs:
 
     def states_of_text(self):
         arguments = self.model, (1,), self.frozen, self.rows(self.T), self.rows(8)
-        return latent._states.jitted(self.execution), arguments
+        return index._states.jitted(self.execution), arguments
 
     def logit_lens(self, state="soft_prompts"):
         vectors = self.whole(jax.ShapeDtypeStruct((128, self.architecture.hidden_size), jnp.float32))

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import safetensors.numpy
 
-from llm2vec_gen_jax import config, options, teacher
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.teachers.targets import targets_of
 
 FAMILY = "qwen2"
 ANSWERS = ["a", "It is a longer answer.", "Paris", "é🙂", "x" * 30]
@@ -41,7 +43,7 @@ def settings_of(tiny_folder, *words):
 
 
 def targets(backbone, tiny_folder, responses, *words, answers=ANSWERS):
-    return teacher.targets_of(backbone, settings_of(tiny_folder, *words), answers, str(responses))
+    return targets_of(backbone, settings_of(tiny_folder, *words), answers, str(responses))
 
 
 def kept(responses):

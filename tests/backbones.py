@@ -5,11 +5,12 @@ import functools
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import config, sharding
-from llm2vec_gen_jax.attention import Visibility
-from llm2vec_gen_jax.backbone import Backbone
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.model.attention import AttentionMask
+from llm2vec_gen_jax.model.backbone import Backbone
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (12, 1, 5)]
@@ -21,7 +22,7 @@ def run(architecture, params, ids_BT, lengths_B, causal=True):
     model = Backbone(architecture)
     x_BTD = model.apply({"params": params}, ids_BT, method="embed")
     positions_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
-    visibility = Visibility(causal=causal, lengths_B=lengths_B)
+    visibility = AttentionMask(causal=causal, lengths_B=lengths_B)
     hidden_BTD, _ = model.apply({"params": params}, x_BTD, positions_BT, visibility)
     return hidden_BTD, model.apply({"params": params}, hidden_BTD, method="logits")
 

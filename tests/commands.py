@@ -4,8 +4,8 @@ import json
 import os
 import pathlib
 
-from llm2vec_gen_jax.files import read_jsonl
-from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax.common.jsonl import read_jsonl
+from llm2vec_gen_jax.training.metrics import read_metrics
 
 from .conftest import write_jsonl
 

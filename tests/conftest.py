@@ -11,9 +11,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from llm2vec_gen_jax import config, sharding, topologies  # noqa: E402
-from llm2vec_gen_jax.download import cache_folder  # noqa: E402
-from llm2vec_gen_jax.loading import load_backbone  # noqa: E402
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.planning import topologies  # noqa: E402
+from llm2vec_gen_jax.pretrained.backbone import load_backbone  # noqa: E402
+from llm2vec_gen_jax.pretrained.default_backbone import cache_folder  # noqa: E402
 
 from .tiny import tiny_tokenizer  # noqa: E402
 
@@ -113,10 +115,10 @@ def embedder(tiny):
 @pytest.fixture(scope="session")
 def model_folder(embedder, tmp_path_factory):
     """Its model directory."""
-    from llm2vec_gen_jax import directory
+    from llm2vec_gen_jax.pretrained import model_directory
 
     path = tmp_path_factory.mktemp("embedder") / "model"
-    directory.save(path, embedder.model, embedder.trainable, embedder.backbone, {}, [])
+    model_directory.save(path, embedder.model, embedder.trainable, embedder.backbone, {}, [])
     return path
 
 

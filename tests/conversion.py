@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import LLM2VecGen
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 
 from .conftest import one_device_mesh
 
@@ -15,7 +15,7 @@ def load(path, dtype="float32"):
 
 def new_model(backbone, lora_rank=0, thoughts=2, width=24):
     """An untrained embedder whose every part does something."""
-    model = Model(backbone.architecture, 10, thoughts, width, lora_rank, 2.0 if lora_rank else 0.0)
+    model = LLM2VecGenModel(backbone.architecture, 10, thoughts, width, lora_rank, 2.0 if lora_rank else 0.0)
     trainable = model.init(jax.random.key(1), backbone.frozen)
     if lora_rank:
         grown = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), trainable["lora"])

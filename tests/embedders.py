@@ -5,9 +5,10 @@ import functools
 import jax
 import numpy as np
 
-from llm2vec_gen_jax import LLM2VecGen, sharding
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
 
 K, THOUGHTS, E = 3, 1, 12
 TEXTS = [f"Text {number}: " + "words and more " * (number * 7 % 11) for number in range(47)] + ["", "é🙂"]
@@ -20,7 +21,7 @@ def _plain(model, trainable, frozen, ids_BT, lengths_B):
 
 def embedder_on(backbone, rank=0):
     """An embedder as it is before training; its LoRA, if any, changes the vectors."""
-    model = Model(backbone.architecture, K, THOUGHTS, E, rank, 2.0)
+    model = LLM2VecGenModel(backbone.architecture, K, THOUGHTS, E, rank, 2.0)
     trainable = model.init(jax.random.key(0), backbone.frozen)
     if rank:
         noise = {name: pair | {"b": 0.1 + pair["b"]} for name, pair in trainable["lora"].items()}

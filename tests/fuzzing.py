@@ -12,7 +12,7 @@ import re
 import hypothesis
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 
 FUZZ = hypothesis.settings(
     max_examples=int(os.environ.get("LLM2VEC_GEN_FUZZ", "20")),

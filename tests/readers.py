@@ -23,23 +23,30 @@ SECONDS = 30  # on a busy machine; a reader takes a fraction of one
 
 def readers():
     """Returns {name: a function of a path that reads all of what is there}."""
-    from llm2vec_gen_jax import config, data, directory, files, instructions, metrics, options, tasks, vectors
-    from llm2vec_gen_jax.corpus import Corpus
-    from llm2vec_gen_jax.execution import Execution
+    from llm2vec_gen_jax import config
+    from llm2vec_gen_jax.common import files, jsonl
+    from llm2vec_gen_jax.config import options
+    from llm2vec_gen_jax.data import records
+    from llm2vec_gen_jax.data.texts import Corpus
+    from llm2vec_gen_jax.evaluation import instructions, tasks
     from llm2vec_gen_jax.formats import peft, torchzip, weights
-    from llm2vec_gen_jax.loading import open_backbone
+    from llm2vec_gen_jax.inference import shards
+    from llm2vec_gen_jax.model.execution import Execution
+    from llm2vec_gen_jax.pretrained import model_directory
+    from llm2vec_gen_jax.pretrained.backbone import open_checkpoint
+    from llm2vec_gen_jax.training import metrics
 
     from .conftest import one_device_mesh
 
     def backbone(path):
-        opened, source = open_backbone(path, Execution(one_device_mesh()))
+        opened, source = open_checkpoint(path, Execution(one_device_mesh()))
         weights.load(source, opened.architecture, one_device_mesh(), np.dtype("float32"))
         opened.tokenizer.encode(["a text", "<|im_end|>"], 20)
 
     def adapter(path):
         folder = pathlib.Path(path)
         found = peft.check(peft.read_json(folder / "adapter_config.json"), path)
-        opened, _ = open_backbone(str(folder.parent / "backbone"), Execution(one_device_mesh()))
+        opened, _ = open_checkpoint(str(folder.parent / "backbone"), Execution(one_device_mesh()))
         peft.read(peft._load(folder / "adapter_model.safetensors"), found, opened.architecture, folder)
 
     def corpus(path):
@@ -49,19 +56,19 @@ def readers():
             list(Corpus(path, id_field="id").read())
 
     def run(path):
-        with files.JsonlAppender(pathlib.Path(path) / "rows.jsonl", {"a": 1}) as appender:
+        with jsonl.JsonlAppender(pathlib.Path(path) / "rows.jsonl", {"a": 1}) as appender:
             return appender.rows
 
     return {
         "head": torchzip.read,
-        "model": directory.read,
+        "model": model_directory.read_model_directory,
         "backbone": backbone,
         "adapter": adapter,
         "corpus": corpus,
-        "records": lambda path: data.read_records(path, ("question", "answer")),
-        "texts": lambda path: data.read_texts(path, "text"),
+        "records": lambda path: records.read_records(path, ("question", "answer")),
+        "texts": lambda path: records.read_texts(path, "text"),
         "task": tasks.read,
-        "vectors": lambda path: (vectors.load_embeddings(path, verify=True), vectors.load_embeddings(path)),
+        "vectors": lambda path: (shards.load_embeddings(path, verify=True), shards.load_embeddings(path)),
         "array": lambda path: files.read_array(path, "soft_prompts").sum(),
         "config": lambda path: options.load(config.TrainConfig, path),
         "instructions": instructions.read,
@@ -71,7 +78,7 @@ def readers():
 
 
 def main():
-    from llm2vec_gen_jax.errors import InputError
+    from llm2vec_gen_jax.common.errors import InputError
 
     known = readers()
     for line in sys.stdin:

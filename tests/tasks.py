@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from llm2vec_gen_jax import evaluate, files, options
-from llm2vec_gen_jax.config import EvaluateConfig
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.config import EvaluateConfig, options
+from llm2vec_gen_jax.evaluation import evaluate
 from tests.conftest import write_jsonl
 
 needs_mteb = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="needs requirements-eval.txt")

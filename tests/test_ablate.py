@@ -5,10 +5,11 @@ import pathlib
 
 import pytest
 
-from llm2vec_gen_jax import config, options
-from llm2vec_gen_jax.ablate import ablate, table
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.experiments.ablate import ablate, table
+from llm2vec_gen_jax.training.metrics import read_metrics
 
 from .conftest import write_jsonl
 

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm2vec_gen_jax import memory
-from llm2vec_gen_jax.attention import CAUSAL, Visibility, attend
-from llm2vec_gen_jax.backbone import Backbone
-from llm2vec_gen_jax.collectives import moved_bytes
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.generate import batch_rows, unrolls
-from llm2vec_gen_jax.topologies import compiling_for, described_devices
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference.generate import batch_rows, unrolls
+from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, attend
+from llm2vec_gen_jax.model.backbone import Backbone
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.parallel import memory
+from llm2vec_gen_jax.planning.hlo import moved_bytes
+from llm2vec_gen_jax.planning.topologies import compiling_for, described_devices
 
 from .abstract_programs import Programs, architecture
 
@@ -85,7 +85,7 @@ def test_float32_is_multiplied_as_float32(h100):
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_over_odd_lengths_has_gradients(h100, causal, T):
     programs = Programs(h100, B=2)
-    visibility = CAUSAL if causal else Visibility(causal=False, lengths_B=jnp.array([3, T]))
+    visibility = CAUSAL if causal else AttentionMask(causal=False, lengths_B=jnp.array([3, T]))
 
     def loss(q):
         return attend(q, q, q, visibility, None, programs.execution).astype(jnp.float32).sum()

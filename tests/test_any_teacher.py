@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm2vec_gen_jax import LLM2VecGen, config, options
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train import train
 
 from .adapters import FAMILY, interrupted, kept, targets
 from .conftest import one_device_mesh, write_jsonl

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import LLM2VecGen, directory, files, heads, load_embeddings
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import LLM2VecGen, load_embeddings
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.model import compressor
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.pretrained import model_directory
 
 from .commands import rows_of
 from .conftest import check_error, write_jsonl
@@ -29,8 +32,8 @@ TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>",
 @pytest.fixture(scope="session")
 def model(talker):
     """An embedder on it, as it is before training."""
-    method = Model(talker.architecture, K, THOUGHTS, E)
-    trainable = heads.init_trainable(method.compressor, jax.random.key(0), talker.frozen["embedding"])
+    method = LLM2VecGenModel(talker.architecture, K, THOUGHTS, E)
+    trainable = compressor.init_trainable(method.compressor, jax.random.key(0), talker.frozen["embedding"])
     return LLM2VecGen(method, trainable, talker, prompts={"query": "Find:", "other": ""})
 
 
@@ -38,7 +41,7 @@ def model(talker):
 def model_folder(model, tmp_path_factory):
     """Its model directory."""
     folder = tmp_path_factory.mktemp("embedder") / "model"
-    directory.save(folder, model.model, model.trainable, model.backbone, {})
+    model_directory.save(folder, model.model, model.trainable, model.backbone, {})
     return folder
 
 

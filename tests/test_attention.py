@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
-from llm2vec_gen_jax import config, sharding
-from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility, attend
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache, attend
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
 
 from .conftest import one_device_mesh
 
@@ -35,13 +36,13 @@ def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32):
     if mask == "prefix":
         arrays += [normal(batch, G, S, head_dim), normal(batch, G, S, head_dim)]
         lengths_B = jnp.asarray(random.integers(0, S + 1, batch))
-        return arrays, Visibility(causal=True, cache_BS=jnp.arange(S) < lengths_B[:, None]), T
+        return arrays, AttentionMask(causal=True, cache_BS=jnp.arange(S) < lengths_B[:, None]), T
     if mask == "packed":
         segments_BT = jnp.asarray(np.sort(random.integers(1, 5, (batch, T))), jnp.int32)
-        return arrays, Visibility(causal=True, segments_BT=segments_BT), T
+        return arrays, AttentionMask(causal=True, segments_BT=segments_BT), T
     if mask == "lengths":
         lengths_B = jnp.asarray([17, T] * (batch // 2), jnp.int32)
-        return arrays, Visibility(causal=False, lengths_B=lengths_B), 17
+        return arrays, AttentionMask(causal=False, lengths_B=lengths_B), 17
     return arrays, CAUSAL, T
 
 
@@ -123,12 +124,12 @@ def test_cudnn_is_the_reference(mask, monkeypatch):
 
 def test_the_switch_reaches_every_pass(smollm2):
     """The method's passes with the kernel are those with the reference, on the real LLM; each kernel is really run."""
-    trainable = Model(smollm2.architecture, 4, 0, 576).init(jax.random.key(0), smollm2.frozen)
+    trainable = LLM2VecGenModel(smollm2.architecture, 4, 0, 576).init(jax.random.key(0), smollm2.frozen)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 1000, (2, 24)), jnp.int32)
     lengths = jnp.array([24, 9])
 
     def passes(attention):
-        model = Model(smollm2.architecture, 4, 0, 576, execution=Execution(one_device_mesh(), attention))
+        model = LLM2VecGenModel(smollm2.architecture, 4, 0, 576, execution=Execution(one_device_mesh(), attention))
         calls = {
             "encode": lambda t, frozen: model.encode(t, frozen, ids, lengths)[0],
             "compress": lambda t, frozen: model.compress(t, frozen, model.prefix(frozen, ids, 32), lengths)[0],

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax import generate, sharding
-from llm2vec_gen_jax.attention import CAUSAL, KVCache, Visibility
-from llm2vec_gen_jax.backbone import Backbone, abstract_params
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data.batches import pad
 from llm2vec_gen_jax.formats import hf, weights
+from llm2vec_gen_jax.inference import generate
+from llm2vec_gen_jax.model import architecture as architecture_lib
+from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache
+from llm2vec_gen_jax.model.backbone import Backbone, abstract_params
+from llm2vec_gen_jax.parallel import sharding
 from tests.conftest import FAMILIES, one_device_mesh, tiny_torch_model, torch_outputs
 
 from .backbones import ROWS, assert_same_outputs, assert_same_weights, load, mesh_of, outputs, run, save_folder
@@ -131,7 +132,7 @@ def test_causality_by_gradient_and_gradient_equals_torch(family, tiny):
 
 def test_bidirectional_tokens_read_all_real_ones(tiny):
     x = np.random.default_rng(0).normal(size=(2, 9, 32)).astype(np.float32)
-    gradient = input_gradient(tiny("qwen3"), Visibility(causal=False, lengths_B=np.array([7, 7])))
+    gradient = input_gradient(tiny("qwen3"), AttentionMask(causal=False, lengths_B=np.array([7, 7])))
     assert positions_read(gradient, x, 4) == [True] * 7 + [False] * 2
 
 
@@ -141,7 +142,7 @@ def test_visible_cache_slots_alone_are_read(tiny):
     x_BTD = rng.normal(size=(2, 3, 32)).astype(np.float32)
     cache = KVCache(*rng.normal(size=(2, 3, 2, 2, 6, 8)).astype(np.float32))
     visible_BS = np.array([[1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
-    visibility = Visibility(causal=True, cache_BS=visible_BS)
+    visibility = AttentionMask(causal=True, cache_BS=visible_BS)
     probe = rng.normal(size=32)
 
     @jax.jit

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm2vec_gen_jax.download import default_backbone
+from llm2vec_gen_jax.pretrained.default_backbone import default_backbone
 
 from .commands import RESPONSES, edit, encode, losses, only_config, respond, succeed, train, write_task
 from .conftest import check_error

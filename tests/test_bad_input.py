@@ -59,9 +59,9 @@ import pytest
 from tokenizers import AddedToken
 
 from llm2vec_gen_jax import LLM2VecGen, load_embeddings
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.trainer import _Profile
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.training.loop import _Profile
+from llm2vec_gen_jax.training.metrics import read_metrics
 
 from .commands import RESPONSES, TRAIN, encode, losses, only_config, respond, rows_of, succeed, train, write_task
 from .conftest import check_error, tiny_tokenizer, write_jsonl

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import embedders, evaluate
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.generate import Sampling, generate
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.evaluation import encoders, evaluate
+from llm2vec_gen_jax.inference.generate import Sampling, generate
+from llm2vec_gen_jax.teachers import encoder
+from llm2vec_gen_jax.teachers.hyde import Clock, Hyde
 from tests.conftest import tiny_torch_model, torch_outputs
 
 from .tasks import run, settings
@@ -22,7 +24,7 @@ def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
     rows = backbone.tokenizer.encode([f"Do: {text}" for text in texts], 512)
     for causal in (True, False):
         outputs = torch_outputs(tiny_torch_model("llama"), rows, causal)
-        teacher = embedders.Teacher(backbone, backbone.frozen, causal, batch_size=2)
+        teacher = encoder.Teacher(backbone, backbone.frozen, causal, batch_size=2)
         expected = [hidden.mean(axis=0) for hidden, _ in outputs]
         np.testing.assert_allclose(teacher.encode(texts, "Do:"), expected, atol=2e-4)
     assert teacher.encode([]).shape == (0, 32)
@@ -30,14 +32,14 @@ def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
 
 def test_few_texts_are_few_rows(tiny, monkeypatch):
     """One query costs the teacher one row, not a batch; many are batches of one shape."""
-    backbone, pool, shapes = tiny("llama"), embedders.teacher.pool_rows, []
+    backbone, pool, shapes = tiny("llama"), encoders.teacher.pool_rows, []
 
     def pool_rows(architecture, frozen, causal, ids, shape, execution):
         shapes.append(shape)
         return pool(architecture, frozen, causal, ids, shape, execution)
 
-    monkeypatch.setattr(embedders.teacher, "pool_rows", pool_rows)
-    teacher = embedders.Teacher(backbone, backbone.frozen, True, batch_size=6)
+    monkeypatch.setattr(encoders.teacher, "pool_rows", pool_rows)
+    teacher = encoder.Teacher(backbone, backbone.frozen, True, batch_size=6)
     for texts in (1, 3, 5, 13):
         assert teacher.encode(["text"] * texts).shape == (texts, 32)
     assert [rows for rows, _ in shapes] == [1, 4, 6, 6, 6, 6]
@@ -83,8 +85,8 @@ def test_instructions_of_a_file_go_over_the_tasks_own(task_folders, tmp_path):
 
 def test_hyde_embeds_what_the_llm_writes(tiny):
     backbone = tiny("llama")
-    teacher = embedders.Teacher(backbone, backbone.frozen, True)
-    hyde = embedders.Hyde(backbone, teacher, max_new_tokens=5, batch_size=2)
+    teacher = encoder.Teacher(backbone, backbone.frozen, True)
+    hyde = Hyde(backbone, teacher, max_new_tokens=5, batch_size=2)
     texts = ["one", "a longer question", "x"]
     prompts = [backbone.tokenizer.chat_prompt(f"Answer: {text}", 512) for text in texts]
     answers = [backbone.tokenizer.decode(ids).strip() for ids in generate(backbone, prompts, Sampling(5))]
@@ -94,7 +96,7 @@ def test_hyde_embeds_what_the_llm_writes(tiny):
 
 
 def test_the_clock_leaves_compilation_out_when_it_can():
-    clock = embedders.Clock()
+    clock = Clock()
     clock.add("shape", 10.0, 2)
     assert clock.read() == 5.0
     clock.add("shape", 1.0, 2)

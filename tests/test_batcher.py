@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax.batcher import Batcher, Full
+from llm2vec_gen_jax.serving.batcher import Batcher, QueueFull
 
 
 class Recorder:
@@ -88,7 +88,7 @@ def test_no_more_wait_than_may(make):
     recorder, batcher = make(limit=3)
     hold(recorder, batcher)
     waiting = [batcher.submit("a", [1, 2]), batcher.submit("b", [3])]
-    with pytest.raises(Full, match="3 inputs wait already, at most 3 may"):
+    with pytest.raises(QueueFull, match="3 inputs wait already, at most 3 may"):
         batcher.submit("a", [4])
     assert batcher.waiting == 3
     waiting[0].cancel()
@@ -127,5 +127,5 @@ def test_close_computes_what_waits(make):
     future = batcher.submit("a", [1])
     batcher.close()
     assert future.result(0) == [("a", 2)]
-    with pytest.raises(Full, match="stopping"):
+    with pytest.raises(QueueFull, match="stopping"):
         batcher.submit("a", [1])

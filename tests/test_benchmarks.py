@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import lengths
-from llm2vec_gen_jax.architecture import from_hf_config
-from llm2vec_gen_jax.costs import decoding_bytes, reading_flops, training_flops
-from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.model.architecture import from_hf_config
+from llm2vec_gen_jax.planning.flops import decoding_bytes, reading_flops, training_flops
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROUNDS = 2

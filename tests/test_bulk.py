@@ -5,10 +5,12 @@ import gzip
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, files, load_embeddings, vectors
-from llm2vec_gen_jax.bulk import encode_corpus
-from llm2vec_gen_jax.corpus import Corpus
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config, load_embeddings
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data.texts import Corpus
+from llm2vec_gen_jax.inference import postprocess, shards
+from llm2vec_gen_jax.serving.encode_corpus import encode_corpus
 
 from .bulk import bytes_of, settings, write_texts
 from .conftest import write_jsonl
@@ -130,7 +132,7 @@ def test_formats_and_precisions(embedder, model_folder, tmp_path, kind, precisio
             (found + 128.0) / 255 * (high - low) + low, expected, atol=1.1 * (high - low).max() / 255
         )
     elif precision == "binary":
-        np.testing.assert_array_equal(found, vectors.quantize(expected, "binary"))
+        np.testing.assert_array_equal(found, postprocess.quantize(expected, "binary"))
     else:
         np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "float32" else 1e-3)
     assert found.dtype == {"float32": "f4", "float16": "f2", "int8": "i1", "binary": "i1"}[precision]
@@ -143,7 +145,7 @@ def test_formats_and_precisions(embedder, model_folder, tmp_path, kind, precisio
 
 
 def test_int8_shares_have_one_range_and_clip(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("llm2vec_gen_jax.bulk.CALIBRATION", 5)
+    monkeypatch.setattr("llm2vec_gen_jax.serving.encode_corpus.CALIBRATION", 5)
     write_texts(tmp_path)
     encode_corpus(model_folder, settings(tmp_path, "whole", precision="int8"))
     for index in (1, 0):
@@ -247,4 +249,4 @@ def test_damaged_vectors_are_named(tmp_path, header):
     path = tmp_path / "x.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(InputError, match=str(path)):
-        vectors._read_shard(path)
+        shards._read_shard(path)

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from launch import encode as command
-from launch import start
-from llm2vec_gen_jax import config, directory, load_embeddings, vectors
-from llm2vec_gen_jax.bulk import encode_corpus
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config, load_embeddings
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.commands import encode as command
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import shards as shards_module
+from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.serving.encode_corpus import encode_corpus
 
 from .bulk import bytes_of, settings, write_texts
 from .conftest import write_jsonl
@@ -65,7 +67,7 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, shards):
     """Makes the next job stop after it has written some shards."""
-    write, written = vectors.write_shard, []
+    write, written = shards_module.write_shard, []
 
     def limited(*arguments):
         written.append(1)
@@ -73,7 +75,7 @@ def interrupt_after(monkeypatch, shards):
             raise Interrupted
         write(*arguments)
 
-    monkeypatch.setattr(vectors, "write_shard", limited)
+    monkeypatch.setattr(shards_module, "write_shard", limited)
 
 
 def begin(model_folder, options, monkeypatch, shards=3):
@@ -91,7 +93,7 @@ def test_another_model_setting_or_input_is_refused(tiny, model_folder, tmp_path,
     other = tmp_path / "other"
     embedder = embedder_on(tiny("qwen3"))
     trainable = jax.tree.map(lambda x: x * 1.5, embedder.trainable)
-    directory.save(other, embedder.model, trainable, embedder.backbone, {}, [])
+    model_directory.save(other, embedder.model, trainable, embedder.backbone, {}, [])
 
     def refused(expected, model=model_folder, **changes):
         with pytest.raises(InputError, match=f"holds another run.*{expected}"):
@@ -196,7 +198,7 @@ def run(monkeypatch, capsys, tmp_path, model_folder):
         monkeypatch.setattr(sys, "argv", ["encode", str(model), *words])
         code = 0
         try:
-            start.run(config.EncodeConfig, command.main, "MODEL")
+            cli.run(config.EncodeConfig, command.main, "MODEL")
         except SystemExit as end:
             code = end.code
         errors = capsys.readouterr().err.strip().splitlines()

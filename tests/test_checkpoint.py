@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax.checkpoint import Checkpoints, _digests
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.training.checkpoints import Checkpoints, _digests
 
 # Readers that meet damage leave their futures behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -8,14 +8,16 @@ import shutil
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, files, options
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.config import options
 
 from .commands import rows_of
 from .conftest import check_error, write_jsonl
 from .embedders import K
 
 ROOT = pathlib.Path(__file__).parent.parent
-FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__", "start", "convert", "lens"}
+FILES = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__", "convert", "lens"}
 ACTIONS = {"convert": ("from_pytorch", "to_pytorch", "verify")}
 ACTIONS |= {"lens": ("logit", "build_index", "query", "generations", "report")}
 COMMANDS = sorted(FILES | {f"{name} {action}" for name, actions in ACTIONS.items() for action in actions})

@@ -10,11 +10,12 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, instructions, options
-from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig
-from llm2vec_gen_jax.corpus import Corpus
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig, options
+from llm2vec_gen_jax.data.texts import Corpus
+from llm2vec_gen_jax.evaluation import instructions
+from llm2vec_gen_jax.training.train import train
 
 from .conftest import write_jsonl
 
@@ -303,16 +304,20 @@ def test_configs_made_in_python_are_checked_like_words(section, expected, tmp_pa
 
 @pytest.mark.parametrize("name", ["respond", "synthesize", "encode", "evaluate", "build_index", "plan", "quickstart"])
 def test_every_entry_checks_its_config(name, tmp_path):
-    from llm2vec_gen_jax import bulk, evaluate, plan, quickstart, respond, synthesize
-    from llm2vec_gen_jax.lens import latent
+    from llm2vec_gen_jax.evaluation import evaluate
+    from llm2vec_gen_jax.experiments import quickstart
+    from llm2vec_gen_jax.inference import respond, synthesize
+    from llm2vec_gen_jax.lens import index
+    from llm2vec_gen_jax.planning import plan
+    from llm2vec_gen_jax.serving import encode_corpus
 
     entries = {
         "respond": lambda: respond.respond(config.RespondConfig(batch_size=-1)),
         "synthesize": lambda: synthesize.synthesize(config.SynthesizeConfig(batch_size=-1)),
-        "encode": lambda: bulk.encode_corpus("x", config.EncodeConfig(batch_size=-1)),
+        "encode": lambda: encode_corpus.encode_corpus("x", config.EncodeConfig(batch_size=-1)),
         "evaluate": lambda: evaluate.evaluate("x", config.EvaluateConfig(batch_size=-1)),
-        "build_index": lambda: latent.build_index("x", config.BuildIndexConfig(batch_size=-1)),
-        "plan": lambda: plan.plan(config.PlanConfig(train=config.TrainSettings(batch_size=-1))),
+        "build_index": lambda: index.build_index("x", config.BuildIndexConfig(batch_size=-1)),
+        "plan": lambda: plan.estimate(config.PlanConfig(train=config.TrainSettings(batch_size=-1))),
         "quickstart": lambda: quickstart.quickstart(config.QuickstartConfig(batch_size=-1)),
     }
     with pytest.raises(InputError, match="batch_size=-1: must be a number, at least 1"):
@@ -403,7 +408,7 @@ def keys_read(monkeypatch):
         def attribute(self, name):
             if name in names:
                 module = sys._getframe(1).f_globals["__name__"]
-                if module.startswith("llm2vec_gen_jax.") and module != "llm2vec_gen_jax.options":
+                if module.startswith("llm2vec_gen_jax.") and module != "llm2vec_gen_jax.config.options":
                     seen.add((cls, name))
             return read(self, name)
 

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, directory, export
+from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.formats import published
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.verify import TEXTS, verify
+from llm2vec_gen_jax.integrations.verify import TEXTS, verify
+from llm2vec_gen_jax.pretrained import export, model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 from .conftest import one_device_mesh
 from .conversion import load, new_model, same_trees
@@ -83,7 +84,7 @@ def test_every_number_of_it_arrives_and_leaves_unchanged(made_there, tmp_path):
     checkpoint, theirs, _ = made_there
     first = load(checkpoint)
     np.testing.assert_array_equal(first.trainable["tokens"], theirs["tokens"])
-    for name in directory.HEADS:
+    for name in model_directory.HEADS:
         np.testing.assert_array_equal(first.trainable[name]["kernel"].T, theirs[f"{name}_weight"])
         np.testing.assert_array_equal(first.trainable[name]["bias"], theirs[f"{name}_bias"])
     first.save_pretrained(tmp_path / "again")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import published
-from llm2vec_gen_jax.verify import verify
+from llm2vec_gen_jax.integrations.verify import verify
 
 from .conversion import load, new_model, same_trees
 

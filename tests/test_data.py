@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import data, files
+from llm2vec_gen_jax.common import jsonl
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import DataConfig
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.tokenizer import Tokenizer
+from llm2vec_gen_jax.data import buckets, records
+from llm2vec_gen_jax.data.batches import Batches, BatchSchedule, count_tokens, iterate
+from llm2vec_gen_jax.data.examples import Examples, tokenize
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
 from .conftest import TMP_PATH, tiny_tokenizer, write_jsonl
 
@@ -54,7 +57,7 @@ def test_a_bad_line_is_named(tmp_path, line, expected, packed):
     path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
     path.write_bytes(gzip.compress(lines) if packed else lines)
     with pytest.raises(InputError, match=f"{path}, {expected}"):
-        data.read_records(path, ("question", "answer"))
+        records.read_records(path, ("question", "answer"))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n", b"\xef\xbb\xbf"])
@@ -62,14 +65,14 @@ def test_a_file_without_rows_is_named(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{path}: no rows"):
-        data.read_records(path, ("question",))
+        records.read_records(path, ("question",))
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.gz", "none.json", "."])
 def test_a_missing_file_is_named(tmp_path, name):
     message = r"not a readable file \(Is a directory\)" if name == "." else "no such file"
     with pytest.raises(InputError, match=f"{tmp_path / name}: {message}"):
-        data.read_records(tmp_path / name, ("question",))
+        records.read_records(tmp_path / name, ("question",))
 
 
 def test_a_byte_order_mark_crlf_and_empty_lines_are_accepted(tmp_path):
@@ -77,8 +80,8 @@ def test_a_byte_order_mark_crlf_and_empty_lines_are_accepted(tmp_path):
     rows = '\ufeff{"question": "é", "id": "x", "more": 1}\r\n\r\n  \n{"question": "b\\r\\n\u2028c"}'
     path.write_bytes(rows.encode())
     expected = [{"question": "é", "id": "x"}, {"question": "b\r\n\u2028c"}]
-    assert data.read_records(path, ("question",)) == expected
-    assert data.read_records(path, ("question",), limit=1) == expected[:1]
+    assert records.read_records(path, ("question",)) == expected
+    assert records.read_records(path, ("question",), limit=1) == expected[:1]
 
 
 @hypothesis.given(OBJECTS, st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans(), st.booleans(), st.booleans())
@@ -88,7 +91,7 @@ def test_jsonl_reads_what_was_written(tmp_path, rows, newline, packed, marked, e
     content = ("\ufeff" * marked + text + newline * ended).encode("utf-8", "surrogatepass")
     path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert [row for _, row in files.read_jsonl(path)] == rows
+    assert [row for _, row in jsonl.read_jsonl(path)] == rows
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
@@ -98,14 +101,14 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         with pytest.raises(InputError, match=str(path)):
-            data.read_records(path, ("question",))
+            records.read_records(path, ("question",))
     refused = 0
     for bit in range(len(whole) * 8):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            assert data.read_records(path, ("question",)) == rows  # a flip in the header's comment fields
+            assert records.read_records(path, ("question",)) == rows  # a flip in the header's comment fields
         except InputError as error:
             assert str(path) in str(error)
             refused += 1
@@ -115,11 +118,11 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
 def test_texts_of_a_txt_file_are_its_lines(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes("\ufeffone\r\n\n  three é\u2028 \n".encode())
-    assert data.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
-    assert data.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
+    assert records.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
+    assert records.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match="empty.txt: no lines"):
-        data.read_texts(tmp_path / "empty.txt", "text")
+        records.read_texts(tmp_path / "empty.txt", "text")
 
 
 # Examples
@@ -136,7 +139,7 @@ def test_tokenize_strips_cuts_and_drops_empty_answers():
         {"question": "q5", "answer": "a5"},
     ]
     settings = DataConfig(max_query_length=14, max_answer_length=9)
-    examples = data.tokenize(records, tokenizer, settings, num_appended=4)
+    examples = tokenize(records, tokenizer, settings, num_appended=4)
     assert examples.row.tolist() == [0, 2, 3, 5]
     text = [tokenizer.decode(ids) for ids in examples.query]
     assert text == ["q0", "q2q2q2q2q2", "", "q5"]  # 10 = 14 - 4 tokens, one per byte
@@ -148,20 +151,20 @@ def test_tokenize_strips_cuts_and_drops_empty_answers():
 def test_tokenize_refuses_lengths_without_room_and_empty_data():
     tokenizer = Tokenizer(tiny_tokenizer())
     with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 tokens"):
-        data.tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
+        tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
     with pytest.raises(InputError, match="rows.jsonl: every answer is empty"):
-        data.tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)
+        tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)
     cut = [{"question": "q", "answer": "a", "finish": finish} for finish in ("length", "stop", "length")]
     settings = DataConfig(responses="rows.jsonl", finished_only=True)
-    assert data.tokenize(cut, tokenizer, settings, 4).row.tolist() == [1]
+    assert tokenize(cut, tokenizer, settings, 4).row.tolist() == [1]
     with pytest.raises(InputError, match="rows.jsonl: every answer is empty or was cut"):
-        data.tokenize(cut[:1], tokenizer, settings, 4)
+        tokenize(cut[:1], tokenizer, settings, 4)
 
 
 def test_the_digest_tells_apart_what_trains_differently():
     def examples(query=((1, 2), (3,)), answer=((4,), (5, 6)), target=((0.0,), (1.0,))):
         arrays = [[np.array(ids, np.int32) for ids in part] for part in (query, answer)]
-        return data.Examples(*arrays, np.arange(2), np.array(target, np.float32))
+        return Examples(*arrays, np.arange(2), np.array(target, np.float32))
 
     variants = [
         examples(),
@@ -183,14 +186,14 @@ PLANS = st.tuples(LENGTHS, st.integers(1, 8), st.integers(1, 5), st.booleans(), 
 def make_plan(drawn):
     lengths, batch_size, buckets, shuffle, seed = drawn
     query, answer = zip(*lengths)
-    return data.Plan(list(query), list(answer), batch_size, buckets, shuffle, seed), np.array(lengths)
+    return BatchSchedule(list(query), list(answer), batch_size, buckets, shuffle, seed), np.array(lengths)
 
 
 def make_examples(lengths, width=3):
     random = np.random.default_rng(0)
     query, answer = ([random.integers(1, 99, n).astype(np.int32) for n in column] for column in lengths.T)
     target = random.normal(size=(len(lengths), width)).astype(np.float32)
-    return data.Examples(query, answer, np.arange(len(lengths)), target)
+    return Examples(query, answer, np.arange(len(lengths)), target)
 
 
 def realistic_epoch(count, batch_size, max_buckets):
@@ -198,7 +201,7 @@ def realistic_epoch(count, batch_size, max_buckets):
     random = np.random.default_rng(0)
     query = np.clip(random.lognormal(4.2, 1.1, count), 1, 502).astype(int)
     answer = np.clip(random.lognormal(5.3, 0.8, count), 2, 512).astype(int)
-    plan = data.Plan(query, answer, batch_size, max_buckets, True, 0)
+    plan = BatchSchedule(query, answer, batch_size, max_buckets, True, 0)
     batches = [plan[step] for step in range(plan.batches_per_epoch)]
     real = sum(int(query[batch.rows].sum() + answer[batch.rows].sum()) for batch in batches)
     return plan, real, sum(batch_size * (batch.T + batch.S) for batch in batches)
@@ -254,14 +257,14 @@ def test_epochs_differ_when_shuffled_and_repeat_when_not(drawn):
 
 def test_seeds_give_other_orders_and_few_examples_are_an_error():
     lengths = [4] * 64
-    orders = {tuple(data.Plan(lengths, lengths, 8, 2, True, seed)[0].rows.tolist()) for seed in range(5)}
+    orders = {tuple(BatchSchedule(lengths, lengths, 8, 2, True, seed)[0].rows.tolist()) for seed in range(5)}
     assert len(orders) == 5
     with pytest.raises(InputError, match="3 examples do not fill a batch of 4.*train.batch_size"):
-        data.Plan([1] * 3, [1] * 3, 4, 2, True, 0)
+        BatchSchedule([1] * 3, [1] * 3, 4, 2, True, 0)
 
 
 def test_who_sits_out_changes_from_epoch_to_epoch():
-    plan = data.Plan([4] * 11, [4] * 11, 4, 2, True, 0)
+    plan = BatchSchedule([4] * 11, [4] * 11, 4, 2, True, 0)
     out = set()
     for epoch in range(12):
         rows = np.concatenate([plan[epoch * 2 + index].rows for index in range(2)])
@@ -278,8 +281,8 @@ LENGTH = [st.integers(0, 60), st.sampled_from([64, 63, 56]), st.sampled_from([16
 @hypothesis.given(st.one_of([st.lists(length, min_size=1, max_size=30) for length in LENGTH]), st.integers(1, 4))
 def test_edges_are_optimal_and_as_few_as_keep_padding_low(lengths, count):
     waste = 0.05
-    edges = data.choose_edges(lengths, count, waste)
-    padded = np.array([data.round_up(length) for length in lengths])
+    edges = buckets.choose_edges(lengths, count, waste)
+    padded = np.array([buckets.round_up(length) for length in lengths])
 
     def total(chosen):
         return sum(min(edge for edge in chosen if edge >= length) for length in padded)
@@ -319,9 +322,9 @@ def test_padding_is_below_a_tenth_on_a_realistic_mixture():
 def test_the_rows_of_all_processes_are_the_rows_of_one(drawn, step):
     plan, lengths = make_plan(drawn)
     examples = make_examples(lengths)
-    whole = data.Batches(examples, plan, 0, 1)[step]
+    whole = Batches(examples, plan, 0, 1)[step]
     for processes in (number for number in (1, 2, 4, 8) if drawn[1] % number == 0):
-        parts = [data.Batches(examples, plan, process, processes)[step] for process in range(processes)]
+        parts = [Batches(examples, plan, process, processes)[step] for process in range(processes)]
         for key, value in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value)
     rows = plan[step].rows
@@ -332,7 +335,7 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(drawn, step):
         np.testing.assert_array_equal(whole["answer"][number, :m], examples.answer[row])
         assert not whole["query"][number, n:].any() and not whole["answer"][number, m:].any()
         np.testing.assert_array_equal(whole["target"][number], examples.target[row])
-    real, computed = data.count_tokens(whole)
+    real, computed = count_tokens(whole)
     assert real == lengths[rows].sum()
     assert computed == len(rows) * (plan[step].T + plan[step].S)
 
@@ -340,17 +343,17 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(drawn, step):
 def test_a_batch_that_does_not_divide_over_processes_is_an_error():
     plan, lengths = make_plan(([(3, 3)] * 12, 6, 1, True, 0))
     with pytest.raises(InputError, match="train.batch_size=6 does not divide over 4 processes"):
-        data.Batches(make_examples(lengths), plan, 0, 4)
+        Batches(make_examples(lengths), plan, 0, 4)
 
 
 def test_iterating_from_a_step_is_the_tail_of_all_batches():
     random = np.random.default_rng(1)
     lengths = random.integers(1, 60, (50, 2))
-    plan = data.Plan(lengths[:, 0], lengths[:, 1], 4, 3, True, 0)
-    batches = data.Batches(make_examples(lengths), plan, 0, 1)
+    plan = BatchSchedule(lengths[:, 0], lengths[:, 1], 4, 3, True, 0)
+    batches = Batches(make_examples(lengths), plan, 0, 1)
     whole = [batches[step] for step in range(40)]
     for first in (0, 1, 11, 12, 13, 39, 40):
-        tail = list(data.iterate(batches, first, 40))
+        tail = list(iterate(batches, first, 40))
         assert len(tail) == 40 - first
         for left, right in zip(tail, whole[first:]):
             for key, value in right.items():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llm2vec_gen_jax import devices
+from llm2vec_gen_jax.parallel import devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLUGIN = "jax-cuda13-plugin"

@@ -15,9 +15,10 @@ import sys
 import pytest
 
 from docs import configuration, figure
-from launch import start
-from llm2vec_gen_jax import config, options
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
 
 from .pages import CANNOT_RUN, CASES, ELSEWHERE, PAGES, ROOT, blocks, prose, split, stand_in
 from .test_commands import ACTIONS, COMMANDS, schema_of
@@ -35,7 +36,7 @@ def parse(monkeypatch):
     def read(schema, command, positional="CONFIG", words=None):
         words = sys.argv[1:] if words is None else words
         if not {"-h", "--help"} & set(words):
-            found.append(start._read(schema, positional, words)[1])
+            found.append(cli._read(schema, positional, words)[1])
 
     def run(name, words):
         name, *action = name.split()
@@ -43,7 +44,7 @@ def parse(monkeypatch):
         runpy.run_module(f"launch.{name}", run_name="__main__")
         return found[-1] if found else None
 
-    monkeypatch.setattr(start, "run", read)
+    monkeypatch.setattr(cli, "run", read)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # `plan` prepares it for the TPU compiler
     monkeypatch.chdir(ROOT)
     return run
@@ -169,7 +170,7 @@ def test_configuration_has_every_key_of_every_command():
 def messages():
     """Returns the text of every string of our sources, ... for each value in it."""
     found = []
-    for folder in ("llm2vec_gen_jax", "launch"):
+    for folder in ("llm2vec_gen_jax",):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):

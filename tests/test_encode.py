@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, encode, sharding
-from llm2vec_gen_jax.attention import Visibility, attend
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import Execution
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import encode
+from llm2vec_gen_jax.model.attention import AttentionMask, attend
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 from .conftest import one_device_mesh
 from .embedders import TEXTS, E, embedder_on, unpacked
@@ -23,10 +25,10 @@ from .embedders import TEXTS, E, embedder_on, unpacked
     st.sampled_from([1, 8]),
 )
 def test_a_plan_holds_every_text_once_in_a_known_shape(lengths, batch_size, shards):
-    batches = encode.plan(lengths, batch_size, shards)
+    batches = encode.pack_batches(lengths, batch_size, shards)
     texts = [text for batch in batches for row in batch.rows for text in row]
     assert sorted(texts) == list(range(len(lengths)))
-    assert batches == encode.plan(lengths, batch_size, shards)
+    assert batches == encode.pack_batches(lengths, batch_size, shards)
     known = encode.shapes(max(lengths, default=1), batch_size, shards)
     for batch in batches:
         assert (batch.height, batch.width) in known and batch.height % shards == 0
@@ -39,7 +41,7 @@ def test_at_least_92_percent_of_computed_tokens_are_real(queries, passages):
     random = np.random.default_rng(0)
     lengths = [*random.normal(20, 4, queries), *random.normal(410, 80, passages)]
     lengths = np.clip(lengths, 11, 512).astype(int).tolist()
-    real = sum(lengths) / encode.computed_tokens(encode.plan(lengths, 32, 1))
+    real = sum(lengths) / encode.computed_tokens(encode.pack_batches(lengths, 32, 1))
     assert real >= 0.92
 
 
@@ -99,7 +101,7 @@ def test_blocks_and_segments_are_a_masked_softmax(T):
     q_BTNH = random.normal(size=(2, T, 4, 8)).astype(np.float32)
     k_BTGH, v_BTGH = random.normal(size=(2, 2, T, 2, 8)).astype(np.float32)
     segments_BT = np.sort(random.integers(1, 5, (2, T)))
-    visibility = Visibility(causal=True, segments_BT=segments_BT)
+    visibility = AttentionMask(causal=True, segments_BT=segments_BT)
     found = attend(q_BTNH, k_BTGH, v_BTGH, visibility, None, Execution())
     scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BTGH.repeat(2, axis=2)) / 8**0.5
     seen = np.tril(np.ones((T, T), bool)) & (segments_BT[:, :, None] == segments_BT[:, None, :])

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llm2vec_gen_jax import LLM2VecGen, directory, embedders, files, instructions, tasks
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.heads import init_trainable
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.evaluation import encoders, instructions, tasks
+from llm2vec_gen_jax.model.compressor import init_trainable
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.pretrained import model_directory
 
 from .commands import rows_of
 from .tasks import needs_mteb, run, write_task
@@ -25,7 +28,7 @@ SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "task
 def model(tiny):
     """An embedder before training, its texts 60 tokens at most."""
     backbone = tiny("qwen3")
-    method = Model(backbone.architecture, 3, 0, 12)
+    method = LLM2VecGenModel(backbone.architecture, 3, 0, 12)
     return LLM2VecGen(
         method, init_trainable(method.compressor, jax.random.key(0), backbone.frozen["embedding"]), backbone
     )
@@ -34,7 +37,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def model_folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder") / "model"
-    directory.save(folder, model.model, model.trainable, model.backbone, {}, [])
+    model_directory.save(folder, model.model, model.trainable, model.backbone, {}, [])
     return folder
 
 
@@ -142,22 +145,22 @@ def test_a_model_evaluates_through_mteb_itself(model, task_folders):
     """As a user of mteb does it, with instructions by task name; an unknown name is an error."""
     import mteb
 
-    from llm2vec_gen_jax import harness
+    from llm2vec_gen_jax.evaluation.mteb import MTEBEncoder, folder_task
 
     seen = []
 
-    class Spy(embedders.Student):
+    class Spy(encoders.Student):
         def encode(self, texts, instruction=""):
             seen.append((len(texts), instruction))
             return super().encode(texts, instruction)
 
-    task = harness.folder_task(tasks.read(write_like(task_folders, "retrieval", "NFCorpus")))
-    encoder = harness.MTEBEncoder(Spy(model))
+    task = folder_task(tasks.read(write_like(task_folders, "retrieval", "NFCorpus")))
+    encoder = MTEBEncoder(Spy(model))
     result = mteb.evaluate(encoder, [task], cache=None, show_progress_bar=False)
     assert 0 < result.task_results[0].main_score < 1
     known = instructions.read()
     assert sorted(seen) == [(8, known.query["NFCorpus"]), (30, "Summarize the following passage:")]
-    unknown = harness.folder_task(tasks.read(task_folders / "retrieval"))
+    unknown = folder_task(tasks.read(task_folders / "retrieval"))
     with pytest.raises(InputError, match="no instruction for task Small-retrieval"):
         mteb.evaluate(encoder, [unknown], cache=None, show_progress_bar=False)
 

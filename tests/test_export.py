@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llm2vec_gen_jax import LLM2VecGen, directory, export
+from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.formats import hf
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.verify import TEXTS
+from llm2vec_gen_jax.integrations.verify import TEXTS
+from llm2vec_gen_jax.pretrained import export, model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 from .conftest import one_device_mesh
 from .conversion import new_model, same_trees
@@ -33,7 +34,7 @@ def test_the_merged_encoder_is_a_plain_transformers_model(tiny, tmp_path, family
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**batch).last_hidden_state[:, -ours.model.num_tokens :]
-        for name in directory.HEADS:
+        for name in model_directory.HEADS:
             head = load_file(tmp_path / "merged" / f"{name}_mlp.safetensors")
             weight, bias = (torch.from_numpy(head[f"projection.{key}"]) for key in ("weight", "bias"))
             hidden = torch.nn.functional.linear(hidden, weight, bias)

@@ -4,8 +4,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import files
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common import files, jsonl
+from llm2vec_gen_jax.common.errors import InputError
 
 from .conftest import TMP_PATH
 
@@ -19,14 +19,14 @@ ROWS = [row for batch in BATCHES for row in batch]
 
 def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         for batch in BATCHES:
             output.append(batch)
     whole = path.read_bytes()
-    assert [row for _, row in files.read_jsonl(path)] == ROWS
+    assert [row for _, row in jsonl.read_jsonl(path)] == ROWS
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        with files.JsonlAppender(path, RUN) as output:
+        with jsonl.JsonlAppender(path, RUN) as output:
             assert output.rows == ROWS[: whole[:cut].count(b"\n")]
             output.append(ROWS[len(output.rows) :])
             assert output.rows == ROWS
@@ -38,43 +38,43 @@ def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
 def test_nothing_is_lost_over_repeated_kills(tmp_path, cuts):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": number, "text": "é🙂"[: number % 3]} for number in range(10)]
-    with files.JsonlAppender(path, RUN, overwrite=True) as output:
+    with jsonl.JsonlAppender(path, RUN, overwrite=True) as output:
         output.append(rows[:1])
     for cut in cuts:
-        with files.JsonlAppender(path, RUN) as output:
+        with jsonl.JsonlAppender(path, RUN) as output:
             output.append(rows[len(output.rows) : len(output.rows) + 2])
         path.write_bytes(path.read_bytes()[: max(cut, path.stat().st_size - 30)])
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(rows[len(output.rows) :])
-    assert [row for _, row in files.read_jsonl(path)] == rows
+    assert [row for _, row in jsonl.read_jsonl(path)] == rows
 
 
 def test_other_settings_and_foreign_files_are_refused_and_left_alone(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(ROWS)
     whole = path.read_bytes()
     with pytest.raises(InputError, match=r"rows.jsonl: holds another run \(sampling.seed: 0 -> 1\).*overwrite"):
-        files.JsonlAppender(path, {"model": "a", "sampling": {"seed": 1}})
+        jsonl.JsonlAppender(path, {"model": "a", "sampling": {"seed": 1}})
     assert path.read_bytes() == whole
     foreign = tmp_path / "notes.jsonl"
     foreign.write_text("no newline at the end")
     with pytest.raises(InputError, match="notes.jsonl: exists, and was not written by this command"):
-        files.JsonlAppender(foreign, RUN)
+        jsonl.JsonlAppender(foreign, RUN)
     assert foreign.read_text() == "no newline at the end"
-    with files.JsonlAppender(path, {"model": "b"}, overwrite=True) as output:
+    with jsonl.JsonlAppender(path, {"model": "b"}, overwrite=True) as output:
         assert output.rows == []
     assert path.read_bytes() == b""
 
 
 def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(ROWS[:2])
         with pytest.raises(InputError, match="rows.jsonl: another process is writing to it"):
-            files.JsonlAppender(path, RUN)
+            jsonl.JsonlAppender(path, RUN)
         output.append(ROWS[2:])
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         assert output.rows == ROWS
 
 
@@ -83,7 +83,7 @@ def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
 def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
     """Bytes overwritten, taken out or put in anywhere, in the lines or in their checksums."""
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN, overwrite=True) as output:
+    with jsonl.JsonlAppender(path, RUN, overwrite=True) as output:
         for batch in BATCHES:
             output.append(batch)
     whole = path.read_bytes()
@@ -92,7 +92,7 @@ def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
     place %= len(content)
     for end in (place, place + 1, place + len(bytes_there)):
         damaged.write_bytes(content[:place] + bytes_there + content[end:])
-        with files.JsonlAppender(path, RUN) as output:
+        with jsonl.JsonlAppender(path, RUN) as output:
             assert output.rows == ROWS[: len(output.rows)]
             output.append(ROWS[len(output.rows) :])
         assert path.read_bytes() == whole
@@ -101,23 +101,23 @@ def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
 
 def test_a_line_that_was_changed_is_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(ROWS)
     path.write_bytes(path.read_bytes().replace(b'{"id": 1}', b'{"id": 7}'))
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         assert output.rows == ROWS[:1]
     assert f"{path}, line 2: is not what was written; made again from there on" in capsys.readouterr().out
 
 
 def test_without_checksums_a_damaged_line_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, RUN) as output:
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(ROWS)
     (tmp_path / "rows.jsonl.crc32").unlink()  # as files of before have none
     damaged = path.read_bytes().replace(b'{"id": 1}', b'{"id": 1')
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="rows.jsonl, line 2: not valid JSON"):
-        files.JsonlAppender(path, RUN)
+        jsonl.JsonlAppender(path, RUN)
     assert path.read_bytes() == damaged
 
 
@@ -131,7 +131,7 @@ SETTINGS = st.recursive(
 @hypothesis.given(SETTINGS, SETTINGS)
 def test_changes_names_what_differs_and_only_that(one, two):
     old, new = {"same": one, "part": {"x": one}}, {"same": one, "part": {"x": two}}
-    found = files.changes(old, new)
+    found = files.diff(old, new)
     assert (found == "") == (one == two)
     assert found == "" or found.startswith("part.x")
 
@@ -155,9 +155,9 @@ def test_any_text_of_json_can_be_written_and_read_again(tmp_path):
     record = {"name": "half of a pair: \ud800", "\udfff": "é"}
     files.write_json(tmp_path / "record.json", record)
     assert files.read_json(tmp_path / "record.json") == record
-    with files.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
+    with jsonl.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
         appender.append([record])
-    with files.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
+    with jsonl.JsonlAppender(tmp_path / "rows.jsonl", record) as appender:
         assert appender.rows == [record]
     files.write_json(tmp_path / "plain.json", {"name": "é"})
     assert "é" in (tmp_path / "plain.json").read_text(), "letters stay letters"

@@ -6,7 +6,8 @@ import hypothesis
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, options
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.config import options
 
 from .fuzzing import FUZZ, JSON, altered, damaged, dumped, refused_or
 

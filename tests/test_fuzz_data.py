@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, load_embeddings, vectors
-from llm2vec_gen_jax.bulk import encode_corpus
-from llm2vec_gen_jax.corpus import Corpus
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data.records import read_records
+from llm2vec_gen_jax.data.texts import Corpus
+from llm2vec_gen_jax.inference import shards
+from llm2vec_gen_jax.serving.encode_corpus import encode_corpus
 
 from .conftest import write_jsonl
 from .embedders import TEXTS
@@ -28,7 +30,7 @@ ROWS = [{"question": "q", "answer": "a", "id": 1}, {"question": "é", "answer": 
 def test_any_lines_of_json(tmp_path, rows, end):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(dumped(row) + b"\n" for row in rows) + end)
-    records = refused_or(data.read_records, path, ("question", "answer"))
+    records = refused_or(read_records, path, ("question", "answer"))
     for record in records or ():
         assert {"question", "answer"} <= set(record) and isinstance(record["question"] + record["answer"], str)
     for id_field in (None, "id"):
@@ -157,7 +159,7 @@ def test_any_manifest_of_vectors(encoded, data, format, verify, whole):
     folder, _ = encoded(format)
     altered_manifest(data.draw, folder)
     rows = None if whole else data.draw(st.tuples(st.integers(-1, 6), st.integers(-1, 6)))
-    for read in (lambda: load_embeddings(folder, rows, verify), lambda: vectors.load_soft_prompts(folder)):
+    for read in (lambda: load_embeddings(folder, rows, verify), lambda: shards.load_soft_prompts(folder)):
         found = refused_or(read)
         assert found is None or found.dtype.kind in "fiu"
 
@@ -172,7 +174,7 @@ def test_any_damage_of_vectors(encoded, data, format):
         file.unlink()  # it may be mapped: never altered in place
         file.write_bytes(content)
     refused_or(load_embeddings, folder)
-    refused_or(vectors.load_soft_prompts, folder)
+    refused_or(shards.load_soft_prompts, folder)
     found = refused_or(load_embeddings, folder, verify=True)
     assert found is None or np.array_equal(found, before)  # the damage was none
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import directory
-from llm2vec_gen_jax.execution import Execution
 from llm2vec_gen_jax.formats import gguf, peft, published, torchzip, weights
-from llm2vec_gen_jax.loading import open_backbone
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import open_checkpoint
 
 from .conftest import one_device_mesh, tiny_torch_model
 from .fuzzing import FUZZ, altered, contained, damaged, dumped, refused_or
@@ -36,7 +36,7 @@ def model_copy(model_folder, tmp_path_factory):
 
 
 def read_model(path, backbone):
-    return directory.to_model(directory.read(path), backbone, path)
+    return model_directory.to_model(model_directory.read_model_directory(path), backbone, path)
 
 
 @hypothesis.given(st.data(), st.sampled_from([*HEADS, *RECORDS, "run_config.yml"]))
@@ -121,7 +121,7 @@ def test_any_backbone(tiny_folder, tmp_path, data, name):
         (folder / name).write_bytes(dumped(data.draw(altered(value, words))))
 
     def read():
-        backbone, source = open_backbone(str(folder), Execution(one_device_mesh()))
+        backbone, source = open_checkpoint(str(folder), Execution(one_device_mesh()))
         return weights.load(source, backbone.architecture, one_device_mesh(), np.dtype("float32"))
 
     with contained(folder):

@@ -19,7 +19,7 @@ def ask(embedder):
     httpx = pytest.importorskip("httpx")
     for needed in ("orjson", "prometheus_client", "starlette", "uvicorn"):
         pytest.importorskip(needed, reason="needs requirements-serve.txt")
-    from llm2vec_gen_jax.serve import Server
+    from llm2vec_gen_jax.serving.server import Server
 
     settings = config.ServeConfig(max_length=60, batch_size=2, max_inputs=3, max_body_bytes=20000, max_wait_ms=0)
     settings.decode.max_new_tokens, settings.decode.batch_size, settings.decode.temperature = 2, 2, 0.5

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, generate, sharding
-from llm2vec_gen_jax.attention import CAUSAL
-from llm2vec_gen_jax.backbone import Backbone
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.generate import Sampling
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.tokenizer import Tokenizer
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.inference import generate
+from llm2vec_gen_jax.inference.generate import Sampling
+from llm2vec_gen_jax.model.attention import CAUSAL
+from llm2vec_gen_jax.model.backbone import Backbone
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
 QUESTIONS = (
     "Hi",

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import Execution
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import gguf_file, published
 from llm2vec_gen_jax.formats.gguf import GGUFSource
-from llm2vec_gen_jax.loading import open_backbone
-from llm2vec_gen_jax.tokenizer import Tokenizer
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.pretrained.backbone import open_checkpoint
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model
 
 from .backbones import assert_same_weights, load, mesh_of, save_folder
@@ -195,7 +195,7 @@ def both(tmp_path, tokenizer, **options):
 
 
 def opened(path):
-    return open_backbone(str(path), Execution(one_device_mesh(), "auto"))[0]
+    return open_checkpoint(str(path), Execution(one_device_mesh(), "auto"))[0]
 
 
 TEXTS = ["Hi", "<think>a</think>", "a<think> b", "<tool_call", "[PAD263] [PAD262]", "<|im_end|> <control>", ""]

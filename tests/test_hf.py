@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import hf
+from llm2vec_gen_jax.model import architecture as architecture_lib
 from tests.conftest import FAMILIES, tiny_tokenizer, tiny_torch_model, torch_outputs
 
 from .backbones import ROWS, assert_same_outputs, assert_same_weights, load, outputs, save_folder

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
-from llm2vec_gen_jax import config, options, vectors
-from llm2vec_gen_jax.files import JsonlAppender, sha256_file
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.files import sha256_file
+from llm2vec_gen_jax.common.jsonl import JsonlAppender
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.inference.shards import write_shard
 
 from .commands import RESPONSES, write_task
 from .conftest import tiny_torch_model, write_jsonl
@@ -104,7 +107,7 @@ def place(tmp_path_factory, model_folder, tiny_folder):
 
     parts = {"embeddings-00000.npy": [0, 2], "embeddings-00001.parquet": [2, 4]}
     for file in parts:
-        vectors.write_shard(place / "vectors" / file, [0, 1], np.ones((2, 5), np.float32))
+        write_shard(place / "vectors" / file, [0, 1], np.ones((2, 5), np.float32))
     shards = [
         {"shard": number, "file": file, "rows": span, "sha256": sha256_file(place / "vectors" / file)}
         for number, (file, span) in enumerate(parts.items())

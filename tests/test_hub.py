@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llm2vec_gen_jax import LLM2VecGen
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 
 from .conftest import one_device_mesh
 from .conversion import load, new_model, same_trees

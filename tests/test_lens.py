@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, sharding, vectors
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.lens import generations, latent, search
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import postprocess, shards
+from llm2vec_gen_jax.lens import generations, index, search
 from llm2vec_gen_jax.lens.logit import STOP_WORDS, Candidate, logit_lens, over_tokens, whole_words
 from llm2vec_gen_jax.lens.states import compression_states
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 from .conftest import check_error, tiny_torch_model, write_jsonl
 from .embedders import THOUGHTS, E, K, embedder_on
@@ -148,7 +150,7 @@ def test_words_of_a_real_vocabulary(smollm2):
 
 @hypothesis.given(st.lists(st.lists(st.integers(0, 3), max_size=7), max_size=12), st.integers(1, 40), st.integers(1, 9))
 def test_contexts_are_drawn_once_each_within_the_limits(ids, limit, per_token):
-    drawn = latent.choose_contexts(ids, limit, per_token, 0)
+    drawn = index.choose_contexts(ids, limit, per_token, 0)
     prefixes = [tuple(ids[text][: position + 1]) for text, position in drawn]
     assert [tuple(row) for row in drawn] == sorted({tuple(row) for row in drawn})
     assert len(set(prefixes)) == len(prefixes) and all(len(prefix) > 2 for prefix in prefixes)
@@ -169,7 +171,7 @@ def index_folder(model_folder, corpus, tmp_path_factory):
     """An index of it, float32."""
     folder = tmp_path_factory.mktemp("index") / "index"
     settings = {"contexts": 90, "batch_size": 8, "precision": "float32", "layers": list("0123"), "dtype": "float32"}
-    count = latent.build_index(model_folder, config.BuildIndexConfig(input=str(corpus), output=str(folder), **settings))
+    count = index.build_index(model_folder, config.BuildIndexConfig(input=str(corpus), output=str(folder), **settings))
     assert count == 90
     return folder
 
@@ -182,7 +184,7 @@ def test_vectors_of_an_index_are_the_states_of_its_contexts(index_folder, embedd
     for row, (text, position) in enumerate(index.contexts):
         ids = index._ids[index._offsets[text] : index._offsets[text + 1]]
         assert tuple(ids.tolist()) in known
-        expected = vectors.unit(torch_states(table[ids])[:, position])
+        expected = postprocess.l2_normalize(torch_states(table[ids])[:, position])
         np.testing.assert_allclose([index.vectors(layer)[row] for layer in LAYERS], expected, atol=1e-5)
 
 
@@ -194,7 +196,7 @@ def test_search_is_brute_force(index_folder, embedder, monkeypatch, top_k, layer
     queries = np.random.default_rng(0).normal(size=(17, 32)).astype(np.float32)
     cosines, of_layer, rows = index.search(queries, top_k, layers)
     every = np.concatenate([index.vectors(layer) for layer in layers or LAYERS])
-    expected = vectors.unit(queries) @ every.T
+    expected = postprocess.l2_normalize(queries) @ every.T
     order = np.argsort(-expected, axis=1, kind="stable")[:, :top_k]
     np.testing.assert_allclose(cosines, np.take_along_axis(expected, order, axis=1), atol=1e-6)
     at = np.searchsorted(layers or LAYERS, of_layer) * index.count + rows
@@ -235,7 +237,7 @@ def test_latent_lens_compares_the_layers_that_are_asked_for(index_folder, embedd
     assert [list(text) for text in found] == [[1, 3]] * 3
     states = compression_states(embedder, TEXTS[:3], [3])[:, 0]
     for text, state in zip(found, states):
-        best = (vectors.unit(state) @ index.vectors(3).T).max(axis=1)
+        best = (postprocess.l2_normalize(state) @ index.vectors(3).T).max(axis=1)
         np.testing.assert_allclose([token[0].cosine for token in text[3]], best, atol=1e-6)
         assert all(near.layer == 3 for token in text[3] for near in token)
     free = search.latent_lens(embedder, index, TEXTS[:3], top_k=2, layers=[3])
@@ -269,8 +271,8 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
 ):
     common = {"input": str(corpus), "batch_size": 1, "dtype": "float32", "layers": ["1", "2"], "contexts": 100000}
     whole, cut = (config.BuildIndexConfig(**common, output=str(tmp_path / name)) for name in ("whole", "cut"))
-    latent.build_index(model_folder, whole)
-    keep, calls = latent._keep, []
+    index.build_index(model_folder, whole)
+    keep, calls = index._keep, []
 
     def stop(*arguments):
         keep(*arguments)
@@ -278,17 +280,17 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
         if arguments[-1]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(latent, "_FLUSH_EVERY", 2)
+    monkeypatch.setattr(index, "_FLUSH_EVERY", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(latent, "_keep", stop)
-        latent.build_index(model_folder, cut)
+        patch.setattr(index, "_keep", stop)
+        index.build_index(model_folder, cut)
     if damaged:
         path = tmp_path / "cut.partial" / damaged
         content = bytearray(path.read_bytes())
         content[140] ^= 1  # of the first numbers, behind the header
         path.write_bytes(content if damaged == "ids.npy" else content[:200])
     capsys.readouterr()
-    latent.build_index(model_folder, cut)
+    index.build_index(model_folder, cut)
     assert ("is not what was written; begun again" in capsys.readouterr().out) == bool(damaged)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -390,4 +392,4 @@ def test_decode_reads_every_shard_of_a_folder(command, model_folder, tmp_path):
     assert command("encode", model_folder, f"input={texts}", "output=plain")[0] == 0
     check_error(command("decode", *common, "soft_prompts=plain"), "plain", "save_soft_prompts=true")
     check_error(command("decode", *common, f"soft_prompts={tmp_path}"), "manifest.json")
-    assert vectors.load_soft_prompts("out").shape == (6, K, 32) and E == 12
+    assert shards.load_soft_prompts("out").shape == (6, K, 32) and E == 12

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from llm2vec_gen_jax import download
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.loading import load_backbone, resolve_adapter, resolve_path
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.pretrained import default_backbone
+from llm2vec_gen_jax.pretrained.backbone import load_backbone, resolve_adapter, resolve_path
 
 from .conftest import one_device_mesh
 
@@ -67,12 +67,12 @@ def test_without_a_network_the_error_names_the_ways_out(tmp_path):
 
 
 def test_a_wrong_file_is_never_kept(tmp_path, monkeypatch):
-    good = download.default_backbone()
+    good = default_backbone.default_backbone()
     monkeypatch.setenv("LLM2VEC_GEN_CACHE", str(tmp_path))
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"GGUF")
     with pytest.raises(InputError, match="SHA-256"):
-        download._keep(wrong, tmp_path / good.name)
+        default_backbone._keep(wrong, tmp_path / good.name)
     assert not (tmp_path / good.name).exists()
-    assert download._keep(good, tmp_path / good.name).stat().st_size == good.stat().st_size
-    assert download.default_backbone() == tmp_path / good.name
+    assert default_backbone._keep(good, tmp_path / good.name).stat().st_size == good.stat().st_size
+    assert default_backbone.default_backbone() == tmp_path / good.name

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from llm2vec_gen_jax import bulk, files, locks
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common import files, jsonl, locks
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.serving import encode_corpus
 
 from . import commands
 from .bulk import settings, write_texts
@@ -192,25 +193,25 @@ def _wait_for(condition, process):
 
 def test_an_appender_changes_nothing_before_it_has_the_lock(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with files.JsonlAppender(path, {"seed": 0}) as output:
+    with jsonl.JsonlAppender(path, {"seed": 0}) as output:
         output.append([{"id": 0}])
         with pytest.raises(InputError, match="another process is writing to it"):
-            files.JsonlAppender(path, {"seed": 1}, overwrite=True)
+            jsonl.JsonlAppender(path, {"seed": 1}, overwrite=True)
         output.append([{"id": 1}])
-    with files.JsonlAppender(path, {"seed": 0}) as output:
+    with jsonl.JsonlAppender(path, {"seed": 0}) as output:
         assert output.rows == [{"id": 0}, {"id": 1}]
     # A kill between the first two writes leaves an empty file, or one with another record: they hold nothing yet.
     path.write_bytes(b"")
-    with files.JsonlAppender(path, {"seed": 2}) as output:
+    with jsonl.JsonlAppender(path, {"seed": 2}) as output:
         output.append([{"id": 2}])
     with pytest.raises(InputError, match="holds another run"):
-        files.JsonlAppender(path, {"seed": 0})
+        jsonl.JsonlAppender(path, {"seed": 0})
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "its record"])
 def test_lines_of_a_file_that_is_gone_are_an_error(tmp_path, how):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(OSError, match="was removed or replaced"), files.JsonlAppender(path, {}) as output:
+    with pytest.raises(OSError, match="was removed or replaced"), jsonl.JsonlAppender(path, {}) as output:
         output.append([{"id": 0}])
         (output.sidecar if how == "its record" else path).unlink()
         if how == "replaced":
@@ -221,7 +222,7 @@ def test_lines_of_a_file_that_is_gone_are_an_error(tmp_path, how):
 def test_vectors_that_are_gone_are_an_error_and_a_repeat_makes_them(model_folder, tmp_path, monkeypatch, gone):
     write_texts(tmp_path)
     config = settings(tmp_path, save_soft_prompts=True)
-    manifest_of = bulk._Job._manifest
+    manifest_of = encode_corpus._Job._manifest
 
     def remove(job):
         path = tmp_path / "out" / gone
@@ -229,12 +230,12 @@ def test_vectors_that_are_gone_are_an_error_and_a_repeat_makes_them(model_folder
         return manifest_of(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk._Job, "_manifest", remove)
+        patch.setattr(encode_corpus._Job, "_manifest", remove)
         with pytest.raises(OSError, match="was removed or replaced"):
-            bulk.encode_corpus(str(model_folder), config)
+            encode_corpus.encode_corpus(str(model_folder), config)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    bulk.encode_corpus(str(model_folder), config)
-    bulk.encode_corpus(str(model_folder), settings(tmp_path, "undisturbed", save_soft_prompts=True))
+    encode_corpus.encode_corpus(str(model_folder), config)
+    encode_corpus.encode_corpus(str(model_folder), settings(tmp_path, "undisturbed", save_soft_prompts=True))
     found, expected = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "undisturbed"))
     assert found == expected
 
@@ -244,30 +245,30 @@ def test_shares_write_side_by_side_and_other_divisions_are_refused(model_folder,
 
     write_texts(tmp_path)
     hold(tmp_path / "out-00000-of-00002")  # as the first share does
-    bulk.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(1, 2)))
+    encode_corpus.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(1, 2)))
     with pytest.raises(InputError, match="another process is writing to it"):
-        bulk.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(0, 2)))
+        encode_corpus.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(0, 2)))
     with pytest.raises(InputError, match="shard.count: 2 -> 1"):
-        bulk.encode_corpus(str(model_folder), settings(tmp_path))
+        encode_corpus.encode_corpus(str(model_folder), settings(tmp_path))
 
 
 def test_a_training_whose_output_is_removed_fails(tiny, tiny_folder, tmp_path, command, monkeypatch):
-    from llm2vec_gen_jax import directory
+    from llm2vec_gen_jax.pretrained import model_directory
 
-    save = directory.save
+    save = model_directory.save
 
     def removing(path, *more, **named):
         shutil.rmtree(path.parent)
         save(path, *more, **named)
 
-    monkeypatch.setattr(directory, "save", removing)
+    monkeypatch.setattr(model_directory, "save", removing)
     result = commands.train(command, tiny_folder("llama"), commands.RESPONSES)
     check_error(result, "was removed or replaced while it was written. Repeat the command", code=1)
     monkeypatch.undo()
 
 
 def test_metrics_that_are_removed_end_the_training(tmp_path):
-    from llm2vec_gen_jax.metrics import MetricsWriter
+    from llm2vec_gen_jax.training.metrics import MetricsWriter
 
     (tmp_path / "run").mkdir()
     with pytest.raises(OSError, match="metrics.jsonl"), MetricsWriter(tmp_path / "run", 0) as writer:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax import config, heads, losses
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.model import compressor
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.training import losses
 from tests.conftest import tiny_torch_model
 
 K, V = 4, 264  # the tiny models' vocabulary; no other dimension has this size
@@ -119,7 +121,7 @@ def test_all_logits_never_exist_at_once(chunks, whole):
 @pytest.fixture(scope="module")
 def parts(tiny):
     """Returns (Model, frozen tree, soft prompts (3, K, D)) on the tiny untied Llama."""
-    model = Model(tiny("llama").architecture, K, 0, 20)
+    model = LLM2VecGenModel(tiny("llama").architecture, K, 0, 20)
     soft_prompts_BKD = np.random.default_rng(0).normal(size=(3, K, 32)).astype(np.float32)
     return model, tiny("llama").frozen, soft_prompts_BKD
 
@@ -237,7 +239,7 @@ def test_alignment_function_is_that_of_every_alignment_loss(training):
 
     def compute(function, batch):
         weights = config.LossConfig(reconstruction=0.0, repeat=1.0, alignment_function=function)
-        return losses.total(trainable, training.model, frozen, cache, batch, weights)[1]
+        return losses.loss_fn(trainable, training.model, frozen, cache, batch, weights)[1]
 
     embedding_BE, _ = training.model.compress(trainable, frozen, cache, batch["query_lengths"])
     more = {"extra_lengths": batch["query_lengths"][:, None], "extra_cache": cache, "target": 3 * embedding_BE}
@@ -251,8 +253,8 @@ def test_alignment_function_is_that_of_every_alignment_loss(training):
 def training(tiny):
     """Returns f(reconstruction, alignment): the jitted loss with its gradients, and a batch to call it on."""
     backbone = tiny("qwen3")
-    model = Model(backbone.architecture, K, 0, 20)
-    trainable = heads.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
+    model = LLM2VecGenModel(backbone.architecture, K, 0, 20)
+    trainable = compressor.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
     answer_BS, answer_lengths_B = padded(ANSWERS)
     batch = {
         "query_lengths": np.array([4, 7, 0], np.int32),
@@ -268,7 +270,7 @@ def training(tiny):
 
         @jax.jit
         def gradient(trainable, frozen, cache, batch):
-            total = jax.value_and_grad(losses.total, has_aux=True)
+            total = jax.value_and_grad(losses.loss_fn, has_aux=True)
             return total(trainable, model, frozen, cache, batch, weights)
 
         return gradient, (trainable, backbone.frozen, cache, batch)

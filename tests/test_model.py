@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, heads, losses, optim
-from llm2vec_gen_jax.architecture import Architecture
-from llm2vec_gen_jax.backbone import abstract_params
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.execution import REMAT, Execution
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import train_step
-from llm2vec_gen_jax.trainer import new_state
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.model import compressor
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.backbone import abstract_params
+from llm2vec_gen_jax.model.execution import REMAT, Execution
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.training import losses
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import train_step
 from tests.conftest import tiny_torch_model, torch_outputs
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (7, 0, 1, 4)]
@@ -31,8 +34,8 @@ def encode(model, trainable, frozen, ids_BT, lengths_B):
 
 def method(backbone, num_thought_tokens=0, num_tokens=K):
     """Returns (Model, trainable tree) on a backbone; the tokens are spread widely so that each matters."""
-    model = Model(backbone.architecture, num_tokens, num_thought_tokens, E)
-    trainable = heads.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
+    model = LLM2VecGenModel(backbone.architecture, num_tokens, num_thought_tokens, E)
+    trainable = compressor.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
     noise = jax.random.normal(jax.random.key(1), trainable["tokens"].shape)
     return model, {**trainable, "tokens": trainable["tokens"] + 0.3 * noise}
 
@@ -146,11 +149,11 @@ def test_thought_tokens_are_attended_and_not_read(tiny):
     embedding_BE, soft_prompts_BKD = encode_rows(backbone, model, trainable)
     assert soft_prompts_BKD.shape == (len(ROWS), K, 32)
     assert embedding_BE.shape == (len(ROWS), E)
-    all_read = Model(backbone.architecture, M + K, 0, E)
+    all_read = LLM2VecGenModel(backbone.architecture, M + K, 0, E)
     _, all_BKD = encode_rows(backbone, all_read, trainable)
     assert_close(soft_prompts_BKD, all_BKD[:, M:], 1e-5)
     without = {**trainable, "tokens": trainable["tokens"][M:]}
-    _, without_BKD = encode_rows(backbone, Model(backbone.architecture, K, 0, E), without)
+    _, without_BKD = encode_rows(backbone, LLM2VecGenModel(backbone.architecture, K, 0, E), without)
     assert np.abs(without_BKD - soft_prompts_BKD).max() > 1e-2  # the compression tokens attend to them
 
 
@@ -238,14 +241,14 @@ LARGE = dataclasses.replace(
 
 def abstract_training(architecture, B, S, num_tokens):
     """Returns (model, state, frozen, cache, batch, optimizer) as shapes: nothing is computed."""
-    model = Model(architecture, num_tokens, 0, 17)
+    model = LLM2VecGenModel(architecture, num_tokens, 0, 17)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(architecture))
     frozen = jax.tree.map(lambda box: box.value, frozen, is_leaf=lambda x: hasattr(x, "names"))
-    optimizer = optim.make_optimizer(config.OptimizerConfig())
+    optimizer = make_optimizer(config.OptimizerConfig())
 
     def start():
         table = jnp.zeros((architecture.vocab_size, architecture.hidden_size))
-        trainable = heads.init_trainable(model.compressor, jax.random.key(0), table)
+        trainable = compressor.init_trainable(model.compressor, jax.random.key(0), table)
         return new_state(trainable, optimizer)
 
     ids = jax.ShapeDtypeStruct((B, 11), jnp.int32)
@@ -277,7 +280,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     weights = config.LossConfig()
 
     def loss(trainable, frozen, cache, batch):
-        return losses.total(trainable, model, frozen, cache, batch, weights)[0]
+        return losses.loss_fn(trainable, model, frozen, cache, batch, weights)[0]
 
     def sizes(argnums):
         return product_sizes(compiled(jax.grad(loss, argnums), state.trainable, frozen, cache, batch))
@@ -295,13 +298,13 @@ def test_training_step_does_not_copy_the_frozen_weights(remat):
     model = dataclasses.replace(model, execution=Execution(remat=remat))
     weights = config.LossConfig()
     frozen_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen))
-    step = functools.partial(train_step, model=model, optimizer=optimizer, weights=weights)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, loss_config=weights)
     memory = compiled(step, state, frozen, cache, batch).memory_analysis()
     assert memory.temp_size_in_bytes < frozen_bytes / 8
     assert memory.output_size_in_bytes < frozen_bytes / 8
 
     def loss(frozen, trainable, cache, batch):
-        return losses.total(trainable, model, frozen, cache, batch, weights)[0]
+        return losses.loss_fn(trainable, model, frozen, cache, batch, weights)[0]
 
     memory = compiled(jax.grad(loss), frozen, state.trainable, cache, batch).memory_analysis()
     assert memory.output_size_in_bytes > frozen_bytes

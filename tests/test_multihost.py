@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import yaml
 
-from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings, options, rendezvous
-from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.parallel import rendezvous
+from llm2vec_gen_jax.training.metrics import read_metrics
 
 from .conftest import write_jsonl
 

@@ -6,15 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, data, directory, generate, ridge, vectors
-from llm2vec_gen_jax.embedders import Hyde, Teacher
-from llm2vec_gen_jax.engine import Engine
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.generate import Sampling
+from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data import records
+from llm2vec_gen_jax.data.examples import tokenize
+from llm2vec_gen_jax.inference import generate, postprocess
+from llm2vec_gen_jax.inference.generate import Sampling
 from llm2vec_gen_jax.lens.logit import logit_lens
 from llm2vec_gen_jax.lens.states import compression_states
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.train import Method
+from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.serving.engine import Engine
+from llm2vec_gen_jax.teachers.encoder import Teacher
+from llm2vec_gen_jax.teachers.hyde import Hyde
+from llm2vec_gen_jax.training import ridge
+from llm2vec_gen_jax.training.train import CompressionTrainer
 
 from .adapters import settings_of
 from .backbones import save_overflowing_backbone
@@ -54,7 +60,7 @@ def model(half):
 @pytest.fixture(scope="module")
 def model_folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("overflow") / "model"
-    directory.save(path, model.model, model.trainable, model.backbone, {}, "float16")
+    model_directory.save(path, model.model, model.trainable, model.backbone, {}, "float16")
     return path
 
 
@@ -111,19 +117,19 @@ def test_the_command_names_the_text_and_keeps_what_is_done(command, model_folder
 def test_numbers_beyond_float16_are_an_error_not_infinity():
     large = np.array([[1.0, 2.0], [3.0, 70000.0]], np.float32)
     with pytest.raises(InputError, match="vector 8 .* 65504.*precision=float32"):
-        vectors.quantize(large, "float16", first=7)
-    np.testing.assert_array_equal(vectors.quantize(large, "float32"), large)
-    assert np.isfinite(vectors.quantize(np.array([[65504.0]], np.float32), "float16")).all()
+        postprocess.quantize(large, "float16", first=7)
+    np.testing.assert_array_equal(postprocess.quantize(large, "float32"), large)
+    assert np.isfinite(postprocess.quantize(np.array([[65504.0]], np.float32), "float16")).all()
     for value in (np.nan, np.inf):
-        for precision in (*vectors.PRECISIONS, "float16"):
+        for precision in (*postprocess.PRECISIONS, "float16"):
             with pytest.raises(InputError, match="vector 1 .*NaN or infinity"):
-                vectors.quantize(np.array([[1.0], [value]], np.float32), precision)
+                postprocess.quantize(np.array([[1.0], [value]], np.float32), precision)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
 def test_vectors_of_any_size_have_unit_length(scale):
     x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32) * np.float32(scale)
-    np.testing.assert_allclose(vectors.unit(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(postprocess.l2_normalize(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
 
 
 def test_similarity_of_what_is_not_finite_is_refused(model):
@@ -248,9 +254,9 @@ def test_the_ridge_names_the_row(half, folder, tmp_path):
     rows = [{"question": f"{n}" + " ~" * (n == 21), "answer": "a"} for n in range(48)]
     path = write_jsonl(tmp_path / "responses.jsonl", rows)
     settings = settings_of(lambda _: folder, "train.batch_size=8", "compression.num_tokens=2", f"data.responses={path}")
-    examples = data.tokenize(data.read_records(path, ("question", "answer")), half.tokenizer, settings.data, 2)
+    examples = tokenize(records.read_records(path, ("question", "answer")), half.tokenizer, settings.data, 2)
     examples.target = np.random.default_rng(0).normal(size=(48, 6)).astype(np.float32)
-    method = Method(settings, half, examples)
+    method = CompressionTrainer(settings, half, examples)
     start = method.init()
     start = start | {"tokens": jnp.asarray(start["tokens"]).at[:, 1].set(0)}
     with pytest.raises(InputError, match="responses.jsonl: the question of row 21 .*bfloat16"):

@@ -15,9 +15,11 @@ import yaml
 from packaging.requirements import Requirement
 
 import llm2vec_gen_jax
-from launch import __main__ as launch_main
-from llm2vec_gen_jax import config, files, options
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.commands import __main__ as launch_main
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -154,7 +156,7 @@ def run_main(monkeypatch, capsys, *words):
 
 
 def test_the_script_lists_every_command(monkeypatch, capsys):
-    modules = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__", "start"}
+    modules = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__"}
     assert launch_main.commands().keys() == modules
     code, shown, _ = run_main(monkeypatch, capsys, "--help")
     assert code == 0 and modules <= {line.split()[0] for line in shown.splitlines()[3:]}
@@ -218,8 +220,7 @@ def test_the_wheel_is_whole_and_runs_where_no_checkout_is(tmp_path, model_folder
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = tracked("llm2vec_gen_jax", "launch/*.py") | {f"llm2vec_gen_jax/{name}" for name in tracked("configs")}
-    wanted = {name for name in wanted if name.count("/") == 1 or not name.startswith("launch/")}
+    wanted = tracked("llm2vec_gen_jax") | {f"llm2vec_gen_jax/{name}" for name in tracked("configs")}
     assert {name for name in held if ".dist-info/" not in name} == wanted
 
     environment = tmp_path / "environment"
@@ -237,18 +238,19 @@ def test_the_wheel_is_whole_and_runs_where_no_checkout_is(tmp_path, model_folder
         return subprocess.run(words, cwd=elsewhere, env=given, check=True, capture_output=True, text=True).stdout
 
     script = environment / "bin" / "llm2vec-gen"
-    where = "import llm2vec_gen_jax, launch; print(llm2vec_gen_jax.__file__, launch.__file__)"
-    assert all(path.startswith(str(site)) for path in run(python, "-c", where).split())
+    assert run(python, "-c", "import llm2vec_gen_jax; print(llm2vec_gen_jax.__file__)").startswith(str(site))
     assert "  encode " in run(script, "--help")
-    assert run(python, "-m", "launch.plan", "--help").startswith("usage: python -m launch.plan")
+    assert run(script, "plan", "--help").startswith("usage: llm2vec-gen plan")
     (elsewhere / "texts.txt").write_text("one\ntwo\n")
     run(script, "encode", str(model_folder), "input=texts.txt", "output=vectors", "dtype=float32")
     read = "from llm2vec_gen_jax import load_embeddings; print(load_embeddings('vectors').shape)"
     assert run(python, "-c", read) == "(2, 12)\n"
     compare = (
-        "from llm2vec_gen_jax import config, instructions, options, files, loading;"
+        "from llm2vec_gen_jax import config; from llm2vec_gen_jax.config import options;"
+        "from llm2vec_gen_jax.common import files; from llm2vec_gen_jax.evaluation import instructions;"
+        "from llm2vec_gen_jax.pretrained import backbone;"
         "print(options.load(config.TrainConfig, 'configs/qwen3-8b.yaml').backbone.path, len(instructions.read().query),"
-        "files.install_command('serve'), *[loading.resolve_adapter(name).is_dir() for name in loading.TEACHERS])"
+        "files.install_command('serve'), *[backbone.resolve_adapter(name).is_dir() for name in backbone.TEACHERS])"
     )
     assert run(python, "-c", compare).split(" ", 1)[0] == "Qwen/Qwen3-8B"
     assert 'pip install "llm2vec-gen-jax[serve]" True True' in run(python, "-c", compare)

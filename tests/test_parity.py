@@ -9,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, directory, losses, optim
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data.examples import tokenize
 from llm2vec_gen_jax.formats import hf, peft
-from llm2vec_gen_jax.generate import Sampling, generate_from_soft_prompts
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import train_step
-from llm2vec_gen_jax.trainer import new_state
+from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.training import losses
+from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import train_step
 
 from .conftest import one_device_mesh
 
@@ -68,12 +73,12 @@ def both(request, peer_python, tmp_path_factory):
     backbone = load_backbone(str(folder / "backbone"), "float32", one_device_mesh())
     E = 24
     rank = 4 if request.param.endswith("-lora") else 0
-    model = Model(backbone.architecture, 10, 2, E, lora_rank=rank, lora_scale=2.0 * bool(rank))
+    model = LLM2VecGenModel(backbone.architecture, 10, 2, E, lora_rank=rank, lora_scale=2.0 * bool(rank))
     trainable = model.init(jax.random.key(1), backbone.frozen)
     if rank:  # a fresh LoRA changes nothing yet
         grown = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), trainable["lora"])
         trainable["lora"] = grown
-    directory.save(folder / "model", model, trainable, backbone, {})
+    model_directory.save(folder / "model", model, trainable, backbone, {})
     targets = np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32)
     np.save(folder / "targets.npy", targets)
     # AdamW's first steps are signs of gradients: on the real model a large rate turns rounding into other losses
@@ -98,10 +103,12 @@ def close(ours, theirs, relative):
 
 def training_batch(ours, targets):
     settings = config.DataConfig(answer_suffix=SUFFIX, shuffle=False)
-    examples = data.tokenize(PAIRS, ours.backbone.tokenizer, settings, ours.model.num_appended)
+    examples = tokenize(PAIRS, ours.backbone.tokenizer, settings, ours.model.num_appended)
     examples.target = targets
-    plan = data.Plan(*[[len(ids) for ids in side] for side in (examples.query, examples.answer)], 4, 1, False, 0)
-    batch = jax.tree.map(jnp.asarray, data.Batches(examples, plan, 0, 1)[0])
+    plan = batches.BatchSchedule(
+        *[[len(ids) for ids in side] for side in (examples.query, examples.answer)], 4, 1, False, 0
+    )
+    batch = jax.tree.map(jnp.asarray, batches.Batches(examples, plan, 0, 1)[0])
     prefix = jax.jit(ours.model.prefix, static_argnums=2)
     return examples, batch, prefix(ours.backbone.frozen, batch["query"], plan.query_edges[-1])
 
@@ -130,7 +137,7 @@ def test_losses_and_every_gradient(both):
     ours, theirs, targets = both
     _, batch, cache = training_batch(ours, targets)
     weights = config.LossConfig()
-    compute = jax.value_and_grad(lambda t, f, c, b: losses.total(t, ours.model, f, c, b, weights), has_aux=True)
+    compute = jax.value_and_grad(lambda t, f, c, b: losses.loss_fn(t, ours.model, f, c, b, weights), has_aux=True)
     (_, parts), gradients = jax.jit(compute)(ours.trainable, ours.backbone.frozen, cache, batch)
     for name in ("reconstruction", "alignment"):
         np.testing.assert_allclose(parts[f"{name}_loss"], theirs[f"{name}_loss"], rtol=1e-4)
@@ -150,11 +157,11 @@ def test_five_steps_of_adamw(both):
     ours, theirs, targets = both
     keys = ("learning_rate", "schedule_steps", "warmup_steps", "weight_decay", "max_grad_norm")
     settings = config.OptimizerConfig(**{key: theirs["asked"][key] for key in keys})
-    optimizer, schedule = optim.make_optimizer(settings), optim.make_schedule(settings)
+    optimizer, schedule = make_optimizer(settings), make_schedule(settings)
     _, batch, cache = training_batch(ours, targets)
     step = jax.jit(
         lambda state, frozen, cache, batch: train_step(
-            state, frozen, cache, batch, model=ours.model, optimizer=optimizer, weights=config.LossConfig()
+            state, frozen, cache, batch, model=ours.model, optimizer=optimizer, loss_config=config.LossConfig()
         )
     )
     state = new_state(ours.trainable, optimizer)

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from llm2vec_gen_jax.architecture import from_hf_config
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import peft
+from llm2vec_gen_jax.model.architecture import from_hf_config
 
 from .adapters import FAMILY, LORA, SHAPES, write_adapter
 from .conftest import tiny_torch_model

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, options, plan, topologies
-from llm2vec_gen_jax.architecture import from_hf_config
-from llm2vec_gen_jax.collectives import moved_bytes
-from llm2vec_gen_jax.costs import CHIPS, GIB, Chip
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import REMAT, Execution
-from llm2vec_gen_jax.files import read_json
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.model.architecture import from_hf_config
+from llm2vec_gen_jax.model.execution import REMAT, Execution
+from llm2vec_gen_jax.parallel.chips import CHIPS, GIB, Chip
+from llm2vec_gen_jax.planning import plan, topologies
+from llm2vec_gen_jax.planning.hlo import moved_bytes
+from llm2vec_gen_jax.planning.programs import abstract_inputs, compile_programs, flops
 
 from .conftest import one_device_mesh
 
@@ -31,7 +34,7 @@ SIZES |= {
 
 def planned(*words):
     """The rows of a plan of the tiny architecture, or of another one."""
-    return plan.plan(options.load(config.PlanConfig, None, words))
+    return plan.estimate(options.load(config.PlanConfig, None, words))
 
 
 @pytest.fixture
@@ -131,11 +134,11 @@ def test_flops_are_those_that_xla_counts(tiny_words):
     shape = json.loads(pathlib.Path(settings.architecture).read_text()) | {"num_hidden_layers": 1}
     shape |= {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048}
     architecture = from_hf_config(shape, "here")
-    programs = plan._compile(
-        settings, *plan._inputs(settings, architecture, Execution(one_device_mesh(), remat="none"))
+    programs = compile_programs(
+        settings, *abstract_inputs(settings, architecture, Execution(one_device_mesh(), remat="none"))
     )
     found = {name: program.compiled.cost_analysis()["flops"] for name, program in programs.items()}
-    step, encode = plan.flops(settings, architecture)
+    step, encode = flops(settings, architecture)
     np.testing.assert_allclose(found["prefix"] + found["step"], step, rtol=0.15)
     np.testing.assert_allclose(found["encode"], encode, rtol=0.15)
 
@@ -157,7 +160,7 @@ def test_activations_are_split_like_the_batch_and_never_by_their_width(tiny_word
     settings = options.load(config.PlanConfig, None, [*tiny_words, "backbone.dtype=float32", "mesh.fsdp=8"])
     architecture = plan._architecture(settings)
     mesh = plan.sharding.make_mesh(settings.mesh, plan._devices("cpu:8")[0])
-    programs = plan._compile(settings, *plan._inputs(settings, architecture, Execution(mesh)))
+    programs = compile_programs(settings, *abstract_inputs(settings, architecture, Execution(mesh)))
     gathered = architecture.num_parameters * 4 * 7 / 8
     assert programs["prefix"].moved < 1.2 * gathered
     assert "all-reduce" not in programs["prefix"].compiled.as_text()

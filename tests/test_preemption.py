@@ -12,8 +12,8 @@ import time
 import jax
 import pytest
 
-from llm2vec_gen_jax import preemption
-from llm2vec_gen_jax.metrics import read_metrics
+from llm2vec_gen_jax.parallel import preemption
+from llm2vec_gen_jax.training.metrics import read_metrics
 
 from .conftest import write_jsonl
 from .embedders import TEXTS

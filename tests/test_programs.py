@@ -6,12 +6,17 @@ import logging
 import jax
 import pytest
 
-from llm2vec_gen_jax import config, data, memory, options, trainer
-from llm2vec_gen_jax.architecture import Architecture
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.execution import DEFAULT_REMAT, Execution
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.train import Method, train
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.data.examples import tokenize
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.execution import DEFAULT_REMAT, Execution
+from llm2vec_gen_jax.parallel import memory
+from llm2vec_gen_jax.training import loop, step_memory
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import CompressionTrainer, train
 
 from .conftest import one_device_mesh, write_jsonl
 
@@ -47,11 +52,11 @@ def run(tmp_path, monkeypatch, tiny, tiny_folder):
 def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
     begun = []
 
-    def ahead(*arguments, inner=trainer._ahead):
+    def ahead(*arguments, inner=loop._ahead):
         begun.append(len(caplog.records))
         yield from inner(*arguments)
 
-    monkeypatch.setattr(trainer, "_ahead", ahead)
+    monkeypatch.setattr(loop, "_ahead", ahead)
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         run("train.steps=12", "train.checkpoint_every=100", "data.max_buckets=2", *words)
@@ -66,9 +71,9 @@ def method_of(tiny, tiny_folder, tmp_path):
     words += ("data.max_buckets=2",)
     settings = options.load(config.TrainConfig, None, words)
     backbone = tiny("qwen3")
-    examples = data.tokenize(RECORDS, backbone.tokenizer, settings.data, 4)
+    examples = tokenize(RECORDS, backbone.tokenizer, settings.data, 4)
     examples.target = jax.numpy.zeros((len(examples), 6))
-    return Method(settings, backbone, examples)
+    return CompressionTrainer(settings, backbone, examples)
 
 
 @pytest.mark.slow
@@ -79,7 +84,7 @@ def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monk
         method = method_of(tiny, tiny_folder, tmp_path)
         monkeypatch.setattr(memory, "limit", lambda mesh: limit)
         trainable = method.init()
-        state = trainer.new_state(trainable, trainer.optim.make_optimizer(method.config.optimizer))
+        state = new_state(trainable, loop.optim.make_optimizer(method.config.optimizer))
         method.compile(state, range(5), False)
         largest = max(method.update.compiled.values(), key=lambda program: sum(memory.taken(program)))
         return method.model.execution.remat, sum(memory.taken(largest))
@@ -98,11 +103,11 @@ def test_chunks_of_logits_grow_with_the_memory(monkeypatch):
     found = []
     for gigabytes in (None, 8, 16, 80, 1000):
         monkeypatch.setattr(memory, "limit", lambda mesh, size=gigabytes: size and size * 1e9)
-        found.append(memory.chunk_tokens(architecture, execution))
+        found.append(step_memory.chunk_tokens(architecture, execution))
     assert found == [512, 256, 512, 2048, 4096]
     narrow = dataclasses.replace(architecture, vocab_size=32000)
     monkeypatch.setattr(memory, "limit", lambda mesh: 16e9)
-    assert memory.chunk_tokens(narrow, execution) == 2048
+    assert step_memory.chunk_tokens(narrow, execution) == 2048
 
 
 def test_a_profile_is_written_and_changes_nothing(run, capsys):

@@ -14,7 +14,7 @@ import transformers
 import yaml
 from hypothesis import strategies as st
 
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import published, torchzip
 
 WIDTH, EMBEDDING, TOKENS = 8, 6, ["<thought1>", "<question1>", "<question2>"]

@@ -5,13 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, export, lora, losses, options, quantization, sharding
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.sharding import put_replicated
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.model import lora, quantization
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.parallel.sharding import put_replicated
+from llm2vec_gen_jax.pretrained import export
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.training import losses
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train import train
 
 from .conftest import one_device_mesh, write_jsonl
 
@@ -28,7 +33,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(name, shape):
 
 
 def loss_and_gradient(backbone, trainable):
-    model = Model(backbone.architecture, 4, 0, 6, execution=backbone.execution)
+    model = LLM2VecGenModel(backbone.architecture, 4, 0, 6, execution=backbone.execution)
     random = np.random.default_rng(1)
     ids = random.integers(0, 90, (2, 4, 16)).astype(np.int32)
     batch = {
@@ -41,7 +46,7 @@ def loss_and_gradient(backbone, trainable):
     @jax.jit
     def total(trainable, frozen):
         cache = model.prefix(frozen, ids[0], 16)
-        return losses.total(trainable, model, frozen, cache, batch, config.LossConfig())[0]
+        return losses.loss_fn(trainable, model, frozen, cache, batch, config.LossConfig())[0]
 
     return jax.value_and_grad(total)(trainable, backbone.frozen)
 
@@ -50,7 +55,7 @@ def loss_and_gradient(backbone, trainable):
 def test_loss_and_gradient_are_near_those_of_bfloat16_on_any_mesh(tiny_folder):
     folder = str(tiny_folder("qwen3"))
     plain = load_backbone(folder, "bfloat16", one_device_mesh())
-    trainable = Model(plain.architecture, 4, 0, 6).init(jax.random.key(0), plain.frozen)
+    trainable = LLM2VecGenModel(plain.architecture, 4, 0, 6).init(jax.random.key(0), plain.frozen)
     expected, expected_gradient = loss_and_gradient(plain, trainable)
     found = []
     for mesh in (one_device_mesh(), sharding.make_mesh(config.MeshConfig(2, 2, 2))):
@@ -67,11 +72,11 @@ def test_loss_and_gradient_are_near_those_of_bfloat16_on_any_mesh(tiny_folder):
 
 
 def test_vectors_of_the_real_llm_keep_their_direction(smollm2, tmp_path_factory):
-    trainable = Model(smollm2.architecture, 10, 0, 576).init(jax.random.key(0), smollm2.frozen)
+    trainable = LLM2VecGenModel(smollm2.architecture, 10, 0, 576).init(jax.random.key(0), smollm2.frozen)
     texts = ["How do I make bread rise?", "What is the capital of France?", "x = [i ** 2 for i in range(9)]"]
     vectors = {}
     for backbone in (smollm2, load_backbone("smollm2-135m", "int8", one_device_mesh())):
-        model = Model(backbone.architecture, 10, 0, 576, execution=backbone.execution)
+        model = LLM2VecGenModel(backbone.architecture, 10, 0, 576, execution=backbone.execution)
         vectors[backbone.dtype] = LLM2VecGen(model, trainable, backbone).encode(texts, normalize_embeddings=True)
     assert ((vectors["float32"] * vectors["int8"]).sum(axis=1) > 0.995).all()
 

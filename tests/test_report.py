@@ -9,11 +9,14 @@ import shutil
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, sharding, vectors
-from llm2vec_gen_jax.embedders import Hyde, Teacher
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.lens import chart, latent, report, search
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import postprocess
+from llm2vec_gen_jax.lens import chart, index, report, search
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.teachers.encoder import Teacher
+from llm2vec_gen_jax.teachers.hyde import Hyde
 
 from .conftest import check_error, write_jsonl
 
@@ -27,7 +30,7 @@ def model(tiny):
     import jax
 
     backbone = tiny("qwen3")
-    method = Model(backbone.architecture, 4, 0, backbone.architecture.hidden_size)
+    method = LLM2VecGenModel(backbone.architecture, 4, 0, backbone.architecture.hidden_size)
     trainable = method.init(jax.random.key(0), backbone.frozen)
     return LLM2VecGen(method, sharding.put_replicated(trainable, backbone.mesh), backbone)
 
@@ -38,7 +41,7 @@ def index_folder(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
     corpus = write_jsonl(folder / "corpus.jsonl", [{"text": f"Number {n} & <i>more</i> words."} for n in range(20)])
     settings = {"contexts": 50, "layers": ["1", "3"], "dtype": "float32"}
-    latent.build_index(
+    index.build_index(
         model_folder, config.BuildIndexConfig(input=str(corpus), output=str(folder / "index"), **settings)
     )
     return folder / "index"
@@ -72,7 +75,7 @@ def test_the_page_shows_what_the_parts_give(model, values):
     assert [[layer["number"] for layer in row["layers"]] for row in rows] == [[1, 3]] * len(TEXTS)
     assert rows[0]["nearest"][0] == {"row": 4, "cosine": pytest.approx(1, abs=1e-5)}
     output = values["panels"]["output-centric"]
-    own = (vectors.unit(embeddings) * vectors.unit(reader.encode(answers))).sum(axis=1)
+    own = (postprocess.l2_normalize(embeddings) * postprocess.l2_normalize(reader.encode(answers))).sum(axis=1)
     assert output.cosine == pytest.approx(own.mean(), abs=1e-5)
 
 

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.respond import respond
-from llm2vec_gen_jax.synthesize import synthesize
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference.respond import respond
+from llm2vec_gen_jax.inference.synthesize import synthesize
 
 from .commands import rows_of
 from .conftest import write_jsonl

@@ -4,11 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, ridge, sharding
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.train import Method, train
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data.examples import tokenize
+from llm2vec_gen_jax.data.records import read_records
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.training import ridge
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train import CompressionTrainer, train
 
 from .adapters import settings_of
 from .conftest import write_jsonl
@@ -26,10 +31,10 @@ def questions(tmp_path):
 
 def method_of(tiny_folder, backbone, path, targets, *words):
     settings = settings_of(tiny_folder, *WORDS, f"data.responses={path}", *words)
-    records = data.read_records(path, ("question", "answer"))
-    examples = data.tokenize(records, backbone.tokenizer, settings.data, 2)
+    records = read_records(path, ("question", "answer"))
+    examples = tokenize(records, backbone.tokenizer, settings.data, 2)
     examples.target = targets
-    return Method(settings, backbone, examples)
+    return CompressionTrainer(settings, backbone, examples)
 
 
 @pytest.mark.parametrize("signal, words", [(0, ()), (1, ()), (1, ("lora.rank=2",))])
@@ -50,7 +55,7 @@ def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, signa
     queries = [method.examples.query[row] for row in rows]
     lengths_B = np.array([len(ids) for ids in queries], np.int32)
     encode = jax.jit(method.model.encode)
-    _, soft_prompts = encode(before, backbone.frozen, data.pad(queries, lengths_B.max()), lengths_B)
+    _, soft_prompts = encode(before, backbone.frozen, batches.pad(queries, lengths_B.max()), lengths_B)
     x, y = np.asarray(soft_prompts, np.float64).mean(axis=1), np.asarray(targets[rows], np.float64)
     held_out = np.arange(len(rows)) // 8 % 10 == 0
 
@@ -78,7 +83,7 @@ def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, question
     backbone = tiny("qwen3")
     blind = method_of(tiny_folder, backbone, path, np.zeros((len(texts), 6), np.float32))
     lengths_B = np.array([len(ids) for ids in blind.examples.query], np.int32)
-    ids_BT = data.pad(blind.examples.query, lengths_B.max())
+    ids_BT = batches.pad(blind.examples.query, lengths_B.max())
     targets, _ = blind.model.encode(blind.init(), backbone.frozen, ids_BT, lengths_B)
     spread, found = np.asarray(targets).std(), []
     for devices in (1, 4):

@@ -9,14 +9,15 @@ import sys
 
 import pytest
 
-from llm2vec_gen_jax import config, options
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.config import options
 
 from .conftest import check_error
 from .embedders import E
 from .servers import ROOT, SMALL, check_refusal, environment, running
 
 httpx = pytest.importorskip("httpx", reason="needs requirements-serve.txt")
-from llm2vec_gen_jax import serve  # noqa: E402
+from llm2vec_gen_jax.serving import server  # noqa: E402
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -75,8 +76,8 @@ def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch,
         socket.create_connection(listener.getsockname(), timeout=5).close()
         assert f":{listener.getsockname()[1]}/v1" in printed
 
-    monkeypatch.setattr(serve.Server, "run", run)
-    serve.serve(str(model_folder), options.load(config.ServeConfig, None, ["port=0"]))
+    monkeypatch.setattr(server.Server, "run", run)
+    server.serve(str(model_folder), options.load(config.ServeConfig, None, ["port=0"]))
 
 
 def test_requests_are_refused_while_programs_compile(model_folder):

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, losses, sharding
-from llm2vec_gen_jax.data import pad
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.model import Model
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.training import losses
 
 from .conftest import tiny_tokenizer, tiny_torch_model
 from .test_multihost import free_address
@@ -36,7 +38,7 @@ def wide_folder(tmp_path_factory):
 def loss_and_gradients(folder, shape, lora_rank):
     mesh = sharding.make_mesh(config.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     backbone = load_backbone(str(folder), "float32", mesh)
-    model = Model(backbone.architecture, K, 1, E, lora_rank, 2.0)
+    model = LLM2VecGenModel(backbone.architecture, K, 1, E, lora_rank, 2.0)
     random = np.random.default_rng(0)
     lengths = random.integers(0, T + 1, B).astype(np.int32), random.integers(1, S + 1, B).astype(np.int32)
     rows = [[list(random.integers(4, 260, n)) for n in row] for row in lengths]
@@ -53,7 +55,7 @@ def loss_and_gradients(folder, shape, lora_rank):
     @jax.jit
     def run(trainable, frozen, batch):
         cache = None if lora_rank else model.prefix(frozen, batch["query"], T)
-        return jax.value_and_grad(losses.total, has_aux=True)(
+        return jax.value_and_grad(losses.loss_fn, has_aux=True)(
             trainable, model, frozen, cache, batch, config.LossConfig(chunk_tokens=16)
         )
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import llm2vec_gen_jax
-from llm2vec_gen_jax import LLM2VecGen, directory
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.pretrained import model_directory
 
 from .conftest import one_device_mesh
 
-FOLDER = pathlib.Path(llm2vec_gen_jax.__file__).parent / "models"
+FOLDER = pathlib.Path(llm2vec_gen_jax.__file__).parent / "pretrained" / "assets" / "models"
 # Two ways of asking the same, of six things.
 PAIRS = [
     ("How do I make bread rise?", "What makes a loaf of bread rise in the oven?"),
@@ -31,7 +32,7 @@ def shipped():
 
 
 def test_every_shipped_model_has_its_folder_and_every_folder_its_name():
-    assert sorted(directory.MODELS) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+    assert sorted(model_directory.MODELS) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 
 
 def test_the_nearest_text_is_the_one_that_asks_the_same(shipped):
@@ -49,7 +50,7 @@ def test_what_it_decodes_is_text(shipped):
 
 
 def test_the_card_has_scores_and_no_path_of_a_machine():
-    for name in directory.MODELS:
+    for name in model_directory.MODELS:
         card = (FOLDER / name / "README.md").read_text()
         assert f'from_pretrained("{name}")' in card and "## Scores" in card and "STS" in card
         for file in (FOLDER / name).rglob("*"):
@@ -60,8 +61,8 @@ def test_the_card_has_scores_and_no_path_of_a_machine():
 def test_a_local_folder_of_that_name_comes_first(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, tmp_path / "smollm2-135m")
-    assert directory.local_folder("smollm2-135m") == pathlib.Path("smollm2-135m")
-    assert directory.read("smollm2-135m").tokens_MD.shape != (10, 576)
+    assert model_directory.local_folder("smollm2-135m") == pathlib.Path("smollm2-135m")
+    assert model_directory.read_model_directory("smollm2-135m").tokens_MD.shape != (10, 576)
 
 
 def test_a_mistyped_name_is_an_error_that_lists_the_names():

@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import embedders, files, options, tasks
-from llm2vec_gen_jax.config import ReproduceConfig
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.study import decoded, plots, splits, stages, tables
+from llm2vec_gen_jax.common import files, jsonl
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import ReproduceConfig, options
+from llm2vec_gen_jax.evaluation import tasks
+from llm2vec_gen_jax.experiments import plots, reproduce, splits, tables, text_metrics
+from llm2vec_gen_jax.teachers import encoder
 
 from .adapters import LORA, write_adapter
 from .commands import rows_of
@@ -62,7 +64,7 @@ def words(tiny_folder, tmp_path_factory):
 def study(words, tasks, output, *more):
     """Runs a study; returns its output folder and the text of its report."""
     loaded = options.load(ReproduceConfig, None, [*words, f"tasks={tasks}", f"output={output}", *more])
-    return output, stages.reproduce(loaded).read_text()
+    return output, reproduce.reproduce(loaded).read_text()
 
 
 # All stages
@@ -103,7 +105,7 @@ def test_every_part_has_its_table(finished):
     assert [runs[name]["tokens"] for name in trained] == [10, 10, 10, 1, 10, 10, 2]
     assert runs["alignment-only"]["reconstruction_loss"] == 0 < runs["base"]["reconstruction_loss"]
     assert 0 <= runs["centred-cosine"]["alignment_loss"] <= 2 != runs["base"]["alignment_loss"]
-    sampled = files.read_jsonl(output / "sampled-4.jsonl")
+    sampled = jsonl.read_jsonl(output / "sampled-4.jsonl")
     assert {row["sample"] for _, row in sampled} == {0, 1, 2, 3}, "four responses to each query"
     assert set(runs["base"]) >= {"sts", "classification", "retrieval", "mean"}
     assert "clustering" not in runs["base"] and "safety_retrieval" not in runs["base"]
@@ -279,7 +281,7 @@ def test_what_a_task_asks_is_no_training_query(words, tmp_path):
     queries = write_jsonl(tmp_path / "queries.jsonl", rows)
     more = [f"tasks={tmp_path / 'tasks'}", f"output={tmp_path / 'study'}", f"queries={queries}", "sizes.held_out=4"]
     (tmp_path / "study").mkdir()
-    made = stages.Study(options.load(ReproduceConfig, None, [*words, *more]))
+    made = reproduce.Study(options.load(ReproduceConfig, None, [*words, *more]))
     made._choose_queries(str(queries))
     train, held_out = (rows_of(tmp_path / f"study/{name}.queries.jsonl") for name in ("train", "held_out"))
     assert [row["question"] for row in train] == questions[:8]
@@ -291,12 +293,12 @@ def test_what_a_task_asks_is_no_training_query(words, tmp_path):
 
 def test_overlap_by_hand():
     text, reference = "The cat sat, on the mat!", "the mat on the cat"
-    assert decoded.token_f1(text, reference) == pytest.approx(2 * 5 / (6 + 5))
-    assert decoded.rouge_l(text, reference) == pytest.approx(
+    assert text_metrics.token_f1(text, reference) == pytest.approx(2 * 5 / (6 + 5))
+    assert text_metrics.rouge_l(text, reference) == pytest.approx(
         2 * 3 / (6 + 5)
     )  # "on the" or "the ... the mat": the, on, the
-    assert decoded.token_f1("", "a") == decoded.rouge_l("a", "") == decoded.rouge_l("a", "b") == 0
-    assert decoded.distinct_bigrams("a b a b a") == 0.5 and decoded.distinct_bigrams("a") is None
+    assert text_metrics.token_f1("", "a") == text_metrics.rouge_l("a", "") == text_metrics.rouge_l("a", "b") == 0
+    assert text_metrics.distinct_bigrams("a b a b a") == 0.5 and text_metrics.distinct_bigrams("a") is None
 
 
 def test_perplexity_is_torchs(tiny):
@@ -304,7 +306,7 @@ def test_perplexity_is_torchs(tiny):
 
     backbone, model = tiny("qwen2"), tiny_torch_model("qwen2")
     texts = ["A cat.", "x", "", "a longer text than others, with words"]
-    sums, counts = decoded.nll(backbone, texts, 30)
+    sums, counts = text_metrics.nll(backbone, texts, 30)
     ids = backbone.tokenizer.encode(texts, 30)
     for row, (_, logits) in enumerate(torch_outputs(model, [ids[0], ids[3]])):
         text = (0, 3)[row]
@@ -312,8 +314,8 @@ def test_perplexity_is_torchs(tiny):
         expected = -sum(log[place, token] for place, token in enumerate(ids[text][1:]))
         assert sums[text] == pytest.approx(expected, rel=1e-4) and counts[text] == len(ids[text]) - 1
     assert sums[1] == sums[2] == counts[1] == counts[2] == 0
-    teacher = embedders.Teacher(backbone, backbone.frozen, True)
-    found = decoded.measure(texts, texts, backbone, teacher, 30)
+    teacher = encoder.Teacher(backbone, backbone.frozen, True)
+    found = text_metrics.measure(texts, texts, backbone, teacher, 30)
     assert found["perplexity"] == pytest.approx(math.exp(sums.sum() / counts.sum()))
     assert found["empty"] == 1 and found["texts"] == 4
 
@@ -330,7 +332,7 @@ def test_perplexity_is_torchs(tiny):
     ],
 )
 def test_refusals(text, expected):
-    assert decoded.is_refusal(text) == expected
+    assert text_metrics.is_refusal(text) == expected
 
 
 # Tables, by hand

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, losses, options, sharding, supervised
-from llm2vec_gen_jax.config import LossConfig
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.layers import Dropout
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.tokenizer import Tokenizer
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import LossConfig, options
+from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data.examples import tokenize
+from llm2vec_gen_jax.model.layers import Dropout
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
+from llm2vec_gen_jax.training import losses, supervised
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train import train
 
 from .conftest import tiny_tokenizer, write_jsonl
 
@@ -113,7 +117,7 @@ def test_losses_and_gradients_are_the_published_ones(theirs, name, devices):
 def test_texts_are_the_published_ones(theirs):
     tokenizer = Tokenizer(tiny_tokenizer())
     settings = config.DataConfig(max_query_length=40)
-    examples = data.tokenize(RECORDS[:4], tokenizer, settings, K, supervised.texts(EVERYTHING))
+    examples = tokenize(RECORDS[:4], tokenizer, settings, K, supervised.texts(EVERYTHING))
     found = {"query": examples.query, "repeat_answer": examples.extra["repeat"]}
     found |= {"negative_query": examples.extra["negative"]}
     found |= {"negative_repeat_answer": examples.extra["negative_repeat"]}
@@ -166,7 +170,7 @@ def test_texts_and_columns_are_those_that_a_loss_reads(weights, texts, columns):
 
 def examples_of(weights, records=RECORDS):
     settings = config.DataConfig(max_query_length=64)
-    examples = data.tokenize(records, Tokenizer(tiny_tokenizer()), settings, K, supervised.texts(weights))
+    examples = tokenize(records, Tokenizer(tiny_tokenizer()), settings, K, supervised.texts(weights))
     for seed, name in enumerate(supervised.targets(weights)):
         setattr(examples, name, np.random.default_rng(seed).normal(size=(len(examples), E)).astype(np.float32))
     return examples
@@ -175,18 +179,18 @@ def examples_of(weights, records=RECORDS):
 def plan_of(examples, batch_size=8):
     lengths = [[len(ids) for ids in side] for side in (examples.query, examples.answer)]
     extra = [max(map(len, texts)) for texts in zip(*examples.extra.values())]
-    return data.Plan(*lengths, batch_size, 2, True, 0, extra)
+    return batches.BatchSchedule(*lengths, batch_size, 2, True, 0, extra)
 
 
 def test_batches_carry_extra_texts_only_when_used():
     plain = examples_of(LossConfig())
-    batch = data.Batches(plain, plan_of(plain), 0, 1)[0]
+    batch = batches.Batches(plain, plan_of(plain), 0, 1)[0]
     assert set(batch) == {"query", "query_lengths", "answer", "answer_lengths", "target"}
     examples = examples_of(EVERYTHING)
     plan = plan_of(examples)
     for step in range(3):
-        whole = data.Batches(examples, plan, 0, 1)[step]
-        parts = [data.Batches(examples, plan, process, 2)[step] for process in range(2)]
+        whole = batches.Batches(examples, plan, 0, 1)[step]
+        parts = [batches.Batches(examples, plan, process, 2)[step] for process in range(2)]
         for name, array in whole.items():
             np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
         rows = plan[step].rows
@@ -196,7 +200,7 @@ def test_batches_carry_extra_texts_only_when_used():
         for number, texts in enumerate(examples.extra.values()):
             for row, ids, length in zip(rows, whole["extra"][:, number], whole["extra_lengths"][:, number]):
                 assert ids[:length].tolist() == texts[row].tolist() and not ids[length:].any()
-        real, computed = data.count_tokens(whole)
+        real, computed = batches.count_tokens(whole)
         texts = [examples.query, examples.answer, *examples.extra.values()]
         assert real == sum(len(ids[row]) for ids in texts for row in rows)
         assert computed == sum(whole[name].size for name in ("query", "answer", "extra"))
@@ -216,7 +220,7 @@ def test_a_record_without_a_negative_answer_is_left_out_where_it_is_read():
 def method(request, tiny):
     """(model, trainable, frozen) without and with a LoRA."""
     backbone = tiny("qwen3")
-    model = Model(backbone.architecture, K, 1, E, request.param, 2.0)
+    model = LLM2VecGenModel(backbone.architecture, K, 1, E, request.param, 2.0)
     trainable = model.init(jax.random.key(0), backbone.frozen)
     if request.param:  # a fresh LoRA changes nothing
         trainable["lora"] = jax.tree.map(lambda x: x + 0.05, trainable["lora"])
@@ -233,7 +237,7 @@ def total(method, weights, batch, dropout=None):
             extra = batch.pop("extra")
             batch["extra_cache"] = supervised.prefix(model, frozen, extra, extra.shape[-1] + 8)
     return jax.jit(
-        lambda trainable, cache, batch: jax.value_and_grad(losses.total, has_aux=True)(
+        lambda trainable, cache, batch: jax.value_and_grad(losses.loss_fn, has_aux=True)(
             trainable, model, frozen, cache, batch, weights, dropout
         )
     )(trainable, cache, batch)
@@ -243,7 +247,7 @@ def test_the_sum_is_the_published_one_of_plain_embeddings(method):
     """Against scripts/train.py's sum, written out, of embeddings that `encode` gives text by text."""
     model, trainable, frozen = method
     examples = examples_of(EVERYTHING)
-    batch = data.Batches(examples, plan_of(examples), 0, 1)[0]
+    batch = batches.Batches(examples, plan_of(examples), 0, 1)[0]
     (loss, parts), gradients = total(method, EVERYTHING, batch)
     encode = jax.jit(lambda ids, lengths: model.encode(trainable, frozen, ids, lengths)[0])
     query = encode(batch["query"], batch["query_lengths"])
@@ -273,7 +277,7 @@ def test_the_sum_is_the_published_one_of_plain_embeddings(method):
 def test_a_loss_alone_trains_the_tokens(method, name, weights):
     weights = LossConfig(reconstruction=0, alignment=0, margin_threshold=20.0, **weights)
     examples = examples_of(weights)
-    (loss, parts), gradients = total(method, weights, data.Batches(examples, plan_of(examples), 0, 1)[0])
+    (loss, parts), gradients = total(method, weights, batches.Batches(examples, plan_of(examples), 0, 1)[0])
     assert set(parts) == {"reconstruction_loss", "alignment_loss", f"{name}_loss"}
     assert loss == parts[f"{name}_loss"] > 0
     assert gradients["tokens"].any() and gradients["alignment"]["kernel"].any()
@@ -281,7 +285,7 @@ def test_a_loss_alone_trains_the_tokens(method, name, weights):
 
 def test_dropout_of_the_extra_texts_is_their_own(tiny):
     backbone = tiny("qwen3")
-    model = Model(backbone.architecture, K, 0, E, 2, 2.0)
+    model = LLM2VecGenModel(backbone.architecture, K, 0, E, 2, 2.0)
     trainable = jax.tree.map(lambda x: x + 0.05, model.init(jax.random.key(0), backbone.frozen))
     ids, lengths = np.full((2, 8), 9, np.int32), np.full(2, 8, np.int32)
     batch = {"extra": ids[:, None], "extra_lengths": lengths[:, None]}

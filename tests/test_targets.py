@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, data, locks, preemption, targets, teacher
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common import locks
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.data.examples import Examples
+from llm2vec_gen_jax.parallel import preemption
+from llm2vec_gen_jax.teachers import targets, whitening
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train import train
 
 from .adapters import ANSWERS, FAMILY, interrupted, kept, settings_of
 from .adapters import targets as computed
@@ -123,7 +127,7 @@ def test_targets_of_a_file_are_the_rows_used(tmp_path):
     for dtype in (np.float16, np.float32, np.float64):
         array = np.random.default_rng(0).normal(size=(6, 3)).astype(dtype)
         np.save(tmp_path / "targets.npy", array)
-        found = teacher.read_targets(tmp_path / "targets.npy", 6, np.array([0, 2, 5]))
+        found = targets.read_targets(tmp_path / "targets.npy", 6, np.array([0, 2, 5]))
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, array[[0, 2, 5]].astype(np.float32))
 
@@ -144,7 +148,7 @@ def test_targets_of_a_file_are_the_rows_used(tmp_path):
 def test_a_file_of_other_targets_is_named(tmp_path, array, expected):
     np.save(tmp_path / "targets.npy", array)
     with pytest.raises(InputError, match=f"teacher.path={tmp_path / 'targets.npy'}: .*{expected}"):
-        teacher.read_targets(tmp_path / "targets.npy", 6, np.arange(6))
+        targets.read_targets(tmp_path / "targets.npy", 6, np.arange(6))
 
 
 def test_a_file_that_is_no_array_is_named(tmp_path):
@@ -157,7 +161,7 @@ def test_a_file_that_is_no_array_is_named(tmp_path):
         path = tmp_path / (name if "." in name else f"{name}.npy")
         path = path if path.exists() or name == "none" else tmp_path / f"{name}.npz"
         with pytest.raises(InputError, match=f"teacher.path={path}: "):
-            teacher.read_targets(path, 6, np.arange(6))
+            targets.read_targets(path, 6, np.arange(6))
 
 
 def test_centred_targets_are_the_targets_less_their_mean(tiny_folder, tmp_path):
@@ -179,8 +183,8 @@ def test_centred_targets_are_the_targets_less_their_mean(tiny_folder, tmp_path):
 
     assert loss("plain", "teacher.centre=true") == pytest.approx(loss("centred"), rel=1e-5)
     assert loss("plain") > 2 * loss("centred", "teacher.centre=false")
-    examples = data.Examples([], [], np.arange(2), np.array([[1.0, 2], [3, 6]]), {}, np.array([[0.0, 0], [2, 4]]))
-    targets.reshape(examples, config.TeacherConfig(centre=True), ["a", "b"])
+    examples = Examples([], [], np.arange(2), np.array([[1.0, 2], [3, 6]]), {}, np.array([[0.0, 0], [2, 4]]))
+    whitening.transform_targets(examples, config.TeacherConfig(centre=True), ["a", "b"])
     assert examples.target.tolist() == [[-1, -2], [1, 2]] and examples.negative_target.tolist() == [[-2, -4], [0, 0]]
 
 
@@ -189,7 +193,7 @@ def test_whitened_targets_have_the_covariance_to_a_power(count, power):
     """Of fewer texts than directions too: what has no variance gets none."""
     generator = np.random.default_rng(0)
     targets_BE = (generator.normal(3, 1, (count, 8)) * 4.0 ** -np.arange(8)).astype(np.float32)
-    mean_E, matrix_EE = targets.whitening(targets_BE, power)
+    mean_E, matrix_EE = whitening.whitening(targets_BE, power)
     whitened_BE = (targets_BE - mean_E) @ matrix_EE
     before_EE, after_EE = np.cov(targets_BE.T, bias=True), np.cov(whitened_BE.T, bias=True)
     variances_E, axes_EE = np.linalg.eigh(before_EE)
@@ -201,12 +205,12 @@ def test_whitened_targets_have_the_covariance_to_a_power(count, power):
 
 
 def test_equal_targets_stay_finite():
-    mean_E, matrix_EE = targets.whitening(np.ones((3, 4), np.float32), 1.0)
+    mean_E, matrix_EE = whitening.whitening(np.ones((3, 4), np.float32), 1.0)
     assert mean_E.tolist() == [1] * 4 and matrix_EE.tolist() == [[0] * 4] * 4
 
 
 def test_records_of_one_question_share_the_mean_of_their_targets():
-    examples = data.Examples([], [], np.arange(4), np.array([[1.0, 2], [5, 5], [3, 6], [7, 8]], np.float32), {}, None)
-    targets.reshape(examples, config.TeacherConfig(average=True, centre=True), ["b", "a", "b", "c"])
+    examples = Examples([], [], np.arange(4), np.array([[1.0, 2], [5, 5], [3, 6], [7, 8]], np.float32), {}, None)
+    whitening.transform_targets(examples, config.TeacherConfig(average=True, centre=True), ["b", "a", "b", "c"])
     mean = np.array([[2, 4], [5, 5], [2, 4], [7, 8]], np.float32).mean(axis=0)
     np.testing.assert_allclose(examples.target + mean, [[2, 4], [5, 5], [2, 4], [7, 8]])

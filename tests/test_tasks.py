@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from llm2vec_gen_jax import evaluate, tasks
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.evaluation import evaluate, tasks
 
 from .tasks import needs_mteb, run, settings, write_task
 
@@ -102,7 +102,7 @@ def test_bright_leaves_excluded_documents_out(monkeypatch):
     """mteb's loader of BRIGHT, on rows of its format: a document that a query excludes is not among its candidates."""
     import datasets
 
-    from llm2vec_gen_jax import harness
+    from llm2vec_gen_jax.evaluation import mteb
 
     rows = {
         "documents": [{"id": name, "content": name} for name in ("a", "b", "c")],
@@ -112,7 +112,7 @@ def test_bright_leaves_excluded_documents_out(monkeypatch):
         ],
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **_: rows[name])
-    task = next(task for task in harness.hub_tasks("BRIGHT(v1.1)") if task.metadata.name == "BrightBiologyRetrieval")
+    task = next(task for task in mteb.hub_tasks("BRIGHT(v1.1)") if task.metadata.name == "BrightBiologyRetrieval")
     task.load_data()
     assert task.top_ranked["standard"] == {"0": ["a", "b"], "1": ["a", "b", "c"]}
 

@@ -6,11 +6,13 @@ import pytest
 import safetensors.numpy
 import torch
 
-from llm2vec_gen_jax import config, loading, options, teacher
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.formats import peft, weights
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.train import train
+from llm2vec_gen_jax.pretrained.backbone import TEACHERS, load_backbone, resolve_adapter
+from llm2vec_gen_jax.teachers import encoder
+from llm2vec_gen_jax.training.train import train
 
 from .adapters import ANSWERS, FAMILY, LORA, SHAPES, targets, write_adapter
 from .conftest import one_device_mesh, tiny_torch_model, torch_outputs
@@ -207,11 +209,11 @@ def test_the_default_backbones_teacher_knows_paraphrases():
         ("The bank raised its interest rates.", "Borrowing became dearer.", "The river rose above its banks."),
         ("How can I get my money back?", "I want a refund.", "How can I get my monkey to sleep?"),
     )
-    backbone = loading.load_backbone("smollm2-135m", "float32", one_device_mesh())  # merging takes its weights
+    backbone = load_backbone("smollm2-135m", "float32", one_device_mesh())  # merging takes its weights
     causal = spread(backbone, backbone.frozen, True, triples)
     frozen = backbone.frozen
-    for adapter in loading.TEACHERS:
-        frozen = peft.merge(frozen, loading.resolve_adapter(adapter), backbone.architecture)
+    for adapter in TEACHERS:
+        frozen = peft.merge(frozen, resolve_adapter(adapter), backbone.architecture)
     trained = spread(backbone, frozen, False, triples)
     assert (trained > causal).all() and (trained > 0).sum() >= 2
 
@@ -219,7 +221,7 @@ def test_the_default_backbones_teacher_knows_paraphrases():
 def spread(backbone, frozen, causal, triples):
     """Cosine of each first text with the second less that with the third."""
     ids = backbone.tokenizer.encode([text for triple in triples for text in triple], 64)
-    pooled = teacher.pool_rows(backbone.architecture, frozen, causal, ids, (len(ids), 16), backbone.execution)
+    pooled = encoder.pool_rows(backbone.architecture, frozen, causal, ids, (len(ids), 16), backbone.execution)
     pooled = (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).reshape(len(triples), 3, -1)
     return (pooled[:, 0] * (pooled[:, 1] - pooled[:, 2])).sum(axis=1)
 

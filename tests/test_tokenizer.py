@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm2vec_gen_jax import templates
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import gguf
-from llm2vec_gen_jax.loading import resolve_path
-from llm2vec_gen_jax.tokenizer import Tokenizer
+from llm2vec_gen_jax.pretrained import chat_template
+from llm2vec_gen_jax.pretrained.backbone import resolve_path
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
 from .conftest import tiny_tokenizer
 
@@ -291,7 +291,7 @@ def test_a_template_that_cannot_be_used_is_one_line(template, reason):
     ],
 )
 def test_a_template_without_an_end_is_ended(monkeypatch, endless):
-    monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     start = time.monotonic()
     with pytest.raises(InputError, match="the chat template cannot be used .it does not end"):
         with_template(endless + "{{ messages[0].content }}").chat_prompt("a", 99)

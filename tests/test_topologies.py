@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import config, memory, sharding, topologies
-from llm2vec_gen_jax.costs import CHIPS, chip_of
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.parallel import memory, sharding
+from llm2vec_gen_jax.parallel.chips import CHIPS, chip_of
+from llm2vec_gen_jax.planning import topologies
 
 NAMES = {
     "TPU v4": "v4",

@@ -9,12 +9,13 @@ import time
 
 import pytest
 
-from llm2vec_gen_jax import config, options
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.metrics import MetricsWriter, read_metrics
-from llm2vec_gen_jax.tracking import names
-from llm2vec_gen_jax.train import train
-from llm2vec_gen_jax.train_teacher import train_teacher
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.training.metrics import MetricsWriter, read_metrics
+from llm2vec_gen_jax.training.tracking import names
+from llm2vec_gen_jax.training.train import train
+from llm2vec_gen_jax.training.train_teacher import train_teacher
 
 from .conftest import write_jsonl
 

@@ -12,13 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config, data, heads, optim, options, sharding, trainer
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.train import train, train_step
-from llm2vec_gen_jax.trainer import TrainState
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.model import compressor
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.training import loop
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
+from llm2vec_gen_jax.training.state import TrainState
+from llm2vec_gen_jax.training.train import train, train_step
 
 from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
@@ -233,7 +239,7 @@ def test_metrics_and_config_are_what_the_contract_says(place, run):
     for row in rows:
         assert np.isclose(row["loss"], row["reconstruction_loss"] + row["alignment_loss"])
         assert 0 <= row["padding_fraction"] < 1 and row["tokens_per_second"] > 0
-    schedule = optim.make_schedule(config.OptimizerConfig(schedule_steps=10, warmup_steps=2))
+    schedule = make_schedule(config.OptimizerConfig(schedule_steps=10, warmup_steps=2))
     assert [row["learning_rate"] for row in rows] == [float(schedule(row["step"] - 1)) for row in rows]
     resolved = options.load(config.TrainConfig, folder / "config.yaml")
     assert (resolved.train.steps, resolved.optimizer.schedule_steps, resolved.data.shuffle) == (5, 10, False)
@@ -242,21 +248,21 @@ def test_metrics_and_config_are_what_the_contract_says(place, run):
 
 def test_the_loop_sends_nothing_to_the_device_but_batches(place, run, monkeypatch):
     """A learning rate worked out on the device for the log would wait there for the step under way."""
-    add = trainer._Window.add
+    add = loop._Window.add
 
     def stray(window, values, computed):
         add(window, values, computed)
         jnp.float32(values["loss"]) + 1
 
-    monkeypatch.setattr(trainer._Window, "add", stray)
+    monkeypatch.setattr(loop._Window, "add", stray)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         run("train.steps=1")
 
 
 def test_every_second_of_the_loop_is_counted_in_a_record(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
-    window = trainer._Window(np.ones(9))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    window = loop._Window(np.ones(9))
     for number in (1, 2, 3):
         window.add({"loss": 1.0, "tokens": 7}, 8)
         assert window.flush(number)["tokens_per_second"] == 7.0
@@ -321,8 +327,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(place, 
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
     backbone = tiny("qwen3")
-    model, optimizer = Model(backbone.architecture, K, 0, 6), optim.make_optimizer(config.OptimizerConfig())
-    trained = heads.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
+    model, optimizer = LLM2VecGenModel(backbone.architecture, K, 0, 6), make_optimizer(config.OptimizerConfig())
+    trained = compressor.init_trainable(model.compressor, jax.random.key(0), backbone.frozen["embedding"])
     state = TrainState(np.int32(3), trained, optimizer.init(trained))
     batch = {
         "query_lengths": np.array([5, 2], np.int32),
@@ -331,7 +337,7 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
         "target": np.zeros((2, 6), np.float32),
     }
     cache = model.prefix(backbone.frozen, np.full((2, 8), 7, np.int32), slots=8)
-    step = functools.partial(train_step, model=model, optimizer=optimizer, weights=config.LossConfig())
+    step = functools.partial(train_step, model=model, optimizer=optimizer, loss_config=config.LossConfig())
     step = jax.jit(step)
     after, metrics = step(state, backbone.frozen, cache, batch)
     assert np.isfinite(metrics["loss"]) and after.step == 4
@@ -358,9 +364,9 @@ def test_the_model_directory_encodes_as_the_trained_tree(place, run, tiny, tiny_
     texts = ["", "a", "What is 3?", "long " * 20]
     ids = backbone.tokenizer.encode(texts, 512 - K - 2)
     lengths = np.array([len(row) for row in ids], np.int32)
-    model = Model(backbone.architecture, K, 2, 32)
+    model = LLM2VecGenModel(backbone.architecture, K, 2, 32)
     encode = jax.jit(functools.partial(model.encode, trainable(folder, 3)))
-    embeddings, soft_prompts = encode(backbone.frozen, data.pad(ids, lengths.max()), lengths)
+    embeddings, soft_prompts = encode(backbone.frozen, batches.pad(ids, lengths.max()), lengths)
     loaded = LLM2VecGen.from_pretrained(folder / "model", dtype="float32")
     found, found_prompts = loaded.encode(texts, return_soft_prompts=True)
     np.testing.assert_allclose(found, embeddings, atol=1e-5)

@@ -14,15 +14,19 @@ import pytest
 import torch
 import transformers
 
-from llm2vec_gen_jax import config, lora, memory, options, unsupervised
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.formats import peft
-from llm2vec_gen_jax.layers import Dropout
-from llm2vec_gen_jax.loading import load_backbone
-from llm2vec_gen_jax.metrics import read_metrics
-from llm2vec_gen_jax.model import Model
-from llm2vec_gen_jax.teacher import pool_rows
-from llm2vec_gen_jax.train_teacher import train_teacher
+from llm2vec_gen_jax.model import lora
+from llm2vec_gen_jax.model.layers import Dropout
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import memory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.teachers.encoder import pool_rows
+from llm2vec_gen_jax.training import llm2vec
+from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.train_teacher import train_teacher
 
 from .conftest import one_device_mesh
 
@@ -54,7 +58,7 @@ def both(request, tiny, tiny_folder, tmp_path):
     base = transformers.AutoModel.from_pretrained(tiny_folder(request.param), attn_implementation="eager")
     theirs = their_peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
     causal_lm = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder(request.param))
-    model = Model(backbone.architecture, 1, 0, backbone.architecture.hidden_size)
+    model = LLM2VecGenModel(backbone.architecture, 1, 0, backbone.architecture.hidden_size)
     return model, backbone.frozen, tree, theirs, causal_lm.lm_head.weight
 
 
@@ -79,10 +83,10 @@ def test_mntp_is_a_plain_pytorch_computation(both):
     model, frozen, tree, theirs, head = both
     settings = config.MntpConfig(batch_size=4, max_length=24, rank=RANK)
     ids = [np.random.default_rng(n).integers(4, 260, 50) for n in range(8)]
-    batch = unsupervised.MaskedBlocks(ids, settings, 99, 260, 0, 0, 1)[3]
+    batch = llm2vec.MaskedBlocks(ids, settings, 99, 260, 0, 0, 1)[3]
 
     def loss(tree):
-        return unsupervised.mntp(model, lora.scaled(tree, ALPHA / RANK), frozen, jax.tree.map(jnp.asarray, batch))
+        return llm2vec.mntp(model, lora.scaled(tree, ALPHA / RANK), frozen, jax.tree.map(jnp.asarray, batch))
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(tree)
     hidden = bidirectional(theirs, batch["text"], batch["text_lengths"])
@@ -102,7 +106,7 @@ def test_simcse_is_a_plain_pytorch_computation_without_dropout(both):
 
     def loss(tree):
         updates = lora.scaled(tree, ALPHA / RANK)
-        return unsupervised.simcse(model, updates, frozen, jax.tree.map(jnp.asarray, batch), 20.0)
+        return llm2vec.simcse(model, updates, frozen, jax.tree.map(jnp.asarray, batch), 20.0)
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(tree)
     hidden = bidirectional(theirs, batch["text"], lengths)
@@ -117,7 +121,7 @@ def test_simcse_is_a_plain_pytorch_computation_without_dropout(both):
 
 def test_dropout_makes_the_two_passes_differ_and_a_key_repeats_them(tiny):
     backbone = tiny("qwen3")
-    model = Model(backbone.architecture, 1, 0, 32)
+    model = LLM2VecGenModel(backbone.architecture, 1, 0, 32)
     tree = lora.init(backbone.architecture, RANK, jax.random.key(0))
     ids, lengths = jnp.full((4, 8), 7), jnp.full(4, 8)
     keys = jax.random.split(jax.random.key(3), backbone.architecture.num_layers)
@@ -136,7 +140,7 @@ def test_dropout_makes_the_two_passes_differ_and_a_key_repeats_them(tiny):
 def test_masked_blocks(masking, shares):
     settings = config.MntpConfig(batch_size=16, max_length=50, masking=masking)
     stream = np.arange(10, 10 + 50 * 40)
-    blocks = unsupervised.MaskedBlocks(np.array_split(stream, 7), settings, 1, 5000, 0, 0, 1)
+    blocks = llm2vec.MaskedBlocks(np.array_split(stream, 7), settings, 1, 5000, 0, 0, 1)
     shown, seen = [], set()
     for step in range(100):
         batch = blocks[step]
@@ -152,7 +156,7 @@ def test_masked_blocks(masking, shares):
         seen |= set(batch["place"].ravel().tolist())
     np.testing.assert_allclose(np.mean(shown, axis=0), shares[:2], atol=0.01)
     assert seen == set(range(1, 50))
-    same = unsupervised.MaskedBlocks(np.array_split(stream, 3), settings, 1, 5000, 0, 1, 2)[99]
+    same = llm2vec.MaskedBlocks(np.array_split(stream, 3), settings, 1, 5000, 0, 1, 2)[99]
     np.testing.assert_array_equal(same["text"], blocks[99]["text"][8:])
     assert not np.array_equal(blocks[0]["place"], blocks[5]["place"])
 
@@ -163,7 +167,7 @@ def test_sentences_are_split_once_each():
         "One sentence that is long.",
     ]
     expected = ["One sentence that is long.", "- a line of its own, no stop"]
-    assert unsupervised.sentences(texts) == expected
+    assert llm2vec.sentences(texts) == expected
 
 
 # The command

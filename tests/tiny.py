@@ -5,9 +5,9 @@ import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llm2vec_gen_jax.architecture import Architecture
-from llm2vec_gen_jax.backbone import abstract_params
 from llm2vec_gen_jax.formats import hf
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.backbone import abstract_params
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""What can be configured: one dataclass tree per command, which is the schema, the defaults and the help.
+"""Every setting: one dataclass tree per command holds its names, types, defaults and help.
 
 options.py reads them. The architecture of a backbone is never configured: it is read from the backbone itself.
 """

@@ -1,1 +1,1 @@
-"""Other people's file formats: Hugging Face folders, GGUF, PEFT adapters, the published checkpoints."""
+"""Checkpoint formats of others: Hugging Face, GGUF, PEFT and the published package."""

@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import gguf_file
+from llm2vec_gen_jax.model import architecture as architecture_lib
 
 _NAMES = {
     "token_embd": "model.embed_tokens",

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from llm2vec_gen_jax import architecture as architecture_lib
-from llm2vec_gen_jax.errors import InputError, not_finite
-from llm2vec_gen_jax.files import atomic_directory, parse_yaml, read_json, write_json
+from llm2vec_gen_jax.common.errors import InputError, not_finite
+from llm2vec_gen_jax.common.files import atomic_directory, parse_yaml, read_json, write_json
 from llm2vec_gen_jax.formats import weights
+from llm2vec_gen_jax.model import architecture as architecture_lib
 
 # What a backbone needs from the hub; never code, never pickles.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]

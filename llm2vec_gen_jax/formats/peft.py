@@ -9,10 +9,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from llm2vec_gen_jax import lora
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import atomic_directory, read_json, sha256_file, write_json
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import atomic_directory, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats.weights import TABLE, axes
+from llm2vec_gen_jax.model import lora
 
 # What must hold for B A to be added and nothing else: fields that plain LoRA has, and the values it has in them.
 _PLAIN = {

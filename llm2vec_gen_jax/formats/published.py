@@ -25,8 +25,8 @@ import safetensors.numpy
 import tokenizers
 import yaml
 
-from llm2vec_gen_jax import files
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import torchzip
 
 FORMAT_VERSION = 1

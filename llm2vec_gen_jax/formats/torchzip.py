@@ -16,7 +16,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from llm2vec_gen_jax.errors import InputError, one_line
+from llm2vec_gen_jax.common.errors import InputError, one_line
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),

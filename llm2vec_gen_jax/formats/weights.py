@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import quantization, sharding
-from llm2vec_gen_jax.backbone import abstract_params
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.model import quantization
+from llm2vec_gen_jax.model.backbone import abstract_params
+from llm2vec_gen_jax.parallel import sharding
 
 _ROWS = 4096  # of a table that are read at a time
 # Our path -> (their name, their layout -> ours). "{}" is the layer.

@@ -1,1 +1,1 @@
-"""Adapters to other libraries, each in a module of its own that imports its library: docs/integrations.md."""
+"""Adapters to other libraries, and the verification of exported models in PyTorch."""

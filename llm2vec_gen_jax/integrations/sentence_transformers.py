@@ -8,8 +8,9 @@ import pathlib
 import torch
 from sentence_transformers.base.modules import InputModule
 
-from llm2vec_gen_jax import LLM2VecGen, progress
-from llm2vec_gen_jax.data import pad
+from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common import progress
+from llm2vec_gen_jax.data.batches import pad
 
 _ROWS = 32  # of 256 tokens in a pass, as of LLM2VecGen.encode
 

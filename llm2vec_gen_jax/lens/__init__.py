@@ -1,1 +1,1 @@
-"""Reading an embedding: logit lens, latent lens, and a page that shows them beside what is decoded."""
+"""What an embedding holds: logit lens, latent lens, and a report beside what is decoded."""

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from llm2vec_gen_jax import vectors
-from llm2vec_gen_jax.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import postprocess
 
 WIDTH, HEIGHT, MARGIN = 420, 340, 24  # of the SVG, in its own units
 
@@ -40,7 +40,7 @@ class Panel:
 
 def panel(queries_NE, responses_NE, projection="pca"):
     """Returns the Panel of the vectors of queries and of their responses, both of unit length first."""
-    queries_NE, responses_NE = vectors.unit(queries_NE), vectors.unit(responses_NE)
+    queries_NE, responses_NE = postprocess.l2_normalize(queries_NE), postprocess.l2_normalize(responses_NE)
     cosines_NN = queries_NE @ responses_NE.T
     places = _places(project(np.concatenate([queries_NE, responses_NE]), projection))
     n = len(queries_NE)

@@ -6,8 +6,9 @@ import pathlib
 
 import numpy as np
 
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import atomic_path, require_new, write_jsonl
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import atomic_path, require_new
+from llm2vec_gen_jax.common.jsonl import write_jsonl
 
 _COLUMNS = ("input_text", "output_text")
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import options, sharding
+from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite, quote
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.config.lens import READINGS, LogitLensConfig
-from llm2vec_gen_jax.encode import finite, texts_of
-from llm2vec_gen_jax.errors import InputError, nearest, not_finite, quote
-from llm2vec_gen_jax.execution import platform_jit
+from llm2vec_gen_jax.inference.encode import check_texts, finite
 from llm2vec_gen_jax.lens.states import compression_states
+from llm2vec_gen_jax.model.execution import platform_jit
+from llm2vec_gen_jax.parallel import sharding
 
 _ROWS = 128  # states that are projected together: the logits of more would be large
 _POOL = 64  # tokens of which the whole words are made
@@ -58,7 +59,7 @@ def logit_lens(
     options.check_arguments(LogitLensConfig, top_k=top_k, words=words, stop_words=stop_words, batch_size=batch_size)
     if state not in READINGS:
         raise InputError(f"state {state!r} is unknown{nearest(str(state), READINGS)}")
-    texts = texts_of(texts)
+    texts = check_texts(texts)
     model, tokenizer = embedder.model, embedder.backbone.tokenizer
     pool = max(top_k, _POOL) if words else top_k
     if not 1 <= top_k <= model.architecture.vocab_size:

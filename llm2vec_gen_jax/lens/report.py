@@ -5,12 +5,12 @@ import pathlib
 import jinja2
 import numpy as np
 
-from llm2vec_gen_jax import embedders, options, teacher
-from llm2vec_gen_jax.config import EvaluateConfig
-from llm2vec_gen_jax.files import write_text
+from llm2vec_gen_jax.common.files import write_text
+from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.lens import chart
 from llm2vec_gen_jax.lens.logit import logit_lens
 from llm2vec_gen_jax.lens.search import Index, latent_lens
+from llm2vec_gen_jax.teachers import encoder, hyde, targets
 
 _TEMPLATE = "report.html"
 _SENTENCES = 3  # of a layer's neighbours that are shown with their sentences
@@ -35,7 +35,7 @@ def gather(model, texts, config, index=None):
     }
     neighbours = latent_lens(model, index, texts, config.top_k, **reading) if index else [{}] * len(texts)
     reader, adapters, missing = _teacher(model, config)
-    answers = embedders.Hyde(
+    answers = hyde.Hyde(
         model.backbone, reader, config.max_new_tokens, config.batch_size, config.max_length, True
     ).answers(texts)
     if missing is None:
@@ -99,7 +99,7 @@ def _teacher(model, config):
     if model.record:
         trained |= model.record.extra.get("config", {}).get("teacher", {})
     sizes = {"batch_size": config.batch_size, "max_length": config.max_length, "show_progress": True}
-    own = embedders.Teacher(model.backbone, model.backbone.frozen, True, **sizes)
+    own = encoder.Teacher(model.backbone, model.backbone.frozen, True, **sizes)
     given = bool(config.adapters) or config.attention != "auto"
     if trained["kind"] != "llm2vec" and not given:
         return own, [], f"the model's teacher was of the kind {trained['kind']}, which is not at hand here"
@@ -108,10 +108,10 @@ def _teacher(model, config):
     if place or used["adapters"]:
         settings = EvaluateConfig(kind="teacher", **used, batch_size=config.batch_size, dtype=config.dtype)
         settings.mesh, settings.kernels = config.mesh, config.kernels
-        found, _, _ = embedders.load(place or model.backbone.name, settings)
+        found, _, _ = hyde.load_baseline(place or model.backbone.name, settings)
     else:
-        causal = teacher.is_causal(EvaluateConfig(**used))
-        found = embedders.Teacher(model.backbone, model.backbone.frozen, causal, **sizes)
+        causal = targets.is_causal(EvaluateConfig(**used))
+        found = encoder.Teacher(model.backbone, model.backbone.frozen, causal, **sizes)
     width, expected = found.backbone.architecture.hidden_size, model.get_embedding_dimension()
     missing = None if width == expected else f"the teacher's vectors have {width} numbers, the model's {expected}"
     return found, used["adapters"], missing

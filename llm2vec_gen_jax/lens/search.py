@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax import options, vectors
-from llm2vec_gen_jax.config import QueryIndexConfig
-from llm2vec_gen_jax.encode import texts_of
-from llm2vec_gen_jax.errors import InputError
-from llm2vec_gen_jax.files import read_array, read_json, sha256_file
-from llm2vec_gen_jax.lens.latent import RECORD, layer_file
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import read_array, read_json, sha256_file
+from llm2vec_gen_jax.config import QueryIndexConfig, options
+from llm2vec_gen_jax.inference import postprocess
+from llm2vec_gen_jax.inference.encode import check_texts
+from llm2vec_gen_jax.lens.index import RECORD, layer_file
 from llm2vec_gen_jax.lens.states import check_layers, compression_states
 
 _CHUNK = 16384  # contexts that are on the device together
@@ -61,7 +61,9 @@ class Index:
 
         layers: default all. Exact: every cosine is computed. Of equal ones the lower layer and row comes first.
         """
-        found = [self._search_layer(vectors.unit(states_QD), top_k, layer) for layer in layers or self.layers]
+        found = [
+            self._search_layer(postprocess.l2_normalize(states_QD), top_k, layer) for layer in layers or self.layers
+        ]
         cosines, rows = (np.concatenate(parts, axis=1) for parts in zip(*found))
         of_layer = np.repeat(layers or self.layers, [part[0].shape[1] for part in found])
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
@@ -124,7 +126,7 @@ def latent_lens(
     Raises InputError for a layer that there is not.
     """
     options.check_arguments(QueryIndexConfig, top_k=top_k, same_layer=same_layer, batch_size=batch_size)
-    texts = texts_of(texts)
+    texts = check_texts(texts)
     layers = check_layers(layers or index.layers, embedder.model.architecture.num_layers)
     if same_layer and (missing := [layer for layer in layers if layer not in index.layers]):
         raise InputError(f"layers: {missing[0]} is not in the index, which has {', '.join(map(str, index.layers))}")

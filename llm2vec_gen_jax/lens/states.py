@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 
-from llm2vec_gen_jax import progress, sharding
-from llm2vec_gen_jax.encode import arrange, plan, repair, texts_of, unpack
-from llm2vec_gen_jax.errors import InputError, not_finite, quote
-from llm2vec_gen_jax.execution import platform_jit
+from llm2vec_gen_jax.common import progress
+from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
+from llm2vec_gen_jax.inference.encode import arrange, check_texts, pack_batches, repair, unpack
+from llm2vec_gen_jax.model.execution import platform_jit
+from llm2vec_gen_jax.parallel import sharding
 
 
 @functools.partial(platform_jit, static_argnums=(1,))
@@ -24,11 +25,11 @@ def compression_states(embedder, texts, layers, batch_size=16, max_length=None, 
     """
     model, backbone = embedder.model, embedder.backbone
     K, D = model.num_tokens, model.architecture.hidden_size
-    texts = texts_of(texts)
+    texts = check_texts(texts)
     ids = embedder.tokenize(texts, limit=embedder.text_length(max_length))
     states = np.zeros((len(ids), len(layers), K, D), np.float32)
     shards = sharding.batch_shards(backbone.mesh)
-    batches = plan([len(row) + model.num_appended for row in ids], batch_size, shards)
+    batches = pack_batches([len(row) + model.num_appended for row in ids], batch_size, shards)
 
     def read(batch, ids):
         packed, numbers, rows, slots = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
@@ -37,7 +38,7 @@ def compression_states(embedder, texts, layers, batch_size=16, max_length=None, 
         return unpack([np.moveaxis(found, 0, 2)], rows, slots), numbers, rows
 
     def alone(text):
-        [batch] = plan([len(ids[text]) + model.num_appended], batch_size, shards)
+        [batch] = pack_batches([len(ids[text]) + model.num_appended], batch_size, shards)
         return read(batch, [ids[text]])[0]
 
     with progress.bar(len(ids), "text", "read", enabled=show_progress_bar) as bar:

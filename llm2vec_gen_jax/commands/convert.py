@@ -1,0 +1,72 @@
+"""Checkpoints to and from PyTorch, checked in both frameworks.
+
+python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]
+"""
+
+import pathlib
+import sys
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import require_new
+from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, options
+
+
+def from_pytorch(path, config):
+    """Writes what a published directory or hub id holds as a model directory with exact heads."""
+    from llm2vec_gen_jax import LLM2VecGen
+
+    options.require(config, "output")
+    require_new(config.output, "output")
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    embedder.save_pretrained(config.output, backbone=config.backbone)
+    print(f"written: {config.output}")
+
+
+def to_pytorch(path, config):
+    """Writes a model directory, its backbone and the merged encoder, whichever PyTorch needs or the user asks for."""
+    from llm2vec_gen_jax import LLM2VecGen
+    from llm2vec_gen_jax.pretrained import export
+    from llm2vec_gen_jax.pretrained.backbone import resolve_path
+
+    if (run := pathlib.Path(path) / "model").is_dir():
+        path = str(run)  # a run directory
+    targets = {key: value for key in ("output", "merged") if (value := getattr(config, key))}
+    if not targets:
+        raise InputError("output is needed: pass output=DIR (a model directory), merged=DIR (a plain encoder) or both")
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    folder = config.backbone_output
+    if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
+        folder = f"{config.output}-backbone"  # PyTorch cannot run on a GGUF file
+    for key, target in targets.items() | ({"backbone_output": folder}.items() if folder else set()):
+        require_new(target, key)
+    if folder:
+        export.save_backbone(embedder.backbone, folder)
+        print(f"written: {folder} (the backbone, {embedder.backbone.architecture.num_parameters:,} weights)")
+    if config.output:
+        embedder.save_pretrained(config.output, None if config.torch_dtype == "auto" else config.torch_dtype, folder)
+        print(f"written: {config.output}")
+    if config.merged:
+        embedder.save_merged(config.merged)
+        print(f"written: {config.merged}")
+
+
+def verify(path, config):
+    """Prints the comparison of both frameworks; exit code 1 where they differ, 2 where they were not compared."""
+    from llm2vec_gen_jax.integrations.verify import verify
+
+    report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)
+    print(report)
+    if not report.passed:
+        sys.exit(2 if report.verdict == "NOT COMPARED" else 1)
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run_one_of(
+        {
+            "from_pytorch": (FromPytorchConfig, cli.alone(from_pytorch)),
+            "to_pytorch": (ToPytorchConfig, cli.alone(to_pytorch, "output", "merged", "backbone_output")),
+            "verify": (VerifyConfig, verify),
+        }
+    )

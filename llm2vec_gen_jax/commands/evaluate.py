@@ -1,0 +1,19 @@
+"""Scores of a model or a baseline on task folders, MTEB and BRIGHT.
+
+python -m launch.evaluate MODEL tasks=DIR output=OUT [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import EvaluateConfig
+
+
+def main(path, config):
+    from llm2vec_gen_jax.evaluation.evaluate import evaluate
+
+    results = evaluate(path, config)
+    print(f"written: {config.output}/results.json ({len(results)} tasks)")
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(EvaluateConfig, main, "MODEL")

@@ -1,0 +1,18 @@
+"""The whole recipe, small, on the default backbone.
+
+python -m launch.quickstart [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import QuickstartConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.experiments.quickstart import quickstart
+
+    quickstart(config)
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(QuickstartConfig, main)

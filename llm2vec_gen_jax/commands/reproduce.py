@@ -1,0 +1,18 @@
+"""The whole study: trainings, baselines, ablations, tables and plots.
+
+python -m launch.reproduce [CONFIG] tasks=DIR [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import ReproduceConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.experiments.reproduce import reproduce
+
+    print(f"written: {reproduce(config)}")
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(ReproduceConfig, main)

@@ -1,0 +1,18 @@
+"""The LLM responds to queries.
+
+python -m launch.respond [CONFIG] [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import RespondConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.inference.respond import respond
+
+    print(f"written: {respond(config)}")
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(RespondConfig, main)

@@ -1,0 +1,22 @@
+"""OpenAI's /v1/embeddings over HTTP, and /v1/decode.
+
+python -m launch.serve MODEL [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import install_command
+from llm2vec_gen_jax.config import ServeConfig
+
+
+def main(path, config):
+    try:
+        from llm2vec_gen_jax.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"the server needs more ({error}): {install_command('serve')}") from None
+    serve(path, config)
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(ServeConfig, main, "MODEL")

@@ -1,0 +1,18 @@
+"""The LLM writes queries itself.
+
+python -m launch.synthesize [CONFIG] [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import SynthesizeConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.inference.synthesize import synthesize
+
+    print(f"written: {synthesize(config)}")
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(SynthesizeConfig, main)

@@ -1,0 +1,19 @@
+"""Trains an unsupervised teacher for any backbone: MNTP, then SimCSE.
+
+python -m launch.train_teacher [CONFIG] [key=value ...]
+"""
+
+from llm2vec_gen_jax.commands import cli
+from llm2vec_gen_jax.config import TeacherTrainConfig
+
+
+def main(config):
+    from llm2vec_gen_jax.training.train_teacher import train_teacher
+
+    adapters = ",".join(map(str, train_teacher(config)))
+    print(f"adapters, in merging order; use them with: teacher.adapters={adapters}")
+
+
+def run():
+    """Runs the command with the words of sys.argv."""
+    cli.run(TeacherTrainConfig, main)

@@ -1,0 +1,1 @@
+"""Errors, atomic and locked files, JSON Lines, progress bars: nothing of the method."""

@@ -1,0 +1,186 @@
+"""JSON Lines: streamed reading, and appending that a kill at any moment does not damage."""
+
+import gzip
+import json
+import os
+import pathlib
+import struct
+import zlib
+
+from llm2vec_gen_jax.common import locks
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import (
+    check_file,
+    diff,
+    name_os_errors,
+    read_json,
+    removed,
+    to_json,
+    write_json,
+    write_text,
+)
+
+_LONGEST_LINE = 1 << 26  # bytes
+
+
+def write_jsonl(path, rows):
+    """Writes a JSON object to a line, atomically."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_lines(path):
+    """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line."""
+    path = pathlib.Path(path)
+    check_file(path)
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        yield from lines_of(file, path)
+
+
+def lines_of(file, name):
+    """`read_lines` of a file that is open for reading bytes; `name` is for its errors."""
+    number = 0
+    try:
+        for number, raw in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+            if len(raw) > _LONGEST_LINE:
+                raise InputError(f"{name}, line {number}: is longer than {_LONGEST_LINE} bytes")
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw = raw[3:]
+            yield number, raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "
+            "Convert the file, for example with `iconv -t utf-8`"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{name}, after line {number}: damaged gzip file ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of a JSONL file, plain or .gz; empty lines are skipped.
+
+    Raises InputError naming file and line for malformed JSON, and for a line that is not an object.
+    """
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
+
+
+def parse_object(line, where):
+    """Returns the object that a line of JSON is; `where` is for its errors."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class JsonlAppender:
+    """Appends objects to a JSONL file so that a kill at any moment loses and repeats nothing.
+
+    A last line without its newline (a kill in the middle of a write) is cut off on opening, and so is everything from
+    a line on that is not what was written (a damaged disk or copy), which is said; `rows` holds the objects that are
+    there. Sidecars: `FILE.run.json` records what the file was made with: opening it with another `run` raises
+    InputError, because its lines would be a mixture; so does a file that another process is appending to.
+    `FILE.crc32` holds a checksum of each line, 4 bytes, little-endian.
+    """
+
+    def __init__(self, path, run, overwrite=False):
+        self.path = pathlib.Path(path)
+        self.sidecar, self.sums = self.sidecars(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self._open()
+        try:
+            self._begin(run, overwrite)
+        except BaseException:
+            self.file.close()
+            raise
+        self.kept = True
+
+    def _open(self):
+        """Returns the open file, locked before anything in it or beside it is changed."""
+        while True:
+            file = open(self.path, "ab+")
+            if locks.take(file.fileno()) is False:
+                file.close()
+                raise InputError(f"{self.path}: another process is writing to it")
+            if locks.is_at(file.fileno(), self.path):
+                return file
+            file.close()  # whoever held it has removed it
+
+    def _begin(self, run, overwrite):
+        if overwrite:
+            self.file.truncate(0)
+        if os.fstat(self.file.fileno()).st_size:
+            if not self.sidecar.exists():
+                raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
+            if differing := diff(read_json(self.sidecar), run):
+                raise InputError(
+                    f"{self.path}: holds another run ({differing}). Repeat its settings to resume it, "
+                    "choose another output, or pass overwrite=true"
+                )
+        else:
+            self.sums.unlink(missing_ok=True)
+            write_json(self.sidecar, run)
+        self._keep_what_is_whole()
+        self.rows = [row for _, row in read_jsonl(self.path)]
+
+    @staticmethod
+    def sidecars(path):
+        """Returns the paths of the record and the checksums of a file."""
+        return path.with_name(f"{path.name}.run.json"), path.with_name(f"{path.name}.crc32")
+
+    def _keep_what_is_whole(self):
+        self.file.seek(0)
+        *lines, _ = self.file.read().split(b"\n")
+        known = self.sums.read_bytes() if self.sums.exists() else b""
+        # A kill may come between a line and its checksum: what has none yet is taken as it is.
+        for number, (line, (crc,)) in enumerate(zip(lines, struct.iter_unpack("<I", known[: len(known) // 4 * 4]))):
+            if zlib.crc32(line) != crc:
+                print(f"{self.path}, line {number + 1}: is not what was written; made again from there on", flush=True)
+                lines = lines[:number]
+                break
+        self.file.truncate(sum(len(line) + 1 for line in lines))
+        with open(self.sums, "wb") as file:
+            file.write(_crc32(lines))
+
+    def append(self, rows):
+        """Writes a list of objects in one piece and waits until they are on disk."""
+        lines = [to_json(row).encode() for row in rows]
+        with name_os_errors(self.path):
+            self.file.write(b"".join(line + b"\n" for line in lines))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            with open(self.sums, "ab") as file:
+                file.write(_crc32(lines))
+        self.check()
+        self.rows.extend(rows)
+
+    def check(self):
+        """Raises OSError where the file or its record is no longer there."""
+        if not (locks.is_at(self.file.fileno(), self.path) and self.sidecar.exists()):
+            raise removed(self.path)
+
+    def remove(self):
+        """Removes the file and its sidecars."""
+        self.kept = False
+        for path in (self.path, self.sidecar, self.sums):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None and self.kept:
+                self.check()
+        finally:
+            with name_os_errors(self.path):  # what could not be flushed is tried again
+                self.file.close()
+
+
+def _crc32(lines):
+    return b"".join(struct.pack("<I", zlib.crc32(line)) for line in lines)

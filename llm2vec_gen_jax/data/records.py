@@ -1,0 +1,64 @@
+"""Training data: records, their ids, and a deterministic plan of padded batches that grain reads."""
+
+import pathlib
+
+from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.files import has_lone_surrogate
+from llm2vec_gen_jax.common.jsonl import read_jsonl
+
+
+def read_records(source, columns, split="train", limit=None, key="input"):
+    """Returns a list of dicts with the string `columns` (and `id`, when there is one) of a JSONL[.gz] file or a
+    Hugging Face dataset.
+
+    key: the setting that names the source, for errors.
+    Raises InputError naming file, line and column for a missing column, a value that is no string, or no rows.
+    """
+    path = pathlib.Path(source).expanduser()
+    if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
+        raise InputError(f"{key}={source}: no such file")
+    if path.exists():
+        rows = ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
+    else:
+        rows = ((f"{source}, row {number}", row) for number, row in enumerate(_hub_dataset(source, split)))
+    records = []
+    for where, row in rows:
+        if limit is not None and len(records) == limit:
+            break
+        if not isinstance(row.get("id", 0), (str, int)):
+            raise InputError(f"{where}: 'id' must be a string or a whole number, found {row['id']!r}")
+        for column in columns:
+            if column not in row:
+                raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
+            if not isinstance(row[column], str):
+                raise InputError(f"{where}: {column!r} must be a string, found {type(row[column]).__name__}")
+        record = {key: row[key] for key in ("id", *columns) if key in row}
+        for key, value in record.items():
+            if isinstance(value, str) and has_lone_surrogate(value):
+                raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is no valid text")
+        records.append(record)
+    if not records:
+        raise InputError(f"{source}: no rows")
+    return records
+
+
+def read_texts(path, field):
+    """Returns the texts of a .txt file (one per line) or of `field` of a .jsonl[.gz] file."""
+    from llm2vec_gen_jax.common.jsonl import read_lines
+
+    if pathlib.Path(path).suffix == ".txt":
+        texts = [line for _, line in read_lines(path)]
+        if not texts:
+            raise InputError(f"{path}: no lines")
+        return texts
+    return [row[field] for row in read_records(path, (field,))]
+
+
+def _hub_dataset(source, split):
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # datasets raises many types; all of them mean that it cannot be had
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"data {source!r} (split {split!r}): neither a file nor a dataset ({reason})") from None

@@ -1,0 +1,1 @@
+"""Scores of embedders on task folders and on mteb's benchmarks."""

@@ -1,0 +1,1 @@
+"""Several commands run as one study: quickstart, ablations, the reproduction and its tables and plots."""

@@ -1,0 +1,1 @@
+"""Texts to embeddings, and prompts or soft prompts to text."""

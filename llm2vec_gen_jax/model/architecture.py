@@ -1,0 +1,170 @@
+"""What a backbone is: the numbers and switches that its own config.json (or GGUF metadata) states."""
+
+import dataclasses
+
+from llm2vec_gen_jax.common.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies (rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer with RMS norms, rotary positions, grouped queries and a SwiGLU MLP.
+
+    The fields say what differs between families, not which family it is. In shapes: V vocab_size, D hidden_size,
+    F intermediate_size, N num_heads, G num_kv_heads, H head_dim.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool  # Qwen2.5
+    qk_norm: bool  # Qwen3
+    tied_embeddings: bool
+
+    @property
+    def num_parameters(self):
+        """Number of weights, the tied head counted once."""
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        layer = attention + bias + norms + 3 * self.hidden_size * self.intermediate_size
+        tables = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * layer + tables + self.hidden_size
+
+
+# What differs between the families: everything else is read from the config by name.
+_FAMILIES = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+# What a key means that config.json leaves out, as in transformers' config classes; null is not left out.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+_FAMILY_DEFAULTS = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+_MOST = 1e30  # numbers of a config stay below it: float32 holds them
+# Keys that change the computation, and the only values that the code implements.
+_SUPPORTED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "tie_word_embeddings": (False, True),
+}
+
+
+def from_hf_config(config, source):
+    """Returns the Architecture of a Hugging Face config.json (of transformers 4 or 5) given as a dict.
+
+    Raises InputError naming `source` and the field for a family or a setting that the code does not implement.
+    """
+    family = config.get("model_type")
+    if str(family) not in _FAMILIES:
+        raise InputError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
+    config = _DEFAULTS | _FAMILY_DEFAULTS[family] | config
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise InputError(f"{source}: layer_types with other than full_attention is not supported")
+    scaling = {}
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 keeps theta and scaling together, in the second
+        if not isinstance(config.get(key) or {}, dict):
+            raise InputError(f"{source}: {key}={config[key]!r} is not an object")
+        scaling |= config.get(key) or {}
+    for key, allowed in _SUPPORTED.items():
+        if (value := (config | scaling).get(key, allowed[0])) not in allowed:
+            raise InputError(f"{source}: {key}={value!r} is not supported (only {allowed[0]!r})")
+
+    def size(key, default=None):
+        return _positive(config, key, int, source, default)
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise InputError(
+            f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
+            f"head_dim={head_dim} of 2"
+        )
+    return Architecture(
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(_positive(config, "rms_norm_eps", (int, float), source)),
+        rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
+        rope_scaling=_rope_scaling(scaling, source),
+        tied_embeddings=config["tie_word_embeddings"],
+        **_FAMILIES[family],
+    )
+
+
+def to_hf_config(architecture):
+    """Returns a config.json dict that transformers 4.5x and 5 both read."""
+    switches = {"qkv_bias": architecture.qkv_bias, "qk_norm": architecture.qk_norm}
+    family = next(family for family, its_switches in _FAMILIES.items() if its_switches == switches)
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    scaling = architecture.rope_scaling
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.num_heads,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
+        "rms_norm_eps": architecture.norm_eps,
+        "rope_theta": architecture.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)},
+        "tie_word_embeddings": architecture.tied_embeddings,
+        "hidden_act": "silu",
+    }
+
+
+def _rope_scaling(scaling, source):
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"{source}: rope_type {kind!r} is not supported; supported: default, llama3")
+    return RopeScaling(
+        **{
+            field.name: _positive(scaling, field.name, (int, float), f"{source}: rope_scaling")
+            for field in dataclasses.fields(RopeScaling)
+        }
+    )
+
+
+def _positive(values, key, kinds, source, default=None):
+    """Returns a positive number of a config. Raises InputError naming `source` and the key for anything else."""
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise InputError(f"{source}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MOST:
+        raise InputError(f"{source}: {key}={value!r} is not a positive {'whole ' if kinds is int else ''}number")
+    return value

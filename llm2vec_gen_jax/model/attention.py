@@ -1,0 +1,139 @@
+"""Attention, and the one place that knows who sees whom.
+
+Rows are right-padded. In a causal pass no real token sees the padding, so no mask is needed; a bidirectional pass
+needs the lengths; a row that holds several texts needs to know which token is of which; a pass that continues a cached
+prefix needs to know which slots of the cache are real.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llm2vec_gen_jax.model import fused_attention
+from llm2vec_gen_jax.model.layers import apply_dropout, product
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of tokens already read, rotated, of execution.storage_dtype. Inside a layer without the L.
+
+    Heads come before slots: the products of a token with a cache then need no copy of it in another order.
+    """
+
+    k_LBGSH: jax.Array
+    v_LBGSH: jax.Array
+
+
+@struct.dataclass
+class AttentionMask:
+    """Who sees whom in one pass.
+
+    causal: a token sees itself and those before it in the pass; otherwise all real tokens of its row.
+    lengths_B: real tokens of each row of the pass; needed when not causal.
+    segments_BT: which of several texts of a row each token is of: it sees no other text. None: a row is one text.
+    cache_BS: which slots of the KVCache every token of the row sees as well; None without a cache.
+    """
+
+    causal: bool = struct.field(pytree_node=False)
+    lengths_B: jax.Array | None = None
+    segments_BT: jax.Array | None = None
+    cache_BS: jax.Array | None = None
+
+
+CAUSAL = AttentionMask(causal=True)
+_LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # queries that are scored together, and how many such blocks a pass may have
+
+
+def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropout=0.0):
+    """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
+
+    Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
+    Queries of padding are defined and unread.
+    """
+    T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
+    key = key if dropout else None
+    kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
+    if kernel == "xla":
+        return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout)
+    causal, lengths_B, segments = visibility.causal, None, None
+    if visibility.segments_BT is not None:
+        segments = (visibility.segments_BT, visibility.segments_BT)
+    if cached:  # which slots of the cache are real is data, so they are a segment
+        own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+        segments = own_BT, jnp.concatenate([visibility.cache_BS.astype(jnp.int32), own_BT], axis=1)
+        k_BTGH, v_BTGH = (
+            jnp.concatenate([jnp.swapaxes(slots, 1, 2).astype(own.dtype), own], axis=1)
+            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
+        )
+    if not causal:
+        lengths_B = jnp.maximum(visibility.lengths_B, 1)
+    if kernel == "cudnn":
+        return fused_attention.cudnn(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments)
+    interpret = execution.target != "tpu"
+    return fused_attention.splash(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments, execution.mesh, interpret)
+
+
+def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
+    """The reference, for every platform."""
+    T = q_BTNH.shape[1]
+    # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
+    blocked = visibility.causal and cache is None and key is None
+    size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
+    sizes = [min(size, T - first) for first in range(0, T, size)]
+    # Heads first: otherwise XLA's CPU compiler transposes the weights, the largest arrays of all.
+    k_BGTH, v_BGTH = jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2)
+    mixed, last = [], 0
+    for queries in jax.lax.split(q_BTNH, sizes, axis=1):  # its gradient is a concatenation, that of slices a sum
+        first, last = last, last + queries.shape[1]
+        end = last if visibility.causal else T
+        seen, own = _seen(visibility, first, last, end), (k_BGTH[:, :, :end], v_BGTH[:, :, :end])
+        mixed.append(_mix(queries, *own, seen, visibility.cache_BS, cache, execution, key, dropout))
+    return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout):
+    """`attend` of some queries over the keys that `seen` (broadcastable to B G R T S) allows."""
+    B, T, N, H = q_BTNH.shape
+    G, scale = k_BGSH.shape[1], H**-0.5
+    # The M rows of a key/value head: R query heads by T tokens.
+    q_BGMH = jnp.moveaxis(q_BTNH.reshape(B, T, G, -1, H), 1, 3).reshape(B, G, -1, H)
+
+    def score(q_BGMH, k_BGSH, seen):
+        scores_BGMS = product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * scale
+        scores_BGRTS = scores_BGMS.reshape(B, G, -1, T, scores_BGMS.shape[-1])
+        return jnp.where(seen, scores_BGRTS, -jnp.inf).reshape(scores_BGMS.shape)
+
+    scores_BGMS = score(q_BGMH, k_BGSH, seen)
+    if cache is None:
+        weights_BGMS = apply_dropout(jax.nn.softmax(scores_BGMS, axis=-1), key, dropout).astype(q_BTNH.dtype)
+        mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
+    else:
+        # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
+        cached_BGMS = score(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, None, :])
+        weights_BGMS = jax.nn.softmax(jnp.concatenate([cached_BGMS, scores_BGMS], axis=-1), axis=-1)
+        weights_BGMS = apply_dropout(weights_BGMS, key, dropout).astype(q_BTNH.dtype)
+        cached_BGMS, own_BGMS = jnp.split(weights_BGMS, [cached_BGMS.shape[-1]], axis=-1)
+        mixed_BGMH = _weigh(cached_BGMS.astype(cache.v_LBGSH.dtype), cache.v_LBGSH, T, execution)
+        mixed_BGMH += product("bgms,bgsh->bgmh", own_BGMS, v_BGSH)
+    mixed_BTGRH = jnp.moveaxis(mixed_BGMH.astype(q_BTNH.dtype).reshape(B, G, -1, T, H), 3, 1)
+    return mixed_BTGRH.reshape(B, T, N, H)
+
+
+def _weigh(weights_BGMS, v_BGSH, tokens, execution):
+    """The weighted sums of a cache's values, (B, G, M, H) float32, for a pass of so many tokens."""
+    if tokens > 1 or execution.target != "cpu":
+        return product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
+    # A matrix product of so few rows costs a CPU three times what the sum does.
+    return jnp.sum(weights_BGMS[..., None] * v_BGSH[:, :, None], axis=3)
+
+
+def _seen(visibility, first, last, end):
+    """Whether the queries first ... last - 1 see the keys before `end`: bool, broadcastable to (B, G, R, T, S)."""
+    if visibility.causal:
+        seen = jnp.arange(first, last)[:, None] >= jnp.arange(end)
+    else:
+        seen = (jnp.arange(end) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
+    if visibility.segments_BT is None:
+        return seen
+    segments_BT = visibility.segments_BT[:, None, None, :]
+    return seen & (segments_BT[..., first:last, None] == segments_BT[..., None, :end])

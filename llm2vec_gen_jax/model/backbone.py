@@ -1,0 +1,196 @@
+"""The frozen LLM: embeddings in, last hidden states and keys/values out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llm2vec_gen_jax.model import layers
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.attention import CAUSAL, KVCache, attend
+from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.parallel.sharding import constrain_batch, constrain_vocab
+
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # what a LoRA may update
+
+KEPT = "kept"  # the name of what a backward pass may keep
+_keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer.
+
+    Written for `scan`: returns (carry, (keys and values of this pass, its result at the slots where_BP if given)).
+    """
+
+    architecture: Architecture
+    execution: Execution
+    dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.storage_dtype
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, lora, dropout, rope, visibility, where_BP):
+        a, stacked = self.architecture, self.execution.storage_dtype(self.dtype)
+        D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
+        sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0
+        *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
+
+        def kept(x):  # marks an array that the backward pass keeps
+            return checkpoint_name(x.astype(stacked), KEPT).astype(x.dtype)
+
+        def project(name, x, equation, shape, axes, bias_dims=()):
+            y = layers.Linear(equation, shape, axes, bias_dims, sums, name=name)(x)
+            if lora is None or name not in lora:
+                return y
+            x = layers.apply_dropout(x, lora_keys[PROJECTIONS.index(name)], dropout.lora) if dropout else x
+            return y + layers.lora_delta(equation, x, lora[name]["a"], lora[name]["b"])
+
+        def heads(name, x, count, axis):
+            axes, bias_dims = ("embed", axis, "head_dim"), (1, 2) if a.qkv_bias else ()
+            return kept(project(name, x, "btd,dnh->btnh", (D, count, H), axes, bias_dims))
+
+        def norm(name, axis):
+            return layers.RMSNorm(a.norm_eps, axis, name=name)
+
+        x_BTD = constrain_batch(x_BTD.astype(self.dtype), self.execution.mesh)
+        y_BTD = norm("attention_norm", "norm")(x_BTD)
+        q_BTNH = heads("query", y_BTD, N, "heads")
+        k_BTGH = heads("key", y_BTD, G, "kv_heads")
+        v_BTGH = heads("value", y_BTD, G, "kv_heads")
+        if a.qk_norm:
+            q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
+            k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
+        q_BTNH, k_BTGH = layers.apply_rope(q_BTNH, rope), layers.apply_rope(k_BTGH, rope)
+        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, self.execution, attention_key, rate)
+        output_BTD = project("output", mixed_BTNH, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"))
+        x_BTD = kept(constrain_batch(x_BTD + output_BTD, self.execution.mesh))
+
+        y_BTD = norm("mlp_norm", "norm")(x_BTD)
+        gate_BTF = kept(project("gate", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
+        up_BTF = kept(project("up", y_BTD, "btd,df->btf", (D, F), ("embed", "mlp")))
+        active_BTF = nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+        x_BTD = x_BTD + project("down", active_BTF.astype(self.dtype), "btf,fd->btd", (F, D), ("mlp", "embed"))
+        x_BTD = x_BTD.astype(stacked)
+        own = KVCache(*(jnp.swapaxes(x, 1, 2).astype(stacked) for x in (k_BTGH, v_BTGH)))
+        return x_BTD, (own, None if where_BP is None else _at(x_BTD, where_BP))
+
+
+class Backbone(nn.Module):
+    """A causal LM as functions of its parameters: `Backbone(a).apply({"params": frozen}, ..., method="embed")`.
+
+    The layers are stacked on a leading axis and run by a scan, so that compile time does not grow with depth.
+    """
+
+    architecture: Architecture
+    execution: Execution = Execution()
+
+    def setup(self):
+        a = self.architecture
+        table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", table, (a.vocab_size, a.hidden_size))
+        if not a.tied_embeddings:
+            self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
+        # XLA's CPU compiler cannot slice bfloat16: it would make a float32 copy of all layers first. It slices bits.
+        as_bits = self.execution.target == "cpu" and not self.is_initializing()
+        block = nn.map_variables(Block, "params", _to_floats) if as_bits else Block
+        if self.execution.remat != "none":
+            policy = _keep_products if self.execution.remat == "dots" else None
+            block = nn.remat(block, policy=policy, prevent_cse=False)
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=a.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(
+            a, self.execution, self.embedding.dtype
+        )
+        self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
+
+    def embed(self, ids):
+        """Returns the input embeddings (..., D) of token ids (...)."""
+        return constrain_batch(jnp.take(self.embedding, ids, axis=0), self.execution.mesh)
+
+    def decode_step(self, x_B1D, positions_B1, visibility, layer_params, caches):
+        """One new token per row, with a Python loop over the layers instead of a scan.
+
+        On NVIDIA GPUs a scan copies the weights and the cache of each layer before it reads them, which triples the
+        memory traffic of decoding. Compile time grows with depth. layer_params: parameters of each layer
+        (`unstack_layers`). caches: a KVCache of each layer, B G S H.
+        Returns (hidden_B1D after the final norm, keys and values of this token by layer).
+        """
+        a, new = self.architecture, []
+        rope = layers.rope_angles(positions_B1, a.head_dim, a.rope_theta, a.rope_scaling)
+        block = Block(a, self.execution, self.embedding.dtype, parent=None)
+        for params, cache in zip(layer_params, caches, strict=True):
+            x_B1D, (own, _) = block.apply({"params": params}, x_B1D, cache, None, None, rope, visibility, None)
+            new.append(own)
+        return self.final_norm(constrain_batch(x_B1D, self.execution.mesh)), tuple(new)
+
+    def __call__(self, x_BTD, positions_BT, visibility, cache=None, lora=None, dropout=None):
+        """Runs every layer over embeddings x_BTD.
+
+        cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
+        pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
+        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.storage_dtype).
+        """
+        x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, visibility, None)
+        return self.final_norm(constrain_batch(x_BTD, self.execution.mesh)), own
+
+    def states(self, x_BTD, positions_BT, visibility, where_BP, lora=None):
+        """Runs every layer, and keeps what each makes of the slots where_BP of its row: no more is in memory.
+
+        Returns states (L + 1, B, P, D): the embeddings, then the result of each layer, of the last one after the
+        final norm (what `hidden_states` of transformers holds).
+        """
+        first_BPD = _at(x_BTD, where_BP)
+        _, (_, states_LBPD) = self._run(x_BTD, None, lora, None, positions_BT, visibility, where_BP)
+        states_LBPD = states_LBPD.astype(x_BTD.dtype)
+        last_BPD = self.final_norm(states_LBPD[-1])
+        return jnp.concatenate([first_BPD[None], states_LBPD[:-1], last_BPD[None]])
+
+    def _run(self, x_BTD, cache, lora, dropout, positions_BT, visibility, where_BP):
+        a, dtype = self.architecture, x_BTD.dtype
+        rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
+        x_BTD = x_BTD.astype(self.execution.storage_dtype(dtype))
+        x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, visibility, where_BP)
+        return x_BTD.astype(dtype), made
+
+    def head_VD(self):
+        """Returns the output matrix (V, D); the embedding table when they are tied."""
+        head_VD = self.embedding if self.architecture.tied_embeddings else self.head
+        return constrain_vocab(head_VD, self.execution.mesh)
+
+    def logits(self, hidden):
+        """Returns float32 logits (..., V) of last hidden states (..., D)."""
+        return layers.einsum_f32("...d,vd->...v", hidden, self.head_VD())
+
+
+def _at(x_BTD, where_BP):
+    return jnp.take_along_axis(x_BTD, where_BP[..., None], axis=1)
+
+
+def _to_bits(params):
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, params)
+
+
+def _to_floats(params):
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, params)
+
+
+def unstack_layers(stacked):
+    """Returns a tuple of one tree per layer from a tree stacked on a leading layer axis."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(count))
+
+
+def abstract_params(architecture):
+    """Returns the parameter tree of a backbone as boxed ShapeDtypeStructs that carry their logical axes."""
+    backbone = Backbone(architecture)
+
+    def init(key):
+        x_BTD = jnp.zeros((1, 1, architecture.hidden_size))
+        return backbone.init(key, x_BTD, jnp.zeros((1, 1), jnp.int32), CAUSAL)["params"]
+
+    return jax.eval_shape(init, jax.random.key(0))

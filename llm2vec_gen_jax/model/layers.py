@@ -1,0 +1,166 @@
+"""The pieces of a transformer block, and the alphabet of its dimensions.
+
+B batch, T query tokens or positions of a pass, S answer tokens or cache slots, K compression tokens, N query heads,
+G key/value heads, H head size, D hidden size, F MLP size, V vocabulary, L layers, E teacher size. Array names in
+model code end in their dimensions: q_BTNH.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+def einsum_f32(equation, *operands, dtype=jnp.float32):
+    """einsum that accumulates in float32. dtype: of the result.
+
+    float32 operands are multiplied as float32: by default a TPU rounds them to bfloat16, and an NVIDIA GPU to TF32.
+    """
+    precision = jax.lax.Precision.HIGHEST if operands[0].dtype == jnp.float32 else None
+    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(equation, x, y, sums=jnp.float32):
+    """einsum of two arrays, in the dtype of x, accumulated in float32. y: of that dtype, or int8.
+
+    sums: dtype of the result, in which devices that hold parts of a summed dimension add theirs.
+
+    Its gradient is taken in that dtype too: without this a bfloat16 weight meets a float32 cotangent in the backward
+    pass, and XLA turns the whole product (and a copy of the weight) into float32. An int8 weight has none, and it is
+    itself what the backward pass keeps.
+    """
+    inputs, out = equation.split("->")
+    x_dims, y_dims = inputs.split(",")
+    sizes = dict(zip(x_dims + y_dims, x.shape + y.shape))
+    x, y = _merge_heads(x_dims, x), _merge_heads(y_dims, y.astype(x.dtype))
+    result = einsum_f32(equation.replace("nh", "n"), x, y, dtype=sums)
+    return result.reshape([sizes[dim] for dim in out])
+
+
+def _merge_heads(dims, x):
+    """Makes one dimension of heads and head size: XLA would sum over the two in another order, and transpose for it."""
+    place = dims.find("nh")
+    return x if place < 0 else x.reshape(*x.shape[:place], -1, *x.shape[place + 2 :])
+
+
+def _product_forward(equation, x, y, sums):
+    return product(equation, x, y, sums), (x, y)
+
+
+def _product_backward(equation, sums, operands, cotangent):
+    x, y = operands
+    inputs, out = equation.split("->")
+    x_dims, y_dims = inputs.split(",")
+    cotangent = cotangent.astype(x.dtype)
+    x_cotangent = product(f"{out},{y_dims}->{x_dims}", cotangent, y, sums).astype(x.dtype)
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        return x_cotangent, None
+    return x_cotangent, product(f"{x_dims},{out}->{y_dims}", x, cotangent).astype(y.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), computed in float32."""
+
+    eps: float
+    axis_name: str
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", _partitioned(nn.initializers.ones, self.axis_name), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`einsum(equation, x, kernel) + bias`: a projection whose axes keep their names.
+
+    shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
+    if any, has the kernel dimensions that the equation keeps, and so has the scale of a quantized kernel. sums: see
+    `product`.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_dims: tuple[int, ...] = ()
+    sums: jnp.dtype = jnp.dtype(jnp.float32)
+
+    @nn.compact
+    def __call__(self, x):
+        initializer = nn.initializers.normal(self.shape[0] ** -0.5)
+        kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
+        y = product(self.equation, x, kernel, self.sums)
+        if self.has_variable("params", "scale"):
+            y = y * self.get_variable("params", "scale")
+        y = y.astype(x.dtype)
+        if self.bias_dims:
+            axes = tuple(self.axes[dim] for dim in self.bias_dims)
+            shape = tuple(self.shape[dim] for dim in self.bias_dims)
+            y = y + self.param("bias", _partitioned(nn.initializers.normal(0.02), *axes), shape)
+        return y
+
+
+@struct.dataclass
+class Dropout:
+    """Random zeros in a training pass. keys_L: a random key for each layer; inside a layer, its own."""
+
+    keys_L: jax.Array
+    lora: float = struct.field(pytree_node=False)  # of the inputs of low-rank updates
+    attention: float = struct.field(pytree_node=False)  # of attention weights
+
+
+def apply_dropout(x, key, rate):
+    """Zeroes each number with probability `rate` and scales up the others."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if rate else x
+
+
+def lora_delta(equation, x, a, b):
+    """What a LoRA (Hu et al. 2021) adds to the projection `equation` of x: x A B, in x's dtype.
+
+    a: the kernel's contracted dimensions, then the rank. b: the rank, then the kernel's other dimensions.
+    """
+    inputs, out = equation.split("->")
+    x_dims, kernel_dims = inputs.split(",")
+    inner = "".join(dim for dim in kernel_dims if dim not in out)
+    outer = kernel_dims.removeprefix(inner)
+    batch = x_dims.removesuffix(inner)
+    # The rank first: the gradient of `a` then transposes the narrow cotangent, not all of x.
+    a = jnp.moveaxis(a, -1, 0).astype(x.dtype)
+    down = product(f"{x_dims},r{inner}->{batch}r", x, a).astype(x.dtype)
+    return product(f"{batch}r,r{outer}->{out}", down, b.astype(x.dtype)).astype(x.dtype)
+
+
+def rope_angles(positions_BT, head_dim, theta, scaling):
+    """Returns (cos_BTH, sin_BTH), float32, of the rotary embedding (Su et al. 2021, halves rotated as in Llama).
+
+    scaling: None, or a RopeScaling; its formula is Llama 3.1's.
+    """
+    frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        factor, low, high, length = map(float, dataclasses.astuple(scaling))
+        wavelength_H = 2 * jnp.pi / frequency_H
+        blend = jnp.clip((length / wavelength_H - low) / (high - low), 0.0, 1.0)
+        frequency_H = frequency_H * (blend + (1 - blend) / factor)
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
+    angle_BTH = jnp.concatenate([angle_BTH, angle_BTH], axis=-1)
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def apply_rope(x_BTNH, rope):
+    """Applies the angles of `rope_angles` to queries or keys, in float32. Returns x's dtype."""
+    cos, sin = (angle_BTH[:, :, None, :] for angle_BTH in rope)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x_BTNH.astype(jnp.float32) * cos + turned * sin).astype(x_BTNH.dtype)
+
+
+def _partitioned(initializer, *axes):
+    return nn.with_logical_partitioning(initializer, axes)

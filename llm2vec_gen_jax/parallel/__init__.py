@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, device memory, joining and stopping many processes, signals."""

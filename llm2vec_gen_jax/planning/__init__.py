@@ -1,0 +1,1 @@
+"""Memory, FLOPs and communication of every program on accelerators that need not be attached."""

@@ -1,0 +1,183 @@
+"""What training and encoding cost on devices that need not be here: compiled for them, never run."""
+
+import dataclasses
+import json
+import time
+
+import jax
+
+from llm2vec_gen_jax import config as config_lib
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import read_json, shipped
+from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.model import architecture as architecture_lib
+from llm2vec_gen_jax.model import quantization
+from llm2vec_gen_jax.model.execution import REMAT, Execution
+from llm2vec_gen_jax.parallel import memory, sharding
+from llm2vec_gen_jax.parallel.chips import GIB, chip_of
+from llm2vec_gen_jax.planning.measure import measure
+from llm2vec_gen_jax.planning.programs import abstract_inputs, compile_programs, flops, lower_for_cuda, weight_dtype
+from llm2vec_gen_jax.planning.topologies import ESTIMATE, compiling_for, described_devices, install_hint, is_described
+from llm2vec_gen_jax.pretrained.backbone import default_dtype, open_checkpoint
+
+
+def estimate(config):
+    """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
+    options.require(config)
+    architecture = _architecture(config)
+    devices, chip, compiler = _devices(config.topology)
+    if config.measure and is_described(devices[0]):
+        raise InputError(
+            f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out"
+        )
+    if config.backbone.dtype == "auto" and is_described(devices[0]):
+        backbone = dataclasses.replace(config.backbone, dtype=default_dtype(devices[0]))
+        config = dataclasses.replace(config, backbone=backbone)
+    with compiling_for(devices):
+        return _plan(config, architecture, devices, chip, compiler)
+
+
+def _plan(config, architecture, devices, chip, compiler):
+    policies = REMAT[1:] if config.train.remat == "auto" else (config.train.remat,)
+    limit = memory.limit(sharding.make_mesh(config_lib.MeshConfig(), devices), chip)
+    if config.search:
+        meshes = _candidates(config, architecture, len(devices), limit)
+    else:  # where there is no limit, the policy that training takes
+        meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
+    where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
+    B, T, S = config.train.batch_size, config.query_length, config.answer_length
+    print(
+        f"{architecture.num_parameters / 1e9:.2f} B parameters, {weight_dtype(config).name}; {where}; "
+        f"batch {B}, queries of {T} and answers of {S} tokens\n{_about(compiler, limit, devices[0].platform)}\n\n"
+        f"per device, GiB:\n{'mesh (data, fsdp, tensor), remat':<34}"
+        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}"
+        "   a training step: FLOPs, bytes moved, at least; compiler",
+        flush=True,
+    )
+    rows = []
+    for mesh_config, remat in meshes:
+        mesh = sharding.make_mesh(mesh_config, devices)
+        execution = Execution(mesh, config.kernels.attention, remat)
+        execution.check(architecture.head_dim, quantization.product_dtype(weight_dtype(config)))
+        row = _row(config, architecture, execution, chip, {"devices": where, "compiler": compiler})
+        if compiler == ESTIMATE and row["fits"] is not None:
+            # cuDNN's attention cannot be asked for where there is none.
+            lower_for_cuda(config, architecture, Execution(mesh, "xla", remat, platform="gpu"))
+        rows.append(row)
+        print(_line(row), flush=True)
+        if config.measure:
+            measure(config, architecture, execution)
+        if config.output:
+            with open(config.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if row["fits"] and len(meshes) > 1:
+            size = mesh.shape
+            print(
+                f"\nuse: mesh.data={size['data']} mesh.fsdp={size['fsdp']} mesh.tensor={size['tensor']} "
+                f"train.remat={remat}"
+            )
+            break
+    else:
+        if len(meshes) > 1:
+            print("\nnothing that was tried fits: more devices, a smaller batch, or shorter texts are needed")
+    return rows
+
+
+def _about(compiler, limit, platform):
+    """Returns lines that say which compiler the figures come from, and what "fits" means."""
+    text = f"compiled by {compiler}"
+    if compiler == ESTIMATE:
+        text += f", whose programs need more memory than a GPU's; for the GPU's own compiler: {install_hint()}"
+    if limit:
+        text += f"\nfits: below {limit / GIB:.2f} GiB a device, 92 % of what JAX may take"
+        if platform == "gpu" or compiler == ESTIMATE:
+            text += f", {memory.pool_share():.0%} of its memory by XLA_PYTHON_CLIENT_MEM_FRACTION"
+    return text
+
+
+def _architecture(config):
+    if config.architecture:
+        return architecture_lib.from_hf_config(read_json(shipped(config.architecture)), config.architecture)
+    return open_checkpoint(config.backbone.path, Execution())[0].architecture
+
+
+def _devices(topology):
+    """Returns (devices, their Chip or None, name of the compiler) of a topology setting."""
+    if topology:
+        return described_devices(topology)
+    devices = jax.devices()
+    return devices, chip_of(devices[0].device_kind), f"XLA:{devices[0].platform.upper()}"
+
+
+def _candidates(config, architecture, count, limit):
+    """Returns [(MeshConfig, remat)] to try: as few pieces of the weights as can fit, the rest of the devices to data.
+
+    The backbone is frozen, so data parallel costs no more than a sum of small gradients.
+    """
+    weights = architecture.num_parameters * weight_dtype(config).itemsize
+    found = []
+    for pieces in (pieces for pieces in range(1, count + 1) if count % pieces == 0):
+        for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
+            fsdp, data = pieces // tensor, count // pieces
+            divides = config.train.batch_size % (data * fsdp) == 0 and architecture.num_kv_heads % tensor == 0
+            if divides and (limit is None or weights / pieces < limit):
+                found += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
+    if not found:
+        raise InputError(f"train.batch_size={config.train.batch_size}: no mesh of {count} devices divides it and fits")
+    return found
+
+
+def _row(config, architecture, execution, chip, head):
+    """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device.
+
+    head: what the rows of a plan have in common. limit: what training may take; compiled_flops: null where the compiler
+    does not count.
+    """
+    started, mesh = time.perf_counter(), execution.mesh
+    model, inputs = abstract_inputs(config, architecture, execution)
+    limit = memory.limit(mesh, chip)
+    row = head | {"mesh": dict(mesh.shape), "remat": execution.remat, "fits": None, "limit": limit}
+    row |= {"weights": memory.bytes_per_device(inputs["frozen"]), "state": memory.bytes_per_device(inputs["state"])}
+    try:
+        programs = compile_programs(config, model, inputs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"fits": False, "reason": str(error).strip().splitlines()[0][:200]}
+    training = [programs[name] for name in ("prefix", "step") if name in programs]
+    row["train"] = programs["step"].peak
+    if "prefix" in programs:  # which runs beside the state
+        row["train"] = max(row["train"], programs["prefix"].peak + row["state"])
+    row["encode"], row["generate"] = programs["encode"].peak, programs["generate"].peak
+    row["moved"], row["encode_moved"] = sum(program.moved for program in training), programs["encode"].moved
+    row["flops"], row["encode_flops"] = flops(config, architecture)
+    analyses = [program.compiled.cost_analysis() for program in training]  # the GPU compiler has none
+    row["compiled_flops"] = sum(found["flops"] for found in analyses) if all(analyses) else None
+    row["seconds_to_compile"] = round(time.perf_counter() - started, 1)
+    if limit:
+        row["fits"] = max(row["train"], row["encode"]) < limit
+    if chip:
+        count = mesh.devices.size
+        # A device reads all of its tensor shard's weights in each of five passes, whoever keeps them.
+        read = 5 * architecture.num_parameters * weight_dtype(config).itemsize / mesh.shape["tensor"]
+        row["bounds"] = {
+            "compute": row["flops"] / count / chip.flops,
+            "memory": read / chip.bandwidth,
+            "links": row["moved"] / chip.link,
+        }
+    return row
+
+
+def _line(row):
+    size = row["mesh"]
+    text = f"{size['data']:>4} x{size['fsdp']:>4} x{size['tensor']:>3}  {row['remat']:<16}"
+    text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"
+    if "train" not in row:
+        return f"{text}   does not fit: {row['reason']}"
+    text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}{row['generate'] / GIB:>10.2f}   "
+    text += f"{row['flops'] / 1e12:,.1f} T, "
+    text += f"{row['moved'] / GIB:.2f} GiB"
+    if "bounds" in row:
+        bounds = row["bounds"]
+        text += f", {max(bounds.values()):.3f} s (" + ", ".join(f"{k} {v:.3f}" for k, v in bounds.items()) + ")"
+    return f"{text}; {row['compiler']}" + ("" if row["fits"] is not False else "   does not fit")

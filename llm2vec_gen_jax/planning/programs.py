@@ -1,0 +1,155 @@
+"""The programs of training, encoding and generation, compiled from shapes alone."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference.generate import Sampling, continue_prompts, unrolls
+from llm2vec_gen_jax.model import quantization
+from llm2vec_gen_jax.model.backbone import Backbone, abstract_params
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel, Packed
+from llm2vec_gen_jax.parallel import memory, sharding
+from llm2vec_gen_jax.planning.flops import reading_flops, training_flops
+from llm2vec_gen_jax.planning.hlo import moved_bytes
+from llm2vec_gen_jax.pretrained.backbone import resolve_dtype
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.train import abstract_cache, jit_prefill, jit_step
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled program. arguments, beside: bytes per device, of what it is given and of all that it makes (what is
+    donated counts once); moved: bytes that a device receives from others."""
+
+    compiled: Any
+    arguments: int
+    beside: int
+    moved: float
+
+    @property
+    def peak(self):
+        """Bytes per device while it runs."""
+        return self.arguments + self.beside
+
+
+def weight_dtype(config):
+    """The dtype of most weights."""
+    name = config.backbone.dtype
+    return jnp.dtype("bfloat16" if name == "auto" and config.topology else resolve_dtype(name))
+
+
+def abstract_inputs(config, architecture, execution):
+    """Returns (Model, abstract arguments by name) of everything that runs."""
+    mesh = execution.mesh
+    a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
+    scale = config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
+    compression = config.compression
+    model = LLM2VecGenModel(
+        a, compression.num_tokens, compression.num_thought_tokens, a.hidden_size, config.lora.rank, scale, execution
+    )
+    if B % sharding.batch_shards(mesh):
+        raise InputError(f"train.batch_size={B} does not divide over {sharding.batch_shards(mesh)} data shards")
+
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+    def whole(tree):
+        put = sharding.replicated(mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), tree)
+
+    boxed, quantized = abstract_params(a), weight_dtype(config) == jnp.int8
+    frozen = jax.tree.map(
+        lambda x, put: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if quantized else weight_dtype(config), sharding=put),
+        nn.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+    frozen = quantization.describe(frozen) if quantized else frozen
+    trainable = jax.eval_shape(model.init, jax.random.key(0), frozen)
+    optimizer = make_optimizer(config.optimizer)
+    batch = {
+        "query_lengths": rows(jnp.int32),
+        "answer": rows(jnp.int32, S),
+        "answer_lengths": rows(jnp.int32),
+        "target": rows(jnp.float32, a.hidden_size),
+    }
+    ids = rows(jnp.int32, T)
+    return model, {
+        "frozen": frozen,
+        "trainable": whole(trainable),
+        "state": whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)),
+        "ids": ids,
+        "batch": batch | ({"query": ids} if config.lora.rank else {}),
+        "packed": Packed(ids, ids, ids, rows(jnp.int32, max(T // model.num_appended, 1))),
+    }
+
+
+def _jitted(config, model, frozen):
+    """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
+    backbone = Backbone(model.architecture, model.execution)
+    unroll = unrolls(backbone, frozen, config.train.batch_size, config.query_length + config.answer_length)
+    sampling, options = Sampling(config.answer_length), model.execution.compiler_options
+    return {
+        "prefix": jit_prefill(model, config.query_length),
+        "step": jit_step(config, model),
+        "encode": jax.jit(functools.partial(model.encode_packed, soft_prompts=False), compiler_options=options),
+        "generate": jax.jit(
+            functools.partial(continue_prompts, backbone, sampling, (0,), unroll), compiler_options=options
+        ),
+    }
+
+
+def compile_programs(config, model, inputs):
+    """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass, a generated batch."""
+    functions, programs = _jitted(config, model, inputs["frozen"]), {}
+
+    def compile_one(name, *arguments):
+        compiled = functions[name].lower(*arguments).compile()
+        programs[name] = Program(compiled, *memory.taken(compiled), moved_bytes(compiled.as_text()))
+
+    for name, arguments in _arguments(config, functions, inputs, model.execution.mesh).items():
+        compile_one(name, *arguments)
+    return programs
+
+
+def _arguments(config, functions, inputs, mesh):
+    """Returns the abstract arguments of each function that runs, by name."""
+    frozen, arguments, cache = inputs["frozen"], {}, None
+    if not config.lora.rank:
+        arguments["prefix"] = frozen, inputs["ids"]
+        cache = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
+    arguments["step"] = inputs["state"], frozen, cache, inputs["batch"]
+    arguments["encode"] = inputs["trainable"], frozen, inputs["packed"]
+    lengths, seed = inputs["batch"]["query_lengths"], jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments["generate"] = frozen, inputs["ids"], lengths, lengths, seed
+    return arguments
+
+
+def lower_for_cuda(config, architecture, execution):
+    """Raises where something cannot be lowered for NVIDIA's GPUs."""
+    model, inputs = abstract_inputs(config, architecture, execution)
+    functions = _jitted(config, model, inputs["frozen"])
+    for name, arguments in _arguments(config, functions, inputs, execution.mesh).items():
+        jax.export.export(functions[name], platforms=["cuda"])(*arguments)
+
+
+def flops(config, architecture):
+    """Returns the FLOPs of (a training step, an encoding pass), on full rows of the longest texts."""
+    B, compression = config.train.batch_size, config.compression
+    queries, answers = [config.query_length] * B, [config.answer_length] * B
+    return (
+        training_flops(
+            architecture,
+            queries,
+            answers,
+            compression.num_tokens,
+            compression.num_thought_tokens,
+            bool(config.lora.rank),
+        ),
+        reading_flops(architecture, queries),
+    )

@@ -1,0 +1,125 @@
+"""Taking a model elsewhere: its directory, the backbone in PyTorch's files, the encoder in one folder, the hub."""
+
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import require_new, write_text
+from llm2vec_gen_jax.formats import hf, published
+from llm2vec_gen_jax.model import lora
+from llm2vec_gen_jax.pretrained import model_directory
+
+_MERGED_CARD = """\
+# {name}: the encoder of an LLM2Vec-Gen model, merged
+
+A plain transformers model: the backbone{lora}, with the {count} trained tokens in its embedding table. Append them to a
+text and apply the two heads, which lie beside it as safetensors:
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModel.from_pretrained(FOLDER)
+heads = [load_file(f"{{FOLDER}}/{{name}}_mlp.safetensors") for name in ("reconstruction", "alignment")]
+batch = tokenizer([text + "{tokens}" for text in texts], padding=True, return_tensors="pt")
+hidden = model(**batch).last_hidden_state[:, -{read}:].float()
+for head in heads:  # the first result is the soft prompts
+    hidden = torch.nn.functional.linear(hidden, head["projection.weight"], head["projection.bias"])
+embeddings = hidden.mean(dim=1)
+```
+"""
+
+
+def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
+    """Writes an LLM2VecGen as a model directory of both frameworks. `path` must not exist.
+
+    dtype: in which PyTorch is to run (float32 | bfloat16 | float16), default as it was. backbone: how the directory
+    is to name its backbone (a folder or hub id), default as it was loaded. shown: what the card's examples load.
+    """
+    record = embedder.record
+    model_directory.save(
+        path,
+        embedder.model,
+        embedder.trainable,
+        embedder.backbone,
+        record.extra if record else {},
+        dtype or (record.dtype if record else None),
+        record.special_tokens if record else None,
+        backbone,
+        shown,
+    )
+
+
+def save_backbone(backbone, folder):
+    """Writes a loaded backbone as a Hugging Face folder that transformers 4 and 5 read. `folder` must not exist."""
+    require_new(folder)
+    tokenizer = backbone.tokenizer
+
+    def also(temporary):
+        published.write_tokenizer(temporary, tokenizer.hf)
+
+    hf.save(folder, backbone.frozen, backbone.architecture, also, tokenizer.stop_ids)
+
+
+def save_merged(embedder, folder):
+    """Writes the encoder as a plain Hugging Face folder: LoRA merged (in float32), trained tokens in the table.
+
+    The backbone's dtype is kept. The heads lie beside the weights as safetensors. `folder` must not exist.
+    """
+    require_new(folder)
+    model, trainable, backbone = embedder.model, embedder.trainable, embedder.backbone
+    tokens = embedder.special_tokens
+    frozen = backbone.frozen
+    if model.lora_rank:
+        updated = {name: jax.tree.map(lambda x: x.copy(), frozen["layers"][name]) for name in trainable["lora"]}
+        copy = {**frozen, "layers": {**frozen["layers"], **updated}}  # merging donates what it updates
+        frozen = lora.merge(copy, lora.scaled(trainable["lora"], model.lora_scale))
+    ids, _ = published.special_token_ids(backbone.tokenizer.hf, tokens)
+
+    def also(temporary):
+        published.write_tokenizer(temporary, backbone.tokenizer.hf, tokens)
+        for name in model_directory.HEADS:
+            bias, weight = (np.asarray(trainable[name][key], np.float32) for key in ("bias", "kernel"))
+            head = {"projection.weight": np.ascontiguousarray(weight.T), "projection.bias": bias}
+            published.write_safetensors(temporary / f"{name}_mlp.safetensors", head)
+        card = _MERGED_CARD.format(
+            name=pathlib.Path(folder).name,
+            lora=" with its LoRA merged" if model.lora_rank else "",
+            count=len(tokens),
+            tokens="".join(tokens),
+            read=model.num_tokens,
+        )
+        write_text(temporary / "README.md", card)
+
+    added = (ids, np.asarray(trainable["tokens"], np.float32))
+    hf.save(folder, frozen, backbone.architecture, also, backbone.tokenizer.stop_ids, added)
+
+
+def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an LLM2Vec-Gen model"):
+    """Uploads the model directory to a repository of the Hugging Face hub, made if it is not there. Returns its URL.
+
+    Raises InputError where the backbone is a local path, which nobody else could load, or the hub says no.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = embedder.record.backbone if embedder.record else embedder.backbone.name
+    if pathlib.Path(name).expanduser().exists():
+        raise InputError(
+            f"the backbone is the local {name}, which nobody else has: load the model with backbone=HUB_ID first"
+        )
+    api = huggingface_hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / repo_id.rpartition("/")[2]
+        save_pretrained(embedder, folder, backbone=name, shown=repo_id)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{repo_id}: cannot be uploaded to the hub ({reason})") from None
+    return str(url)

@@ -1,0 +1,119 @@
+"""The model card: README.md of a model directory, with the metadata that the Hugging Face hub reads."""
+
+import json
+
+import yaml
+
+from llm2vec_gen_jax.pretrained import default_backbone
+
+PAPER = "2603.10913"
+
+
+def model_card(record, identifier, license=None):
+    """Returns the text of a card.
+
+    record: a PublishedModel; of its `extra`, "config" (resolved settings of the training run), "data" (facts about
+    what it was trained on), "metrics" (last logged values) and "scores" ({task: its main score}) are shown where they
+    are there. identifier: what the usage examples load. license: SPDX id of the backbone, whose terms hold for what was
+    trained on it.
+    """
+    extra, base = record.extra, _hub_id(record.backbone)
+    convert = record.backbone == default_backbone.NAME  # a GGUF file of a wheel, which PyTorch does not find
+    metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
+    front = {
+        "library_name": "llm2vec_gen_jax",
+        "pipeline_tag": "feature-extraction",
+        "license": license or "other",
+        **({} if license else {"license_name": "that-of-the-base-model"}),
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
+        **({"datasets": [data]} if (data := _dataset(extra)) else {}),
+        "tags": ["llm2vec-gen", "text-embeddings", "sentence-similarity", "jax", "flax", "pytorch"],
+    }
+    size, count = record.alignment["bias"].size, record.num_tokens
+    lines = [
+        "---",
+        *yaml.safe_dump(front, sort_keys=False).splitlines(),
+        "---",
+        "",
+        f"# LLM2Vec-Gen embedder on {base or record.backbone}",
+        "",
+        f"Embeddings of size {size} that encode the answer that the LLM would give to a text, not the text "
+        f"(LLM2Vec-Gen, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})). The LLM stays frozen: what was trained, and "
+        f"is in this directory, are {len(record.special_tokens)} token embeddings ({count} of them read), two affine "
+        f"heads{' and a LoRA on the encoding pass' if record.lora else ''}.",
+        "",
+        "## Usage",
+        "",
+        "JAX ([llm2vec_gen_jax](https://pypi.org/project/llm2vec-gen-jax/)):",
+        "",
+        "```python",
+        "from llm2vec_gen_jax import LLM2VecGen",
+        f"model = LLM2VecGen.from_pretrained({json.dumps(identifier)})",
+        'vectors, soft_prompts = model.encode(["What is the capital of France?"], return_soft_prompts=True)',
+        "answers = model.decode(soft_prompts)  # the text that the LLM reads out of the embedding",
+        "```",
+        "",
+        "PyTorch ([llm2vec-gen](https://pypi.org/project/llm2vec-gen/)), the same vectors:",
+        "",
+        *(_to_pytorch(identifier) if convert else []),
+        "```python",
+        "from llm2vec_gen.models import LLM2VecGenModel",
+        f"model = LLM2VecGenModel.from_pretrained({json.dumps('model-pt' if convert else identifier)})",
+        'vectors = model.encode(["What is the capital of France?"])',
+        "```",
+        "",
+        *([] if base else _local_backbone(record)),
+        *(_scores(extra["scores"]) if extra.get("scores") else []),
+        "## Training",
+        "",
+        *[f"* {line}" for line in _facts(extra)],
+        *(["", "| metric at the last step | value |", "|---|---|"] if metrics else []),
+        *[f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in metrics.items()],
+        "",
+    ]
+    if extra.get("config"):
+        settings = yaml.safe_dump(extra["config"], sort_keys=False, allow_unicode=True).splitlines()
+        lines += ["Hyper-parameters:", "", "```yaml", *settings, "```", ""]
+    return "\n".join(lines)
+
+
+def _hub_id(backbone):
+    """Returns the hub id of a backbone's name, None for a local path."""
+    if backbone == default_backbone.NAME:
+        return default_backbone.HUB_ID
+    return backbone if backbone.count("/") == 1 and not backbone.startswith(("/", ".", "~")) else None
+
+
+def _dataset(extra):
+    source = str((extra.get("data") or {}).get("responses", ""))
+    return source if source.count("/") == 1 and not source.endswith((".jsonl", ".gz", ".json")) else None
+
+
+def _to_pytorch(identifier):
+    command = f"python -m launch.convert to_pytorch {identifier} output=model-pt"
+    return ["```bash", f"{command}  # writes out the backbone too", "```", ""]
+
+
+def _local_backbone(record):
+    return [
+        f"The backbone is the local `{record.backbone}`. Elsewhere, change `model_name_or_path` in `run_config.yml` "
+        "(PyTorch reads it too), or pass `backbone=` to `LLM2VecGen.from_pretrained`.",
+        "",
+    ]
+
+
+def _scores(scores):
+    rows = [f"| {name} | {score:.3f} |" for name, score in scores.items()]
+    return ["## Scores", "", "| task | score |", "|---|---|", *rows, ""]
+
+
+def _facts(extra):
+    data, facts = extra.get("data") or {}, []
+    if data:
+        facts.append(f"data: {data['examples']:,} responses of the LLM itself to queries of `{data['responses']}`")
+    if config := extra.get("config") or {}:
+        teacher, train = config.get("teacher", {}), config.get("train", {})
+        adapters = ", ".join(f"`{name}`" for name in teacher.get("adapters") or ()) or "no adapters"
+        facts.append(f"alignment targets: {teacher.get('kind')} ({adapters}), attention {teacher.get('attention')}")
+        facts.append(f"{train.get('steps')} steps at batch {train.get('batch_size')}, seed {train.get('seed')}")
+    return facts or ["not recorded: this model was trained elsewhere"]

@@ -1,0 +1,135 @@
+"""The model directory, as trees: what a run writes at its end and `LLM2VecGen.from_pretrained` reads."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm2vec_gen_jax import __version__
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.formats import peft, published
+from llm2vec_gen_jax.model.architecture import to_hf_config
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import fetch_from_hub, is_hub_id
+from llm2vec_gen_jax.pretrained.model_card import model_card
+
+HEADS = published.HEADS
+MODELS = ("smollm2-135m",)  # trained embedders that come with the package, in models/
+PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
+
+
+def save(directory, model, trainable, backbone, extra, dtype=None, special_tokens=None, name=None, shown=None):
+    """Writes a model directory, complete or not at all. The directory must not exist.
+
+    Every process of a multi-host run calls it: arrays are gathered one at a time, process 0 alone keeps and writes
+    them. extra: our own record ("config", "data", "metrics"), which the card shows. dtype: in which PyTorch is to
+    run, default the backbone's. special_tokens: texts of the trained tokens, default <question1>, ...
+    name: how the backbone is called in the directory, default by what it was loaded from. shown: what the card's
+    examples load, default the directory.
+    """
+    dtype = dtype or str(backbone.frozen["embedding"].dtype)
+    trainable = jax.tree.map(sharding.gather, trainable)
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(name or backbone.name).expanduser()
+    record = published.PublishedModel(
+        backbone=str(path.resolve()) if path.exists() else str(name or backbone.name),
+        dtype=dtype,
+        special_tokens=special_tokens or special_token_names(model.num_appended),
+        num_tokens=model.num_tokens,
+        tokens_MD=trainable["tokens"],
+        **{head: dict(trainable[head]) for head in HEADS},
+        lora=_lora_record(model, trainable),
+        extra={
+            **extra,
+            "version": __version__,
+            "backbone_identity": backbone.identity,
+            "tokenizer_identity": backbone.tokenizer.identity,
+        },
+    )
+    # The published generate() reads the end tokens from this config.
+    backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
+    card = model_card(record, shown or str(directory), backbone.license)
+    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card)
+
+
+def special_token_names(count):
+    """Returns the published names of `count` trained tokens."""
+    return [f"<question{number}>" for number in range(1, count + 1)]
+
+
+def local_folder(path):
+    """Returns the folder of a model directory: one of MODELS by its name, or fetched when `path` is a hub id.
+
+    Raises InputError where there is none.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if folder.exists():
+        return folder
+    if str(path) in MODELS:
+        return pathlib.Path(__file__).parent / "assets" / "models" / str(path)
+    if is_hub_id(path):
+        return fetch_from_hub(path, PATTERNS)
+    raise InputError(f"{path}: no such directory, hub id (OWNER/NAME) or model of this package: {', '.join(MODELS)}")
+
+
+def read_model_directory(path):
+    """Returns the PublishedModel of a local directory or a hub repository of that layout."""
+    return published.read(local_folder(path))
+
+
+def to_model(record, backbone, source):
+    """Returns (Model, trainable tree on the backbone's mesh) of a PublishedModel.
+
+    Raises InputError when it was trained on another backbone than the one given, or with another tokenizer.
+    """
+    identity = record.extra.get("backbone_identity", backbone.identity)
+    D = backbone.architecture.hidden_size
+    if identity != backbone.identity or record.tokens_MD.shape[1] != D:
+        raise InputError(
+            f"{source}: was trained on another backbone than {backbone.name} (weights {identity}, hidden size "
+            f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). It names {record.backbone}"
+        )
+    if record.extra.get("tokenizer_identity", backbone.tokenizer.identity) != backbone.tokenizer.identity:
+        raise InputError(f"{source}: was trained with other tokenizer files than those of {backbone.name}")
+    thought = len(record.tokens_MD) - record.num_tokens
+    trainable = {"tokens": record.tokens_MD, **{head: dict(getattr(record, head)) for head in HEADS}}
+    rank, scale = 0, 0.0
+    if record.lora:
+        config_file = f"{source}/{published.ADAPTER_CONFIG}"
+        config = peft.check(record.lora["config"], config_file, but=("trainable_token_indices",))
+        for key in ("rank_pattern", "alpha_pattern"):
+            if config.get(key):
+                raise InputError(f"{config_file}: {key} is not supported on the encoder")
+        tensors = record.lora["tensors"]
+        trainable["lora"] = peft.read(tensors, config, backbone.architecture, source, folded=False)
+        rank, scale = config["r"], peft.scale_of(config, config["r"], config["lora_alpha"])
+    E = record.alignment["kernel"].shape[1]
+    model = LLM2VecGenModel(backbone.architecture, record.num_tokens, thought, E, rank, scale, backbone.execution)
+    trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
+    return model, sharding.put_replicated(trainable, backbone.mesh)
+
+
+def _lora_record(model, trainable):
+    """Returns the `lora` of a PublishedModel, as the published package's apply_peft would make it."""
+    if not model.lora_rank:
+        return None
+    tree, r = trainable["lora"], model.lora_rank
+    alpha = model.lora_scale * r
+    config = {
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": peft.modules_of(tree),
+        "bias": "none",
+        "task_type": None,
+    }
+    return {"config": config, "tensors": peft.tensors_of(tree)}
+
+
+def check_finite(trainable, what):
+    """Raises InputError when a trainable tree holds NaN or infinity."""
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trainable)):
+        raise InputError(f"{what}: the trained tokens or heads hold NaN or infinity")

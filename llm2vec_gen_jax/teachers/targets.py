@@ -1,0 +1,151 @@
+"""Alignment targets: the teacher's vector of every response, computed once and kept, or read from a file."""
+
+import numpy as np
+from safetensors import SafetensorError
+
+from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
+from llm2vec_gen_jax.common.files import fingerprint, install_command, read_array, sha256_file, visible
+from llm2vec_gen_jax.data.buckets import choose_edges
+from llm2vec_gen_jax.formats import peft
+from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import (
+    EMBEDDER_PATTERNS,
+    load_backbone,
+    open_checkpoint,
+    resolve_adapter,
+    resolve_embedder,
+)
+from llm2vec_gen_jax.teachers.encoder import pool_rows
+from llm2vec_gen_jax.teachers.target_files import compute_once
+
+
+def is_causal(config):
+    """Whether the llm2vec teacher of a TeacherConfig attends causally.
+
+    Without adapters an untrained bidirectional pass is far worse than the causal one, so `auto` depends on them.
+    """
+    return config.attention == "causal" or (config.attention == "auto" and not config.adapters)
+
+
+def read_targets(path, records, rows):
+    """Returns the targets (len(rows), E) that a .npy (records, E) holds for the used rows.
+
+    Raises InputError when it is no such array.
+    """
+    targets = read_array(path, "teacher.path")
+    if targets.ndim != 2 or len(targets) != records or not np.issubdtype(targets.dtype, np.floating):
+        raise InputError(
+            f"teacher.path={path}: expected a float array ({records} rows of data.responses, E), "
+            f"found {targets.dtype} {targets.shape}"
+        )
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
+        targets = np.asarray(targets[rows], np.float32)
+    if not (sound := np.isfinite(targets).all(axis=1)).all():
+        raise InputError(f"teacher.path={path}: row {rows[np.argmin(sound)]} (from 0) holds NaN or infinity")
+    return targets
+
+
+def targets_of(backbone, config, answers, responses):
+    """Returns (targets (n, E) float32, backbone) of stripped answers by the teacher of a TrainConfig.
+
+    They are kept beside the responses file under a hash of teacher and texts; an interrupted computation goes on
+    where it stopped. An llm2vec teacher with adapters or another backbone takes the student's place, which is then
+    loaded again: there is never a second copy, and only the returned backbone may be used afterwards.
+    """
+    if config.teacher.kind == "sentence_transformers":
+        return _by_sentence_transformers(config.teacher, answers, responses), backbone
+    return _by_llm2vec(backbone, config, answers, responses)
+
+
+def _by_llm2vec(backbone, config, answers, responses):
+    """Mean-pooled last hidden states: E is the width D of the teacher's backbone."""
+    path, mesh, attention = config.teacher.path, backbone.mesh, backbone.execution.attention
+    adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
+    causal = is_causal(config.teacher)
+    reader = open_checkpoint(path, backbone.execution)[0] if path else backbone
+    quantized = backbone.dtype == "int8"  # targets are of the weights as they are
+    dtype = "bfloat16" if quantized else backbone.dtype
+    ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
+    key = {
+        "backbone": reader.identity,
+        "dtype": dtype,
+        "adapters": [peft.identity(adapter) for adapter in adapters],
+        "causal": causal,
+        "ids": fingerprint(ids),
+    }
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-config.teacher.batch_size // shards) * shards
+    edges = choose_edges([len(row) for row in ids], 8)
+    replaced = bool(path or adapters or quantized)
+
+    def make():
+        frozen = backbone.frozen
+        if path or quantized:
+            frozen = backbone.frozen = None  # one copy at a time
+            frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention).frozen
+        for adapter in adapters:
+            frozen = peft.merge(frozen, adapter, reader.architecture)
+
+        def embed(rows):
+            batch = [ids[row] for row in rows]
+            width = edges[np.searchsorted(edges, max(map(len, batch)))]
+            vectors = pool_rows(reader.architecture, frozen, causal, batch, (batch_size, width), backbone.execution)
+            for row in rows[~np.isfinite(vectors).all(axis=1)]:
+                raise not_finite(f"{responses}: the target of {quote(answers[row])}", dtype)
+            return vectors
+
+        return embed, reader.architecture.hidden_size
+
+    targets, computed = compute_once(responses, key, [len(row) for row in ids], batch_size, make, together=True)
+    if computed and replaced:
+        backbone.frozen = None
+        backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh, attention)
+    return targets, backbone
+
+
+def _by_sentence_transformers(config, answers, responses):
+    """Any model of that library, with its own pooling; texts are cut to its own longest length."""
+    if config.path is None:
+        raise InputError("teacher.path is needed: the folder or hub id of a sentence-transformers model")
+    folder = resolve_embedder(config.path)
+    files = sorted({path for pattern in EMBEDDER_PATTERNS for path in visible(folder, pattern)})
+    key = {
+        "embedder": {str(path.relative_to(folder)): sha256_file(path) for path in files},
+        "prompt": config.prompt,
+        "normalize": config.normalize,
+        "texts": fingerprint(answers),
+    }
+
+    def make():
+        embedder = _load_embedder(config.path, folder)
+
+        def embed(rows):
+            vectors = embedder.encode_document(
+                [answers[row] for row in rows],
+                prompt=config.prompt,
+                batch_size=config.batch_size,
+                normalize_embeddings=config.normalize,
+                show_progress_bar=False,
+            )
+            for row in np.asarray(rows)[~np.isfinite(vectors).all(axis=1)]:
+                name = f"teacher.path={config.path}: the vector of {quote(answers[row])}"
+                raise InputError(f"{name} holds NaN or infinity")
+            return vectors
+
+        return embed, embed([0]).shape[1]
+
+    return compute_once(responses, key, [len(answer) for answer in answers], config.batch_size, make)[0]
+
+
+def _load_embedder(path, folder):
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise InputError(
+            f"teacher.kind=sentence_transformers needs that library: {install_command('teachers')} ({error})"
+        ) from None
+    try:
+        return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({reason})") from None

@@ -1,0 +1,1 @@
+"""Losses, the jitted step, the training loop and its run directories."""

@@ -1,0 +1,150 @@
+"""What supervised teachers add (arXiv 2603.10913, the study of hard negatives): more texts, margin and contrastive.
+
+Next to a query, three texts can be embedded: a request to repeat the answer, a hard negative question, and a request to
+repeat its answer. The losses compare every row of the global batch with every other; under jit with a sharded batch
+that is a gather across devices without a word about it. A text that no loss reads is not embedded.
+"""
+
+import jax
+import jax.numpy as jnp
+
+REPEAT = "Repeat this text word by word. "  # before an answer, as published
+_TEXTS = {
+    "repeat": lambda record: REPEAT + record["answer"].strip(),
+    "negative": lambda record: record["negative_question"].strip(),
+    "negative_repeat": lambda record: REPEAT + record["negative_answer"].strip(),
+}
+
+
+def texts(loss_config):
+    """Returns {name: record -> text} of the texts besides the query that the losses of a LossConfig read, in order."""
+    aligned = _aligned(loss_config)
+    compared = {
+        "repeat": loss_config.contrastive,
+        "negative": loss_config.margin,
+        "negative_repeat": loss_config.contrastive,
+    }
+    return {name: text for name, text in _TEXTS.items() if aligned[name] or compared[name]}
+
+
+def targets(loss_config):
+    """Returns {name in a batch: column of the answers} of the teacher's targets that the losses read."""
+    negative = {"negative_target": "negative_answer"} if _aligned(loss_config)["negative"] else {}
+    return {"target": "answer"} | negative
+
+
+def columns(loss_config):
+    """Returns the columns of the responses that the losses read."""
+    names = ["question", *targets(loss_config).values()]
+    names += ["negative_question"] if "negative" in texts(loss_config) else []
+    names += ["negative_answer"] if "negative_repeat" in texts(loss_config) else []
+    return tuple(dict.fromkeys(names))
+
+
+def prefix(model, frozen, extra_BXT, slots):
+    """Model.prefix of the X extra texts of each row: a cache of B X rows."""
+    return model.prefix(frozen, extra_BXT.reshape(-1, extra_BXT.shape[-1]), slots)
+
+
+def embed(trainable, model, frozen, batch, dropout=None):
+    """Returns the embeddings (B, X, E) of a batch's extra texts, float32.
+
+    batch: extra_lengths (B, X), extra_cache (`prefix`), or extra (B, X, T) with a LoRA.
+    """
+    lengths_BX = batch["extra_lengths"]
+    if model.lora_rank:
+        if dropout:  # not the zeros of the queries' pass
+            dropout = dropout.replace(keys_L=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys_L, 1))
+        ids = batch["extra"].reshape(-1, batch["extra"].shape[-1])
+        embedding, _ = model.encode(trainable, frozen, ids, lengths_BX.ravel(), dropout)
+    else:
+        embedding, _ = model.compress(trainable, frozen, batch["extra_cache"], lengths_BX.ravel())
+    return embedding.reshape(*lengths_BX.shape, -1)
+
+
+def margin(question_BE, negative_BE, threshold):
+    """Pushes every question away from the other questions and from all negatives, up to a distance.
+
+    Mean over B (2B - 1) pairs of relu(threshold^2 - squared Euclidean distance), float32.
+    """
+    B = len(question_BE)
+    candidate_CE = jnp.concatenate([question_BE, negative_BE])
+    squared_BC = _square(question_BE)[:, None] + _square(candidate_CE) - 2 * _product(question_BE, candidate_CE)
+    short_BC = jax.nn.relu(threshold**2 - jnp.maximum(squared_BC, 0))
+    return jnp.sum(short_BC, where=~jnp.eye(B, 2 * B, dtype=bool)) / (B * (2 * B - 1))
+
+
+def contrastive(question_BE, positive_BE, negative_BE, function, scale, hardness):
+    """Cross-entropy of finding a question's positive among all positives and negatives of the batch, float32.
+
+    Logits are scale * similarity; function: cosine | dot_product. The probability of a question's own negative is
+    multiplied by exp(hardness * similarity), a weight without gradient.
+    """
+    B = len(question_BE)
+    candidate_CE = jnp.concatenate([positive_BE, negative_BE])
+    if function == "cosine":
+        question_BE, candidate_CE = l2_normalize(question_BE), l2_normalize(candidate_CE)
+    similarity_BC = _product(question_BE, candidate_CE)
+    logits_BC = scale * similarity_BC
+    if hardness:
+        own_negative_BC = jnp.eye(B, 2 * B, B, dtype=bool)
+        logits_BC += hardness * jnp.where(own_negative_BC, jax.lax.stop_gradient(similarity_BC), 0)
+    return -jnp.trace(jax.nn.log_softmax(logits_BC)) / B
+
+
+def contrastive_losses(question_BE, trainable, model, frozen, batch, loss_config, align, dropout=None):
+    """What losses.total adds: the weighted sum of the losses of this file, and its parts by their metrics' names.
+
+    batch: as for `embed`, target and negative_target (B, E). loss_config: a LossConfig. align: the alignment
+    loss of two (B, E).
+    """
+    embedding_BXE = embed(trainable, model, frozen, batch, dropout)
+    of = dict(zip(texts(loss_config), jnp.unstack(embedding_BXE, axis=1), strict=True))
+    w, aligned = loss_config, _aligned(loss_config)
+
+    def alignment(name, target):
+        return aligned[name], lambda: align(of[name], batch[target])
+
+    terms = {
+        "repeat_alignment_loss": alignment("repeat", "target"),
+        "negative_alignment_loss": alignment("negative", "negative_target"),
+        "negative_repeat_alignment_loss": alignment("negative_repeat", "negative_target"),
+        "margin_loss": (w.margin, lambda: margin(question_BE, of["negative"], w.margin_threshold)),
+        "contrastive_loss": (
+            w.contrastive,
+            lambda: contrastive(
+                question_BE,
+                of["repeat"],
+                of["negative_repeat"],
+                w.contrastive_function,
+                w.contrastive_scale,
+                w.contrastive_hardness,
+            ),
+        ),
+    }
+    parts = {name: value() for name, (weight, value) in terms.items() if weight}
+    return sum(terms[name][0] * value for name, value in parts.items()), parts
+
+
+def _aligned(loss_config):
+    """The weight of aligning each text with the teacher's vector of its answer; as published, they multiply."""
+    negative = loss_config.alignment * loss_config.negative
+    return {
+        "repeat": loss_config.alignment * loss_config.repeat,
+        "negative": negative,
+        "negative_repeat": negative * loss_config.repeat,
+    }
+
+
+def _square(x_BE):
+    return jnp.sum(jnp.square(x_BE), axis=-1)
+
+
+def l2_normalize(x_BE):
+    """Returns vectors (..., E) of length 1; zeros stay zeros."""
+    return x_BE * jax.lax.rsqrt(_square(x_BE) + 1e-18)[:, None]
+
+
+def _product(x_BE, y_CE):
+    # Differences of distances are small beside the distances: no bfloat16 products.
+    return jnp.einsum("be,ce->bc", x_BE, y_CE, precision=jax.lax.Precision.HIGHEST)
