@@ -18,8 +18,7 @@ from llm2vec_gen_jax.model.architecture import Architecture
 from llm2vec_gen_jax.model.backbone import abstract_params
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.state import new_state
-from llm2vec_gen_jax.training.train import train_step
+from llm2vec_gen_jax.training.step import new_state, train_step
 
 ROUNDS = 5
 
@@ -57,15 +56,15 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
         "target": jax.ShapeDtypeStruct((B, hidden_size), jnp.float32),
     }
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    cache = jax.eval_shape(lambda frozen, ids: model.prefix(frozen, ids, T), frozen, ids_BT)
-    weights = config.LossConfig()
+    batch["query"] = jax.eval_shape(lambda frozen, ids: model.prefill(frozen, ids, T), frozen, ids_BT)
+    loss_config = config.LossConfig()
 
-    def step(state, frozen, cache, batch):  # a new function each time: nothing is remembered
-        return train_step(state, frozen, cache, batch, model=model, optimizer=optimizer, loss_config=weights)
+    def step(state, frozen, batch):  # a new function each time: nothing is remembered
+        return train_step(state, frozen, batch, model=model, optimizer=optimizer, loss_config=loss_config)
 
     state = jax.eval_shape(fresh)
     started = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, cache, batch).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
     seconds = time.perf_counter() - started
     return seconds, compiled, sum(x.size * 4 for x in jax.tree.leaves(frozen))
 

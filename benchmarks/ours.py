@@ -29,7 +29,7 @@ from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.step import new_state
 from llm2vec_gen_jax.training.train import CompressionTrainer
 
 
@@ -127,10 +127,10 @@ class Training:
         self.examples = examples.Examples(*ids, np.arange(len(ids[0])), target)
         words = [f"train.batch_size={self.batch_size}", f"compression.num_tokens={spec['num_tokens']}"]
         config = options.load(config_lib.TrainConfig, None, [*words, *spec["settings"]])
-        self.method = CompressionTrainer(config, self.backbone, self.examples)
+        self.trainer = CompressionTrainer(config, self.backbone, self.examples)
         optimizer = make_optimizer(config.optimizer)
-        self.state = jax.jit(lambda trainable: new_state(trainable, optimizer))(self.method.init())
-        self.batches = batches.Batches(self.examples, self.method.plan, 0, 1)
+        self.state = jax.jit(lambda trainable: new_state(trainable, optimizer))(self.trainer.init())
+        self.batches = batches.Batches(self.examples, self.trainer.schedule, 0, 1)
         self.shapes, self.steps = spec["shapes"], spec["steps"]
 
     def run(self, first=None, last=None, targets=None):
@@ -148,7 +148,7 @@ class Training:
     def _compile_all(self):
         """Compiles as a run does before its first step, then runs every padded length once."""
         ones, started = np.ones(self.batch_size, np.int32), time.perf_counter()
-        self.method.compile(self.state, range(self.steps), False)
+        self.train_step = self.trainer.compile(self.state, range(self.steps), False)
         for T, S in self.shapes:
             batch = {"query": np.zeros((self.batch_size, T), np.int32), "query_lengths": ones}
             batch |= {"answer": np.zeros((self.batch_size, S), np.int32), "answer_lengths": ones}
@@ -157,7 +157,7 @@ class Training:
         return {"seconds": time.perf_counter() - started}
 
     def _step(self, batch):
-        self.state, metrics = self.method.step(self.state, sharding.put_batch(batch, self.backbone.mesh))
+        self.state, metrics = self.train_step(self.state, sharding.put_batch(batch, self.backbone.mesh))
         return metrics
 
     def _targets(self, rows):

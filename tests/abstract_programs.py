@@ -21,8 +21,7 @@ from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.training import llm2vec, ridge, supervised, train_teacher
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.state import new_state
-from llm2vec_gen_jax.training.train import abstract_cache, jit_prefill, jit_step
+from llm2vec_gen_jax.training.step import abstract_cache, jit_prefill, jit_step, new_state
 
 TINY = Architecture(
     vocab_size=512,
@@ -121,10 +120,11 @@ class Programs:
     def prefix(self):
         return jit_prefill(self.model, self.T), (self.frozen, self.rows(self.T))
 
-    def cache(self):
-        """Keys and values of the queries; None with a LoRA."""
-        jitted, arguments = self.prefix()
-        return None if self.lora_rank else abstract_cache(jitted, self.mesh, *arguments)
+    def prefilled(self, ids):
+        """Keys and values of ids; with a LoRA the ids."""
+        if self.lora_rank:
+            return ids
+        return abstract_cache(jit_prefill(self.model, self.T), self.mesh, self.frozen, ids)
 
     def step(self, loss=None):
         settings = config.TrainConfig()
@@ -132,19 +132,13 @@ class Programs:
         a, X = self.architecture, len(supervised.texts(settings.loss))
         batch = {"query_lengths": self.rows(), "answer": self.rows(self.S), "answer_lengths": self.rows()}
         batch["target"] = self.rows(a.hidden_size, dtype=jnp.float32)
-        if self.lora_rank:
-            batch["query"] = self.rows(self.T)
+        batch["query"] = self.prefilled(self.rows(self.T))
         if X:
             batch |= {"extra_lengths": self.rows(X), "negative_target": batch["target"]}
-            extra = self.rows(X, self.T)
-            if self.lora_rank:
-                batch["extra"] = extra
-            else:
-                jitted = jit_prefill(self.model, self.T, supervised.prefix)
-                batch["extra_cache"] = abstract_cache(jitted, self.mesh, self.frozen, extra)
+            batch["extra"] = self.prefilled(self.rows(X, self.T))
         optimizer = make_optimizer(settings.optimizer)
         state = self.whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), self.trainable))
-        return jit_step(settings, self.model), (state, self.frozen, self.cache(), batch)
+        return jit_step(settings, self.model), (state, self.frozen, batch)
 
     def encode(self):
         return encode._encode.jitted(self.execution), (self.model, False, self.trainable, self.frozen, self.packed)
@@ -208,12 +202,11 @@ class Programs:
     def ridge(self):
         D = self.architecture.hidden_size
         batch = {"query_lengths": self.rows(), "target": self.rows(D, dtype=jnp.float32)}
-        if self.lora_rank:
-            batch["query"] = self.rows(self.T)
+        batch["query"] = self.prefilled(self.rows(self.T))
         sums = self.whole(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, ridge._nothing(D, D))))
         origin = self.whole((jax.ShapeDtypeStruct((D,), jnp.float32),) * 2)
         jitted = jax.jit(functools.partial(ridge._add, self.model), out_shardings=sharding.replicated(self.mesh))
-        return jitted, (sums, origin, self.trainable, self.frozen, self.cache(), batch)
+        return jitted, (sums, origin, self.trainable, self.frozen, batch)
 
     def merge(self, name="gate", rank=8):
         kernel = self.frozen["layers"][name]["kernel"]

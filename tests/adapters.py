@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from llm2vec_gen_jax import config
 from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.teachers.targets import targets_of
+from llm2vec_gen_jax.teachers.targets import compute_targets
 
 FAMILY = "qwen2"
 ANSWERS = ["a", "It is a longer answer.", "Paris", "é🙂", "x" * 30]
@@ -43,7 +43,7 @@ def settings_of(tiny_folder, *words):
 
 
 def targets(backbone, tiny_folder, responses, *words, answers=ANSWERS):
-    return targets_of(backbone, settings_of(tiny_folder, *words), answers, str(responses))
+    return compute_targets(backbone, settings_of(tiny_folder, *words), answers, str(responses))
 
 
 def kept(responses):

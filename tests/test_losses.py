@@ -235,14 +235,14 @@ def test_cosine_alignment_equals_torch():
 
 def test_alignment_function_is_that_of_every_alignment_loss(training):
     """All targets are the embedding itself, three times as long: no loss by cosine, some by mean squared error."""
-    _, (trainable, frozen, cache, batch) = training(1.0, 1.0)
+    _, (trainable, frozen, batch) = training(1.0, 1.0)
 
     def compute(function, batch):
         weights = config.LossConfig(reconstruction=0.0, repeat=1.0, alignment_function=function)
-        return losses.loss_fn(trainable, training.model, frozen, cache, batch, weights)[1]
+        return losses.loss_fn(trainable, training.model, frozen, batch, weights)[1]
 
-    embedding_BE, _ = training.model.compress(trainable, frozen, cache, batch["query_lengths"])
-    more = {"extra_lengths": batch["query_lengths"][:, None], "extra_cache": cache, "target": 3 * embedding_BE}
+    embedding_BE, _ = training.model.compress(trainable, frozen, batch["query"], batch["query_lengths"])
+    more = {"extra_lengths": batch["query_lengths"][:, None], "extra": batch["query"], "target": 3 * embedding_BE}
     for function, least, most in (("cosine", -1e-5, 1e-5), ("mse", 1e-2, np.inf)):
         parts = compute(function, batch | more)
         for name in ("alignment_loss", "repeat_alignment_loss"):
@@ -262,18 +262,18 @@ def training(tiny):
         "answer_lengths": answer_lengths_B,
         "target": np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32),
     }
-    cache = jax.jit(model.prefix, static_argnums=2)(backbone.frozen, np.full((3, 8), 9), 8)
+    cache = jax.jit(model.prefill, static_argnums=2)(backbone.frozen, np.full((3, 8), 9), 8)
 
     @functools.cache
     def make(reconstruction, alignment):
         weights = config.LossConfig(reconstruction=reconstruction, alignment=alignment)
 
         @jax.jit
-        def gradient(trainable, frozen, cache, batch):
+        def gradient(trainable, frozen, batch):
             total = jax.value_and_grad(losses.loss_fn, has_aux=True)
-            return total(trainable, model, frozen, cache, batch, weights)
+            return total(trainable, model, frozen, batch, weights)
 
-        return gradient, (trainable, backbone.frozen, cache, batch)
+        return gradient, (trainable, backbone.frozen, batch | {"query": cache})
 
     make.model = model
     return make

@@ -19,8 +19,7 @@ from llm2vec_gen_jax.model.execution import REMAT, Execution
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training import losses
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.state import new_state
-from llm2vec_gen_jax.training.train import train_step
+from llm2vec_gen_jax.training.step import new_state, train_step
 from tests.conftest import tiny_torch_model, torch_outputs
 
 ROWS = [np.random.default_rng(n).integers(4, 260, n).tolist() for n in (7, 0, 1, 4)]
@@ -71,7 +70,7 @@ def test_encode_equals_prefix_and_compress(family, tiny):
         return model.encode(trainable, backbone.frozen, ids_BT, lengths_B)
 
     def two_passes(trainable):
-        cache = model.prefix(backbone.frozen, ids_BT, slots=11)
+        cache = model.prefill(backbone.frozen, ids_BT, slots=11)
         return model.compress(trainable, backbone.frozen, cache, lengths_B)
 
     def evaluate(function):
@@ -240,7 +239,7 @@ LARGE = dataclasses.replace(
 
 
 def abstract_training(architecture, B, S, num_tokens):
-    """Returns (model, state, frozen, cache, batch, optimizer) as shapes: nothing is computed."""
+    """Returns (model, state, frozen, batch, optimizer) as shapes: nothing is computed."""
     model = LLM2VecGenModel(architecture, num_tokens, 0, 17)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(architecture))
     frozen = jax.tree.map(lambda box: box.value, frozen, is_leaf=lambda x: hasattr(x, "names"))
@@ -252,7 +251,7 @@ def abstract_training(architecture, B, S, num_tokens):
         return new_state(trainable, optimizer)
 
     ids = jax.ShapeDtypeStruct((B, 11), jnp.int32)
-    cache = jax.eval_shape(functools.partial(model.prefix, slots=13), frozen, ids)
+    cache = jax.eval_shape(functools.partial(model.prefill, slots=13), frozen, ids)
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
     batch = {
         "query_lengths": lengths,
@@ -260,7 +259,7 @@ def abstract_training(architecture, B, S, num_tokens):
         "answer_lengths": lengths,
         "target": jax.ShapeDtypeStruct((B, 17), jnp.float32),
     }
-    return model, jax.eval_shape(start), frozen, cache, batch, optimizer
+    return model, jax.eval_shape(start), frozen, batch | {"query": cache}, optimizer
 
 
 def compiled(function, *shapes):
@@ -276,14 +275,14 @@ def product_sizes(program):
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
     """No product in the gradient is of a weight's size; with the weights differentiated too, some are."""
-    model, state, frozen, cache, batch, _ = abstract_training(SMALL, B=3, S=7, num_tokens=5)
+    model, state, frozen, batch, _ = abstract_training(SMALL, B=3, S=7, num_tokens=5)
     weights = config.LossConfig()
 
-    def loss(trainable, frozen, cache, batch):
-        return losses.loss_fn(trainable, model, frozen, cache, batch, weights)[0]
+    def loss(trainable, frozen, batch):
+        return losses.loss_fn(trainable, model, frozen, batch, weights)[0]
 
     def sizes(argnums):
-        return product_sizes(compiled(jax.grad(loss, argnums), state.trainable, frozen, cache, batch))
+        return product_sizes(compiled(jax.grad(loss, argnums), state.trainable, frozen, batch))
 
     kernels = {leaf.size // SMALL.num_layers for leaf in jax.tree.leaves(frozen["layers"]) if leaf.ndim > 2}
     assert kernels == {24 * 40, 24 * 20, 24 * 56}
@@ -294,18 +293,18 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
 @pytest.mark.parametrize("remat", REMAT)
 def test_training_step_does_not_copy_the_frozen_weights(remat):
     """Beside its arguments a step takes a layer's memory or so; with the weights' gradients, that of all."""
-    model, state, frozen, cache, batch, optimizer = abstract_training(LARGE, B=1, S=2, num_tokens=2)
+    model, state, frozen, batch, optimizer = abstract_training(LARGE, B=1, S=2, num_tokens=2)
     model = dataclasses.replace(model, execution=Execution(remat=remat))
     weights = config.LossConfig()
     frozen_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen))
     step = functools.partial(train_step, model=model, optimizer=optimizer, loss_config=weights)
-    memory = compiled(step, state, frozen, cache, batch).memory_analysis()
+    memory = compiled(step, state, frozen, batch).memory_analysis()
     assert memory.temp_size_in_bytes < frozen_bytes / 8
     assert memory.output_size_in_bytes < frozen_bytes / 8
 
-    def loss(frozen, trainable, cache, batch):
-        return losses.loss_fn(trainable, model, frozen, cache, batch, weights)[0]
+    def loss(frozen, trainable, batch):
+        return losses.loss_fn(trainable, model, frozen, batch, weights)[0]
 
-    memory = compiled(jax.grad(loss), frozen, state.trainable, cache, batch).memory_analysis()
+    memory = compiled(jax.grad(loss), frozen, state.trainable, batch).memory_analysis()
     assert memory.output_size_in_bytes > frozen_bytes
     assert memory.temp_size_in_bytes > frozen_bytes

@@ -1,5 +1,6 @@
 """Half precision: a text whose states exceed float16 is named, and those beside it get what they get alone."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def test_what_comes_after_the_end_of_a_row_does_not_mark_it(half, folder):
     tilde = half.tokenizer.encode(["~"], 9)[0][0]
     head = half.frozen["head"].at[tilde].set(half.frozen["head"][tilde] * 20)
     backbone = load_backbone(str(folder), "float16", one_device_mesh())
-    backbone.frozen = half.frozen | {"head": head}
+    backbone = dataclasses.replace(backbone, frozen=half.frozen | {"head": head})
     prompts = [[number] * 3 for number in range(70, 90)]
     backbone.tokenizer.stop_ids = []
     marked = [row is None for row in generate.generate(backbone, prompts, Sampling(6))]
@@ -256,11 +257,11 @@ def test_the_ridge_names_the_row(half, folder, tmp_path):
     settings = settings_of(lambda _: folder, "train.batch_size=8", "compression.num_tokens=2", f"data.responses={path}")
     examples = tokenize(records.read_records(path, ("question", "answer")), half.tokenizer, settings.data, 2)
     examples.target = np.random.default_rng(0).normal(size=(48, 6)).astype(np.float32)
-    method = CompressionTrainer(settings, half, examples)
-    start = method.init()
+    trainer = CompressionTrainer(settings, half, examples)
+    start = trainer.init()
     start = start | {"tokens": jnp.asarray(start["tokens"]).at[:, 1].set(0)}
     with pytest.raises(InputError, match="responses.jsonl: the question of row 21 .*bfloat16"):
-        ridge.start(method, start, 48)
+        ridge.solve_alignment_head(trainer, start, 48)
 
 
 # The server

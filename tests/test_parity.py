@@ -19,8 +19,7 @@ from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from llm2vec_gen_jax.training import losses
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
-from llm2vec_gen_jax.training.state import new_state
-from llm2vec_gen_jax.training.train import train_step
+from llm2vec_gen_jax.training.step import new_state, train_step
 
 from .conftest import one_device_mesh
 
@@ -109,8 +108,9 @@ def training_batch(ours, targets):
         *[[len(ids) for ids in side] for side in (examples.query, examples.answer)], 4, 1, False, 0
     )
     batch = jax.tree.map(jnp.asarray, batches.Batches(examples, plan, 0, 1)[0])
-    prefix = jax.jit(ours.model.prefix, static_argnums=2)
-    return examples, batch, prefix(ours.backbone.frozen, batch["query"], plan.query_edges[-1])
+    prefill = jax.jit(ours.model.prefill, static_argnums=2)
+    cache = prefill(ours.backbone.frozen, batch["query"], plan.query_edges[-1])
+    return examples, batch | {"query": cache}
 
 
 def test_ids_are_those_of_the_published_package(both):
@@ -118,7 +118,7 @@ def test_ids_are_those_of_the_published_package(both):
     ids = ours.backbone.tokenizer.encode(TEXTS, 512 - ours.model.num_appended)
     for row, real in zip(ids, [r[m == 1] for r, m in zip(theirs["input_ids"], theirs["attention_mask"])]):
         assert row == real[: -ours.model.num_appended].tolist()
-    examples, _, _ = training_batch(ours, targets)
+    examples, _ = training_batch(ours, targets)
     for kind, arrays in (("query", examples.query), ("answer", examples.answer)):
         mask = theirs[f"batch_{kind}_attention_mask"]
         real = [r[m == 1] for r, m in zip(theirs[f"batch_{kind}_input_ids"], mask)]
@@ -135,10 +135,10 @@ def test_embeddings_and_soft_prompts(both):
 
 def test_losses_and_every_gradient(both):
     ours, theirs, targets = both
-    _, batch, cache = training_batch(ours, targets)
+    _, batch = training_batch(ours, targets)
     weights = config.LossConfig()
-    compute = jax.value_and_grad(lambda t, f, c, b: losses.loss_fn(t, ours.model, f, c, b, weights), has_aux=True)
-    (_, parts), gradients = jax.jit(compute)(ours.trainable, ours.backbone.frozen, cache, batch)
+    compute = jax.value_and_grad(lambda t, f, b: losses.loss_fn(t, ours.model, f, b, weights), has_aux=True)
+    (_, parts), gradients = jax.jit(compute)(ours.trainable, ours.backbone.frozen, batch)
     for name in ("reconstruction", "alignment"):
         np.testing.assert_allclose(parts[f"{name}_loss"], theirs[f"{name}_loss"], rtol=1e-4)
         close(gradients[name]["kernel"].T, theirs[f"grad_{name}_weight"], 1e-3)
@@ -158,16 +158,16 @@ def test_five_steps_of_adamw(both):
     keys = ("learning_rate", "schedule_steps", "warmup_steps", "weight_decay", "max_grad_norm")
     settings = config.OptimizerConfig(**{key: theirs["asked"][key] for key in keys})
     optimizer, schedule = make_optimizer(settings), make_schedule(settings)
-    _, batch, cache = training_batch(ours, targets)
+    _, batch = training_batch(ours, targets)
     step = jax.jit(
-        lambda state, frozen, cache, batch: train_step(
-            state, frozen, cache, batch, model=ours.model, optimizer=optimizer, loss_config=config.LossConfig()
+        lambda state, frozen, batch: train_step(
+            state, frozen, batch, model=ours.model, optimizer=optimizer, loss_config=config.LossConfig()
         )
     )
     state = new_state(ours.trainable, optimizer)
     trajectory, norms = [], []
     for _ in range(REQUEST["trajectory_steps"]):
-        state, metrics = step(state, ours.backbone.frozen, cache, batch)
+        state, metrics = step(state, ours.backbone.frozen, batch)
         trajectory.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     assert abs(trajectory[-1] - trajectory[0]) > 5e-3 * trajectory[0]  # far enough for a wrong update to show

@@ -15,7 +15,8 @@ from llm2vec_gen_jax.model.execution import DEFAULT_REMAT, Execution
 from llm2vec_gen_jax.parallel import memory
 from llm2vec_gen_jax.training import loop, step_memory
 from llm2vec_gen_jax.training.metrics import read_metrics
-from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.optimizer import make_optimizer
+from llm2vec_gen_jax.training.step import new_state
 from llm2vec_gen_jax.training.train import CompressionTrainer, train
 
 from .conftest import one_device_mesh, write_jsonl
@@ -63,10 +64,10 @@ def test_no_step_waits_for_a_compilation(run, monkeypatch, caplog, words):
     names = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     late = [record.getMessage() for record in caplog.records[begun[0] :]]
     assert sum("train_step" in name for name in names) > 1  # there are several shapes
-    assert not [name for name in late if "XLA compilation of jit(train_step" in name or "jit(prefix" in name]
+    assert not [name for name in late if "XLA compilation of jit(train_step" in name or "jit(prefill" in name]
 
 
-def method_of(tiny, tiny_folder, tmp_path):
+def trainer_of(tiny, tiny_folder, tmp_path):
     words = (f"backbone.path={tiny_folder('qwen3')}", "compression.num_tokens=4", "train.batch_size=4")
     words += ("data.max_buckets=2",)
     settings = options.load(config.TrainConfig, None, words)
@@ -81,13 +82,19 @@ def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monk
     """With the memory of the compiled steps themselves as the limit."""
 
     def chosen(limit):
-        method = method_of(tiny, tiny_folder, tmp_path)
+        trainer = trainer_of(tiny, tiny_folder, tmp_path)
         monkeypatch.setattr(memory, "limit", lambda mesh: limit)
-        trainable = method.init()
-        state = new_state(trainable, loop.optim.make_optimizer(method.config.optimizer))
-        method.compile(state, range(5), False)
-        largest = max(method.update.compiled.values(), key=lambda program: sum(memory.taken(program)))
-        return method.model.execution.remat, sum(memory.taken(largest))
+        state = new_state(trainer.init(), make_optimizer(trainer.config.optimizer))
+        steps, step_with = [], trainer._step_with
+
+        def recorded(remat):
+            steps.append((remat, step_with(remat)))
+            return steps[-1][1]
+
+        monkeypatch.setattr(trainer, "_step_with", recorded)
+        trainer.compile(state, range(5), False)
+        policy, step = steps[-1]
+        return policy, max(sum(memory.taken(program)) for program in step.compiled.values())
 
     policy, most = chosen(1e12)
     assert policy == "dots"

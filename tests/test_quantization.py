@@ -45,8 +45,8 @@ def loss_and_gradient(backbone, trainable):
 
     @jax.jit
     def total(trainable, frozen):
-        cache = model.prefix(frozen, ids[0], 16)
-        return losses.loss_fn(trainable, model, frozen, cache, batch, config.LossConfig())[0]
+        cache = model.prefill(frozen, ids[0], 16)
+        return losses.loss_fn(trainable, model, frozen, batch | {"query": cache}, config.LossConfig())[0]
 
     return jax.value_and_grad(total)(trainable, backbone.frozen)
 

@@ -29,7 +29,7 @@ def questions(tmp_path):
     return tmp_path / "responses.jsonl", [row["question"] for row in rows]
 
 
-def method_of(tiny_folder, backbone, path, targets, *words):
+def trainer_of(tiny_folder, backbone, path, targets, *words):
     settings = settings_of(tiny_folder, *WORDS, f"data.responses={path}", *words)
     records = read_records(path, ("question", "answer"))
     examples = tokenize(records, backbone.tokenizer, settings.data, 2)
@@ -44,17 +44,17 @@ def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, signa
     backbone = tiny("qwen3")
     targets = np.random.default_rng(0).normal(5, 1, (len(texts), 6)).astype(np.float32)
     targets += signal * np.array([[len(text)] for text in texts])
-    method = method_of(tiny_folder, backbone, path, targets, *words)
-    before = method.init()
-    after = ridge.start(method, before, 1000)
+    trainer = trainer_of(tiny_folder, backbone, path, targets, *words)
+    before = trainer.init()
+    after = ridge.solve_alignment_head(trainer, before, 1000)
     assert jax.tree.all(jax.tree.map(np.array_equal, before["reconstruction"], after["reconstruction"]))
     np.testing.assert_array_equal(before["tokens"], after["tokens"])
-    rows = np.concatenate([method.plan[step].rows for step in range(method.plan.batches_per_epoch)])
+    rows = np.concatenate([trainer.schedule[step].rows for step in range(trainer.schedule.batches_per_epoch)])
     assert len(rows) == 96, "one epoch at most"
 
-    queries = [method.examples.query[row] for row in rows]
+    queries = [trainer.examples.query[row] for row in rows]
     lengths_B = np.array([len(ids) for ids in queries], np.int32)
-    encode = jax.jit(method.model.encode)
+    encode = jax.jit(trainer.model.encode)
     _, soft_prompts = encode(before, backbone.frozen, batches.pad(queries, lengths_B.max()), lengths_B)
     x, y = np.asarray(soft_prompts, np.float64).mean(axis=1), np.asarray(targets[rows], np.float64)
     held_out = np.arange(len(rows)) // 8 % 10 == 0
@@ -81,7 +81,7 @@ def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, signa
 def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, questions):
     path, texts = questions
     backbone = tiny("qwen3")
-    blind = method_of(tiny_folder, backbone, path, np.zeros((len(texts), 6), np.float32))
+    blind = trainer_of(tiny_folder, backbone, path, np.zeros((len(texts), 6), np.float32))
     lengths_B = np.array([len(ids) for ids in blind.examples.query], np.int32)
     ids_BT = batches.pad(blind.examples.query, lengths_B.max())
     targets, _ = blind.model.encode(blind.init(), backbone.frozen, ids_BT, lengths_B)
@@ -89,9 +89,9 @@ def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, question
     for devices in (1, 4):
         mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:devices])
         there = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
-        method = method_of(tiny_folder, there, path, np.asarray(targets))
-        start = ridge.start(method, method.init(), 1000)
-        found.append(np.asarray(method.model.encode(start, there.frozen, ids_BT, lengths_B)[0]))
+        trainer = trainer_of(tiny_folder, there, path, np.asarray(targets))
+        start = ridge.solve_alignment_head(trainer, trainer.init(), 1000)
+        found.append(np.asarray(trainer.model.encode(start, there.frozen, ids_BT, lengths_B)[0]))
         assert np.abs(found[-1] - targets).max() < 0.05 * spread
     np.testing.assert_allclose(*found, atol=0.02 * spread)
 
@@ -113,7 +113,7 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
         run("solved", "train.steps=1", "train.ridge_examples=96")[0]["alignment_loss"] < plain[0]["alignment_loss"] / 5
     )
     assert "alignment head: solved on 96 examples" in capsys.readouterr().out
-    monkeypatch.setattr(ridge, "start", None)  # a resumed run does not ask for it
+    monkeypatch.setattr(ridge, "solve_alignment_head", None)  # a resumed run does not ask for it
     assert len(run("solved", "train.steps=2", "train.ridge_examples=96")) == 2
     with pytest.raises(InputError, match="holds another run .train.ridge_examples: 96 -> 0"):
         run("solved", "train.steps=3")
@@ -121,6 +121,6 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
 
 def test_too_few_examples_are_named(tiny, tiny_folder, questions):
     path, texts = questions
-    method = method_of(tiny_folder, tiny("qwen3"), path, np.zeros((len(texts), 6), np.float32))
+    trainer = trainer_of(tiny_folder, tiny("qwen3"), path, np.zeros((len(texts), 6), np.float32))
     with pytest.raises(InputError, match="train.ridge_examples=8: less than two batches of 8"):
-        ridge.start(method, method.init(), 8)
+        ridge.solve_alignment_head(trainer, trainer.init(), 8)

@@ -54,9 +54,10 @@ def loss_and_gradients(folder, shape, lora_rank):
 
     @jax.jit
     def run(trainable, frozen, batch):
-        cache = None if lora_rank else model.prefix(frozen, batch["query"], T)
+        if not lora_rank:
+            batch = batch | {"query": model.prefill(frozen, batch["query"], T)}
         return jax.value_and_grad(losses.loss_fn, has_aux=True)(
-            trainable, model, frozen, cache, batch, config.LossConfig(chunk_tokens=16)
+            trainable, model, frozen, batch, config.LossConfig(chunk_tokens=16)
         )
 
     (loss, _), gradients = run(trainable, backbone.frozen, batch)

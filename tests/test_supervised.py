@@ -228,19 +228,16 @@ def method(request, tiny):
 
 
 def total(method, weights, batch, dropout=None):
-    """losses.total with its gradients, as a training step calls it."""
+    """losses.loss_fn with its gradients, as a training step calls it."""
     model, trainable, frozen = method
-    batch, cache = dict(batch), None
     if not model.lora_rank:
-        cache = model.prefix(frozen, batch["query"], batch["query"].shape[1])
-        if "extra" in batch:
-            extra = batch.pop("extra")
-            batch["extra_cache"] = supervised.prefix(model, frozen, extra, extra.shape[-1] + 8)
+        ids = {name: batch[name] for name in ("query", "extra") if name in batch}
+        batch = batch | {name: model.prefill(frozen, x, x.shape[-1] + 8) for name, x in ids.items()}
     return jax.jit(
-        lambda trainable, cache, batch: jax.value_and_grad(losses.loss_fn, has_aux=True)(
-            trainable, model, frozen, cache, batch, weights, dropout
+        lambda trainable, batch: jax.value_and_grad(losses.loss_fn, has_aux=True)(
+            trainable, model, frozen, batch, weights, dropout
         )
-    )(trainable, cache, batch)
+    )(trainable, batch)
 
 
 def test_the_sum_is_the_published_one_of_plain_embeddings(method):

@@ -23,8 +23,8 @@ from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from llm2vec_gen_jax.training import loop
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
-from llm2vec_gen_jax.training.state import TrainState
-from llm2vec_gen_jax.training.train import train, train_step
+from llm2vec_gen_jax.training.step import TrainState, train_step
+from llm2vec_gen_jax.training.train import train
 
 from .conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
@@ -336,13 +336,13 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
         "answer_lengths": np.array([8, 1], np.int32),
         "target": np.zeros((2, 6), np.float32),
     }
-    cache = model.prefix(backbone.frozen, np.full((2, 8), 7, np.int32), slots=8)
+    batch["query"] = model.prefill(backbone.frozen, np.full((2, 8), 7, np.int32), slots=8)
     step = functools.partial(train_step, model=model, optimizer=optimizer, loss_config=config.LossConfig())
     step = jax.jit(step)
-    after, metrics = step(state, backbone.frozen, cache, batch)
+    after, metrics = step(state, backbone.frozen, batch)
     assert np.isfinite(metrics["loss"]) and after.step == 4
     batch["target"][1, 2] = np.inf
-    after, metrics = step(state, backbone.frozen, cache, batch)
+    after, metrics = step(state, backbone.frozen, batch)
     assert np.isinf(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, after, state)
 

@@ -217,9 +217,9 @@ def _fill(partial, backbone, config, run):
             ids = [flat[offset : offset + length] for offset, length in zip(offsets[start:], ends)]
             ids_BT = pad([*ids, *[[]] * (size - len(ids))], bucket_length(ends[0]))
             where = rows[:, 0] - start, np.arange(first, last) - firsts[rows[:, 0]]
-            where_BP = np.zeros((size, bucket_length(1 + where[1].max())), np.int32)
-            where_BP[where] = rows[:, 1]
-            batch = sharding.put_batch((ids_BT, where_BP), backbone.mesh)
+            index_BP = np.zeros((size, bucket_length(1 + where[1].max())), np.int32)
+            index_BP[where] = rows[:, 1]
+            batch = sharding.put_batch((ids_BT, index_BP), backbone.mesh)
             states = np.asarray(_states(model, tuple(layers), backbone.frozen, *batch))
             for text in where[0][~np.isfinite(states[:, *where]).all(axis=(0, 2))]:
                 beginning = quote(backbone.tokenizer.decode(ids[text].tolist()))
@@ -241,5 +241,5 @@ def _keep(partial, arrays, run, texts, done):
 
 
 @functools.partial(platform_jit, static_argnums=(1,))
-def _states(model, layers, frozen, ids_BT, where_BP):
-    return model.states_of_text(frozen, ids_BT, where_BP, layers)
+def _states(model, layers, frozen, ids_BT, index_BP):
+    return model.states_of_text(frozen, ids_BT, index_BP, layers)

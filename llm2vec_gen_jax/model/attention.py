@@ -44,7 +44,7 @@ CAUSAL = AttentionMask(causal=True)
 _LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # queries that are scored together, and how many such blocks a pass may have
 
 
-def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropout=0.0):
+def attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key=None, dropout=0.0):
     """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
 
     Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
@@ -54,30 +54,30 @@ def attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key=None, dropo
     key = key if dropout else None
     kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
     if kernel == "xla":
-        return _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout)
-    causal, lengths_B, segments = visibility.causal, None, None
-    if visibility.segments_BT is not None:
-        segments = (visibility.segments_BT, visibility.segments_BT)
+        return _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout)
+    causal, lengths_B, segments = mask.causal, None, None
+    if mask.segments_BT is not None:
+        segments = (mask.segments_BT, mask.segments_BT)
     if cached:  # which slots of the cache are real is data, so they are a segment
         own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
-        segments = own_BT, jnp.concatenate([visibility.cache_BS.astype(jnp.int32), own_BT], axis=1)
+        segments = own_BT, jnp.concatenate([mask.cache_BS.astype(jnp.int32), own_BT], axis=1)
         k_BTGH, v_BTGH = (
             jnp.concatenate([jnp.swapaxes(slots, 1, 2).astype(own.dtype), own], axis=1)
             for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
         )
     if not causal:
-        lengths_B = jnp.maximum(visibility.lengths_B, 1)
+        lengths_B = jnp.maximum(mask.lengths_B, 1)
     if kernel == "cudnn":
         return fused_attention.cudnn(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments)
     interpret = execution.target != "tpu"
     return fused_attention.splash(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments, execution.mesh, interpret)
 
 
-def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
+def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
     """The reference, for every platform."""
     T = q_BTNH.shape[1]
     # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
-    blocked = visibility.causal and cache is None and key is None
+    blocked = mask.causal and cache is None and key is None
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
     sizes = [min(size, T - first) for first in range(0, T, size)]
     # Heads first: otherwise XLA's CPU compiler transposes the weights, the largest arrays of all.
@@ -85,9 +85,9 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, execution, key, dropout):
     mixed, last = [], 0
     for queries in jax.lax.split(q_BTNH, sizes, axis=1):  # its gradient is a concatenation, that of slices a sum
         first, last = last, last + queries.shape[1]
-        end = last if visibility.causal else T
-        seen, own = _seen(visibility, first, last, end), (k_BGTH[:, :, :end], v_BGTH[:, :, :end])
-        mixed.append(_mix(queries, *own, seen, visibility.cache_BS, cache, execution, key, dropout))
+        end = last if mask.causal else T
+        seen, own = _seen(mask, first, last, end), (k_BGTH[:, :, :end], v_BGTH[:, :, :end])
+        mixed.append(_mix(queries, *own, seen, mask.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
@@ -127,13 +127,13 @@ def _weigh(weights_BGMS, v_BGSH, tokens, execution):
     return jnp.sum(weights_BGMS[..., None] * v_BGSH[:, :, None], axis=3)
 
 
-def _seen(visibility, first, last, end):
+def _seen(mask, first, last, end):
     """Whether the queries first ... last - 1 see the keys before `end`: bool, broadcastable to (B, G, R, T, S)."""
-    if visibility.causal:
+    if mask.causal:
         seen = jnp.arange(first, last)[:, None] >= jnp.arange(end)
     else:
-        seen = (jnp.arange(end) < jnp.maximum(visibility.lengths_B, 1)[:, None])[:, None, None, None, :]
-    if visibility.segments_BT is None:
+        seen = (jnp.arange(end) < jnp.maximum(mask.lengths_B, 1)[:, None])[:, None, None, None, :]
+    if mask.segments_BT is None:
         return seen
-    segments_BT = visibility.segments_BT[:, None, None, :]
+    segments_BT = mask.segments_BT[:, None, None, :]
     return seen & (segments_BT[..., first:last, None] == segments_BT[..., None, :end])

@@ -20,7 +20,7 @@ _keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
 class Block(nn.Module):
     """One pre-norm transformer layer.
 
-    Written for `scan`: returns (carry, (keys and values of this pass, its result at the slots where_BP if given)).
+    Written for `scan`: returns (carry, (keys and values of this pass, its result at the slots index_BP if given)).
     """
 
     architecture: Architecture
@@ -28,7 +28,7 @@ class Block(nn.Module):
     dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.storage_dtype
 
     @nn.compact
-    def __call__(self, x_BTD, cache, lora, dropout, rope, visibility, where_BP):
+    def __call__(self, x_BTD, cache, lora, dropout, rope, mask, index_BP):
         a, stacked = self.architecture, self.execution.storage_dtype(self.dtype)
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
         sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0
@@ -60,7 +60,7 @@ class Block(nn.Module):
             q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
             k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
         q_BTNH, k_BTGH = layers.apply_rope(q_BTNH, rope), layers.apply_rope(k_BTGH, rope)
-        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, visibility, cache, self.execution, attention_key, rate)
+        mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, self.execution, attention_key, rate)
         output_BTD = project("output", mixed_BTNH, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"))
         x_BTD = kept(constrain_batch(x_BTD + output_BTD, self.execution.mesh))
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + project("down", active_BTF.astype(self.dtype), "btf,fd->btd", (F, D), ("mlp", "embed"))
         x_BTD = x_BTD.astype(stacked)
         own = KVCache(*(jnp.swapaxes(x, 1, 2).astype(stacked) for x in (k_BTGH, v_BTGH)))
-        return x_BTD, (own, None if where_BP is None else _at(x_BTD, where_BP))
+        return x_BTD, (own, None if index_BP is None else _at(x_BTD, index_BP))
 
 
 class Backbone(nn.Module):
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         """Returns the input embeddings (..., D) of token ids (...)."""
         return constrain_batch(jnp.take(self.embedding, ids, axis=0), self.execution.mesh)
 
-    def decode_step(self, x_B1D, positions_B1, visibility, layer_params, caches):
+    def decode_step(self, x_B1D, positions_B1, mask, layer_params, caches):
         """One new token per row, with a Python loop over the layers instead of a scan.
 
         On NVIDIA GPUs a scan copies the weights and the cache of each layer before it reads them, which triples the
@@ -124,37 +124,37 @@ class Backbone(nn.Module):
         rope = layers.rope_angles(positions_B1, a.head_dim, a.rope_theta, a.rope_scaling)
         block = Block(a, self.execution, self.embedding.dtype, parent=None)
         for params, cache in zip(layer_params, caches, strict=True):
-            x_B1D, (own, _) = block.apply({"params": params}, x_B1D, cache, None, None, rope, visibility, None)
+            x_B1D, (own, _) = block.apply({"params": params}, x_B1D, cache, None, None, rope, mask, None)
             new.append(own)
         return self.final_norm(constrain_batch(x_B1D, self.execution.mesh)), tuple(new)
 
-    def __call__(self, x_BTD, positions_BT, visibility, cache=None, lora=None, dropout=None):
+    def __call__(self, x_BTD, positions_BT, mask, cache=None, lora=None, dropout=None):
         """Runs every layer over embeddings x_BTD.
 
         cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
         pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
         Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.storage_dtype).
         """
-        x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, visibility, None)
+        x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, mask, None)
         return self.final_norm(constrain_batch(x_BTD, self.execution.mesh)), own
 
-    def states(self, x_BTD, positions_BT, visibility, where_BP, lora=None):
-        """Runs every layer, and keeps what each makes of the slots where_BP of its row: no more is in memory.
+    def states(self, x_BTD, positions_BT, mask, index_BP, lora=None):
+        """Runs every layer, and keeps what each makes of the slots index_BP of its row: no more is in memory.
 
         Returns states (L + 1, B, P, D): the embeddings, then the result of each layer, of the last one after the
         final norm (what `hidden_states` of transformers holds).
         """
-        first_BPD = _at(x_BTD, where_BP)
-        _, (_, states_LBPD) = self._run(x_BTD, None, lora, None, positions_BT, visibility, where_BP)
+        first_BPD = _at(x_BTD, index_BP)
+        _, (_, states_LBPD) = self._run(x_BTD, None, lora, None, positions_BT, mask, index_BP)
         states_LBPD = states_LBPD.astype(x_BTD.dtype)
         last_BPD = self.final_norm(states_LBPD[-1])
         return jnp.concatenate([first_BPD[None], states_LBPD[:-1], last_BPD[None]])
 
-    def _run(self, x_BTD, cache, lora, dropout, positions_BT, visibility, where_BP):
+    def _run(self, x_BTD, cache, lora, dropout, positions_BT, mask, index_BP):
         a, dtype = self.architecture, x_BTD.dtype
         rope = layers.rope_angles(positions_BT, a.head_dim, a.rope_theta, a.rope_scaling)
         x_BTD = x_BTD.astype(self.execution.storage_dtype(dtype))
-        x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, visibility, where_BP)
+        x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, mask, index_BP)
         return x_BTD.astype(dtype), made
 
     def head_VD(self):
@@ -167,8 +167,8 @@ class Backbone(nn.Module):
         return layers.einsum_f32("...d,vd->...v", hidden, self.head_VD())
 
 
-def _at(x_BTD, where_BP):
-    return jnp.take_along_axis(x_BTD, where_BP[..., None], axis=1)
+def _at(x_BTD, index_BP):
+    return jnp.take_along_axis(x_BTD, index_BP[..., None], axis=1)
 
 
 def _to_bits(params):

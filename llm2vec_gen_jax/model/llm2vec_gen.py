@@ -87,8 +87,8 @@ class LLM2VecGenModel:
         x_BTD = jnp.where((offset_BT >= 0)[..., None], appended_BTD, token_BT)
         updates = self._updates(trainable)
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL, None, updates, dropout)
-        where_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
-        return self.heads(trainable, jnp.take_along_axis(hidden_BTD, where_BK[..., None], axis=1))
+        index_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
+        return self.heads(trainable, jnp.take_along_axis(hidden_BTD, index_BK[..., None], axis=1))
 
     def encode_packed(self, trainable, frozen, packed, soft_prompts):
         """`encode` of several texts in a row, of which none sees another.
@@ -97,10 +97,10 @@ class LLM2VecGenModel:
         because the heads are affine, and K times cheaper. packed: a Packed.
         Returns (embedding_BSE, soft_prompts_BSKD or None), float32; unread where there is no text.
         """
-        x_BTD, visibility, where_BP = self._unpacked(trainable, frozen, packed)
-        hidden_BTD, _ = self._run(frozen, x_BTD, packed.positions_BT, visibility, None, self._updates(trainable))
+        x_BTD, mask, index_BP = self._unpacked(trainable, frozen, packed)
+        hidden_BTD, _ = self._run(frozen, x_BTD, packed.positions_BT, mask, None, self._updates(trainable))
         (B, S), D = packed.first_BS.shape, hidden_BTD.shape[-1]
-        h_BSKD = jnp.take_along_axis(hidden_BTD, where_BP[..., None], axis=1).reshape(B, S, -1, D)
+        h_BSKD = jnp.take_along_axis(hidden_BTD, index_BP[..., None], axis=1).reshape(B, S, -1, D)
         if not soft_prompts:
             h_BSKD = h_BSKD.astype(jnp.float32).mean(axis=2, keepdims=True)
         embedding_E, soft_prompts_KD = self.heads(trainable, h_BSKD.reshape(B * S, -1, D))
@@ -112,37 +112,44 @@ class LLM2VecGenModel:
 
         packed: a Packed, as for `encode_packed`. Returns states (len(layers), B, S, K, D) in the backbone's dtype.
         """
-        x_BTD, visibility, where_BP = self._unpacked(trainable, frozen, packed)
-        states = self._states(frozen, x_BTD, packed.positions_BT, visibility, where_BP, self._updates(trainable))
+        x_BTD, mask, index_BP = self._unpacked(trainable, frozen, packed)
+        states = self._states(frozen, x_BTD, packed.positions_BT, mask, index_BP, self._updates(trainable))
         return states[jnp.array(layers)].reshape(len(layers), *packed.first_BS.shape, self.num_tokens, -1)
 
-    def states_of_text(self, frozen, ids_BT, where_BP, layers):
-        """What the backbone makes of the slots where_BP of texts alone: states (len(layers), B, P, D)."""
+    def states_of_text(self, frozen, ids_BT, index_BP, layers):
+        """What the backbone makes of the slots index_BP of texts alone: states (len(layers), B, P, D)."""
         x_BTD = self._embed(frozen, ids_BT)
-        return self._states(frozen, x_BTD, _positions(*ids_BT.shape), CAUSAL, where_BP)[jnp.array(layers)]
+        return self._states(frozen, x_BTD, _positions(*ids_BT.shape), CAUSAL, index_BP)[jnp.array(layers)]
 
     def _unpacked(self, trainable, frozen, packed):
-        """Returns (embeddings x_BTD, Visibility, slots where_BP of all compression tokens) of a Packed."""
+        """Returns (embeddings x_BTD, AttentionMask, slots index_BP of all compression tokens) of a Packed."""
         token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
         appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
         x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
         # An overflow in the padding would reach the texts: a weight of zero times NaN is NaN.
         x_BTD = jnp.where((packed.segments_BT > 0)[..., None], x_BTD, 0)
-        where_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
-        visibility = AttentionMask(causal=True, segments_BT=packed.segments_BT)
-        return x_BTD, visibility, where_BSK.reshape(len(where_BSK), -1)
+        index_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
+        mask = AttentionMask(causal=True, segments_BT=packed.segments_BT)
+        return x_BTD, mask, index_BSK.reshape(len(index_BSK), -1)
 
-    def prefix(self, frozen, ids_BT, slots):
-        """Keys and values of the queries, padded to a fixed number of slots so that later passes have one shape.
+    def prefill(self, frozen, ids, slots):
+        """Keys and values of texts (..., T), padded to a fixed number of slots so that later passes have one shape.
 
-        Nothing in them depends on what trains (without LoRA), so training computes them without gradient.
+        Without a LoRA they do not depend on the trainable tree, so training computes them without gradient.
         """
+        ids_BT = ids.reshape(-1, ids.shape[-1])
         B, T = ids_BT.shape
         _, cache = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), CAUSAL)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))), cache)
 
+    def embed(self, trainable, frozen, query, lengths_B, dropout=None):
+        """`compress` of a KVCache, `encode` of ids (B, T)."""
+        if isinstance(query, KVCache):
+            return self.compress(trainable, frozen, query, lengths_B)
+        return self.encode(trainable, frozen, query, lengths_B, dropout)
+
     def compress(self, trainable, frozen, cache, lengths_B):
-        """`encode` when the queries have been read: only the appended tokens run, so only they are differentiated.
+        """`encode` of prefilled queries: only the appended tokens run, so only they are differentiated.
 
         Returns (embedding_BE, soft_prompts_BKD), float32.
         """
@@ -151,8 +158,8 @@ class LLM2VecGenModel:
         x_MD = trainable["tokens"].astype(frozen["embedding"].dtype)
         x_BMD = jnp.broadcast_to(x_MD, (len(lengths_B), *x_MD.shape))
         positions_BM = lengths_B[:, None] + jnp.arange(self.num_appended)
-        visibility = AttentionMask(causal=True, cache_BS=jnp.arange(slots) < lengths_B[:, None])
-        hidden_BMD, _ = self._run(frozen, x_BMD, positions_BM, visibility, cache)
+        mask = AttentionMask(causal=True, cache_BS=jnp.arange(slots) < lengths_B[:, None])
+        hidden_BMD, _ = self._run(frozen, x_BMD, positions_BM, mask, cache)
         return self.heads(trainable, hidden_BMD[:, self.num_thought_tokens :])
 
     def heads(self, trainable, h_BKD):
@@ -172,23 +179,23 @@ class LLM2VecGenModel:
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S), CAUSAL)
         return hidden_BTD[:, self.num_tokens - 1 : -1]
 
-    def read(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
+    def hidden_states(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
         """Last hidden states (B, T, D) of texts alone, causal or bidirectional.
 
         updates: a LoRA tree with its scale folded in. dropout: a layers.Dropout. Both are for teachers that train.
         """
-        visibility = AttentionMask(causal=causal, lengths_B=lengths_B)
+        mask = AttentionMask(causal=causal, lengths_B=lengths_B)
         real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
         x_BTD = jnp.where(real_BT[..., None], self._embed(frozen, ids_BT), 0)  # as in `_unpacked`
-        return self._run(frozen, x_BTD, _positions(*ids_BT.shape), visibility, None, updates, dropout)[0]
+        return self._run(frozen, x_BTD, _positions(*ids_BT.shape), mask, None, updates, dropout)[0]
 
     def mean_pool(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
         """The teacher: mean over real tokens of the last hidden state (section 3; LLM2Vec, BehnamGhader 2024).
 
-        frozen: the backbone, or the backbone with adapters merged. updates, dropout: as for `read`.
+        frozen: the backbone, or the backbone with adapters merged. updates, dropout: as for `hidden_states`.
         Returns (B, D) float32; zeros for an empty text.
         """
-        hidden_BTD = self.read(frozen, ids_BT, lengths_B, causal, updates, dropout)
+        hidden_BTD = self.hidden_states(frozen, ids_BT, lengths_B, causal, updates, dropout)
         real_BT = (jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]).astype(jnp.float32)
         total_BD = layers.einsum_f32("btd,bt->bd", hidden_BTD.astype(jnp.float32), real_BT)
         return total_BD / jnp.maximum(lengths_B, 1)[:, None]
@@ -211,13 +218,13 @@ class LLM2VecGenModel:
     def _updates(self, trainable):
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None
 
-    def _states(self, frozen, x_BTD, positions_BT, visibility, where_BP, updates=None):
-        arguments = sharding.constrain_batch(x_BTD, self.execution.mesh), positions_BT, visibility, where_BP, updates
+    def _states(self, frozen, x_BTD, positions_BT, mask, index_BP, updates=None):
+        arguments = sharding.constrain_batch(x_BTD, self.execution.mesh), positions_BT, mask, index_BP, updates
         return self._backbone.apply({"params": frozen}, *arguments, method="states")
 
-    def _run(self, frozen, x_BTD, positions_BT, visibility, cache: KVCache | None = None, updates=None, dropout=None):
+    def _run(self, frozen, x_BTD, positions_BT, mask, cache: KVCache | None = None, updates=None, dropout=None):
         x_BTD = sharding.constrain_batch(x_BTD, self.execution.mesh)
-        return self._backbone.apply({"params": frozen}, x_BTD, positions_BT, visibility, cache, updates, dropout)
+        return self._backbone.apply({"params": frozen}, x_BTD, positions_BT, mask, cache, updates, dropout)
 
 
 def _positions(B, T):

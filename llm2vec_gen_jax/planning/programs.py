@@ -18,8 +18,7 @@ from llm2vec_gen_jax.planning.flops import reading_flops, training_flops
 from llm2vec_gen_jax.planning.hlo import moved_bytes
 from llm2vec_gen_jax.pretrained.backbone import resolve_dtype
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.state import new_state
-from llm2vec_gen_jax.training.train import abstract_cache, jit_prefill, jit_step
+from llm2vec_gen_jax.training.step import abstract_cache, jit_prefill, jit_step, new_state
 
 
 @dataclasses.dataclass
@@ -84,7 +83,7 @@ def abstract_inputs(config, architecture, execution):
         "trainable": whole(trainable),
         "state": whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)),
         "ids": ids,
-        "batch": batch | ({"query": ids} if config.lora.rank else {}),
+        "batch": batch,
         "packed": Packed(ids, ids, ids, rows(jnp.int32, max(T // model.num_appended, 1))),
     }
 
@@ -119,11 +118,11 @@ def compile_programs(config, model, inputs):
 
 def _arguments(config, functions, inputs, mesh):
     """Returns the abstract arguments of each function that runs, by name."""
-    frozen, arguments, cache = inputs["frozen"], {}, None
+    frozen, arguments, query = inputs["frozen"], {}, inputs["ids"]
     if not config.lora.rank:
         arguments["prefix"] = frozen, inputs["ids"]
-        cache = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
-    arguments["step"] = inputs["state"], frozen, cache, inputs["batch"]
+        query = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
+    arguments["step"] = inputs["state"], frozen, inputs["batch"] | {"query": query}
     arguments["encode"] = inputs["trainable"], frozen, inputs["packed"]
     lengths, seed = inputs["batch"]["query_lengths"], jax.ShapeDtypeStruct((), jnp.uint32)
     arguments["generate"] = frozen, inputs["ids"], lengths, lengths, seed

@@ -26,7 +26,7 @@ TEACHERS = ("smollm2-135m-mntp", "smollm2-135m-simcse")
 EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_model*.bin")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LoadedBackbone:
     """A frozen backbone.
 
@@ -92,8 +92,8 @@ def load_backbone(path, dtype, mesh, attention="auto"):
     options.check_arguments(BackboneConfig, dtype=dtype)
     backbone, source = open_checkpoint(path, Execution(mesh, attention))
     backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
-    backbone.frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
-    return backbone
+    frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
+    return dataclasses.replace(backbone, frozen=frozen)
 
 
 def open_checkpoint(path, execution):

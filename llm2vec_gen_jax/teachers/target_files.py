@@ -24,8 +24,7 @@ _HASHED = 8192  # vectors that are read at a time to see whether they are what w
 
 
 def compute_once(responses, key, lengths, batch_size, make, together=False):
-    """Returns (targets, whether they were computed now): from the file beside the responses that `key` names, which
-    is filled where it does not exist yet.
+    """Returns the targets (n, E) of the file next to the responses that `key` names, computed if they are not there.
 
     make() loads the teacher and returns (embed, E), where embed(rows) gives the vectors (len(rows), E) of texts.
     together: it takes all processes to embed; otherwise process 0 does it alone. It alone reads and writes files.
@@ -56,7 +55,7 @@ def compute_once(responses, key, lengths, batch_size, make, together=False):
         raise InputError(f"{file}: was written by process 0, but cannot be seen here: data must be on a shared disk")
     if jax.process_index() != 0 and not _is_kept(file):
         raise InputError(f"{file}: cannot be read here as process 0 wrote it: data must be on a shared disk")
-    return np.load(file), computed
+    return np.load(file)
 
 
 def _folder(responses):

@@ -13,6 +13,7 @@ from llm2vec_gen_jax.pretrained.backbone import (
     load_backbone,
     open_checkpoint,
     resolve_adapter,
+    resolve_dtype,
     resolve_embedder,
 )
 from llm2vec_gen_jax.teachers.encoder import pool_rows
@@ -45,15 +46,14 @@ def read_targets(path, records, rows):
     return targets
 
 
-def targets_of(backbone, config, answers, responses):
-    """Returns (targets (n, E) float32, backbone) of stripped answers by the teacher of a TrainConfig.
+def compute_targets(backbone, config, answers, responses):
+    """Returns the targets (n, E), float32, of stripped answers by the teacher of a TrainConfig.
 
-    They are kept beside the responses file under a hash of teacher and texts; an interrupted computation goes on
-    where it stopped. An llm2vec teacher with adapters or another backbone takes the student's place, which is then
-    loaded again: there is never a second copy, and only the returned backbone may be used afterwards.
+    They are stored next to the responses file under a hash of teacher and texts; an interrupted computation continues
+    where it stopped. backbone: that of the config; its weights are used if they are loaded and are the teacher's.
     """
     if config.teacher.kind == "sentence_transformers":
-        return _by_sentence_transformers(config.teacher, answers, responses), backbone
+        return _by_sentence_transformers(config.teacher, answers, responses)
     return _by_llm2vec(backbone, config, answers, responses)
 
 
@@ -63,8 +63,9 @@ def _by_llm2vec(backbone, config, answers, responses):
     adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
     reader = open_checkpoint(path, backbone.execution)[0] if path else backbone
-    quantized = backbone.dtype == "int8"  # targets are of the weights as they are
-    dtype = "bfloat16" if quantized else backbone.dtype
+    dtype = backbone.dtype if backbone.frozen is not None else str(resolve_dtype(config.backbone.dtype))
+    quantized = dtype == "int8"  # targets are of the weights before quantization
+    dtype = "bfloat16" if quantized else dtype
     ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
     key = {
         "backbone": reader.identity,
@@ -76,12 +77,10 @@ def _by_llm2vec(backbone, config, answers, responses):
     shards = sharding.batch_shards(mesh)
     batch_size = -(-config.teacher.batch_size // shards) * shards
     edges = choose_edges([len(row) for row in ids], 8)
-    replaced = bool(path or adapters or quantized)
 
     def make():
         frozen = backbone.frozen
-        if path or quantized:
-            frozen = backbone.frozen = None  # one copy at a time
+        if path or adapters or quantized or frozen is None:  # merging donates the weights: not the caller's
             frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention).frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, reader.architecture)
@@ -96,11 +95,7 @@ def _by_llm2vec(backbone, config, answers, responses):
 
         return embed, reader.architecture.hidden_size
 
-    targets, computed = compute_once(responses, key, [len(row) for row in ids], batch_size, make, together=True)
-    if computed and replaced:
-        backbone.frozen = None
-        backbone = load_backbone(config.backbone.path, config.backbone.dtype, mesh, attention)
-    return targets, backbone
+    return compute_once(responses, key, [len(row) for row in ids], batch_size, make, together=True)
 
 
 def _by_sentence_transformers(config, answers, responses):
@@ -134,7 +129,7 @@ def _by_sentence_transformers(config, answers, responses):
 
         return embed, embed([0]).shape[1]
 
-    return compute_once(responses, key, [len(answer) for answer in answers], config.batch_size, make)[0]
+    return compute_once(responses, key, [len(answer) for answer in answers], config.batch_size, make)
 
 
 def _load_embedder(path, folder):

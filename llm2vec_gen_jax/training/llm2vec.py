@@ -25,7 +25,7 @@ def mntp(model, updates, frozen, batch, causal=False, dropout=None):
     batch: text (B, S) with masks put in, text_lengths (B,), place (B, M) > 0 and label (B, M) of the masked tokens.
     updates: the LoRA that trains, its scale folded in.
     """
-    hidden_BSD = model.read(frozen, batch["text"], batch["text_lengths"], causal, updates, dropout)
+    hidden_BSD = model.hidden_states(frozen, batch["text"], batch["text_lengths"], causal, updates, dropout)
     before_BMD = jnp.take_along_axis(hidden_BSD, batch["place"][..., None] - 1, axis=1)
     label_BM = batch["label"]
     chunks = -(-label_BM.size // _CHUNK_TOKENS)

@@ -1,10 +1,11 @@
-"""What all training shares: the update, run directories, and the loop that feeds, logs, checkpoints and resumes."""
+"""The training loop: feeds batches, logs, saves checkpoints, resumes, and stops on request."""
 
 import collections
 import contextlib
-import dataclasses
+import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,48 +14,66 @@ import numpy as np
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import whole_number
-from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.config import OptimizerConfig, TrackingConfig, TrainSettings, options
 from llm2vec_gen_jax.data.batches import count_tokens, iterate
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
 from llm2vec_gen_jax.parallel.watchdog import Watchdog
 from llm2vec_gen_jax.training.checkpoints import Checkpoints
 from llm2vec_gen_jax.training.metrics import MetricsWriter
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
-from llm2vec_gen_jax.training.state import new_state
+from llm2vec_gen_jax.training.step import TrainState, new_state
 
 _SAVE, _STOP = 1, 2  # what a process asks of all of them; the largest is done
 
 
-@dataclasses.dataclass
-class Task:
+StepFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Trainer(Protocol):
     """What a Run trains.
 
-    init() gives the trainable tree on the mesh. step(state, batch) gives (state, metrics) of a batch put on the mesh.
-    batches: padded numpy batches by step from 0, this process's rows of each; `NAME` beside `NAME_lengths` are
-    counted as tokens. record: JSON of what a checkpoint only fits. where(step): which rows of which file a step
-    (from 0) reads, for the error about a loss that is not finite. compile(state, steps, show_progress, beat): makes
-    ready the programs that a range of steps (from 0) needs, where that is not left to the first call of each; beat is
-    the Watchdog's. begin(trainable): the tree of the first step, where init()'s only has its shapes.
+    batches: padded numpy batches by step from 0, this process's rows of each; `NAME` with a `NAME_lengths` are counted
+    as tokens. record: JSON dict of what a checkpoint belongs to; restoring with another one is an error.
     """
 
-    init: Callable
-    step: Callable
-    batches: Sequence
-    record: dict
-    where: Callable
-    compile: Callable | None = None
-    begin: Callable | None = None
+    batches: Sequence[dict[str, np.ndarray]]
+    record: dict[str, Any]
+
+    def init(self) -> Any:
+        """Returns the trainable tree on the mesh."""
+
+    def begin(self, trainable: Any) -> Any:
+        """Returns the tree of the first step, computed from that of `init`."""
+
+    def compile(
+        self, state: TrainState, steps: range, show_progress: bool, heartbeat: Callable[[str], None]
+    ) -> StepFunction:
+        """Returns the step as a function of (state, batch on the mesh), with what `steps` (from 0) need compiled.
+
+        heartbeat: to be called with a description before each compilation.
+        """
+
+    def describe(self, step: int) -> str:
+        """Names the rows that a step (from 0) reads, for the error about a loss that is not finite."""
 
 
 class Run:
-    """A training run: a Task, its checkpoints, and where it stands."""
+    """A training run: a Trainer, its checkpoints, and the state reached."""
 
-    def __init__(self, task, settings, optimizer, mesh, output, config):
-        """settings: TrainSettings. optimizer: OptimizerConfig. config: the command's, which is tracked as a whole."""
+    def __init__(
+        self,
+        trainer: Trainer,
+        settings: TrainSettings,
+        optimizer: OptimizerConfig,
+        mesh: jax.sharding.Mesh,
+        output: pathlib.Path,
+        config: TrackingConfig,
+    ) -> None:
+        """config: the whole configuration of the command, for the tracker."""
         shards = sharding.batch_shards(mesh)
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
-        self.task, self.settings, self.mesh, self.output, self.config = task, settings, mesh, output, config
+        self.trainer, self.settings, self.mesh, self.output, self.config = trainer, settings, mesh, output, config
         # All at once and before the loop: one by one, each would wait on the device behind the step under way.
         rates = make_schedule(optimizer)(jnp.arange(settings.steps))
         self.learning_rates = np.broadcast_to(rates, settings.steps)
@@ -63,17 +82,17 @@ class Run:
 
     def start(self, resuming):
         """Sets state and first step: from the newest sound checkpoint, or fresh."""
-        processes.assert_equal_across_processes({"record": self.task.record})
+        processes.assert_equal_across_processes({"record": self.trainer.record})
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
-        self.state, self.first_step = start(self.task.init()), 0
-        self.checkpoints = Checkpoints(self.output / "checkpoints", self.task.record, self.settings.keep_checkpoints)
+        self.state, self.first_step = start(self.trainer.init()), 0
+        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, self.settings.keep_checkpoints)
         found = self.checkpoints.restore(self.state) if resuming else None
         if found is not None:
             self.state, self.first_step = found
             print(f"resuming {self.output} at step {self.first_step}")
-        elif self.task.begin:
-            self.state = start(self.task.begin(self.state.trainable))
+        else:
+            self.state = start(self.trainer.begin(self.state.trainable))
 
     def loop(self, show_progress, name="train"):
         """Trains to train.steps, logging and checkpointing on the way.
@@ -93,19 +112,18 @@ class Run:
                 raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
 
         with watchdog, self.checkpoints.settled():
-            if self.task.compile:
-                steps = range(self.first_step, settings.steps)
-                self.task.compile(self.state, steps, show_progress, before_compiling)
+            steps = range(self.first_step, settings.steps)
+            train_step = self.trainer.compile(self.state, steps, show_progress, before_compiling)
             with preemption.deferred():
-                self._train(show_progress, name, watchdog.beat)
+                self._train(train_step, show_progress, name, watchdog.beat)
         self.checkpoints.close()
 
-    def _train(self, show_progress, name, beat):
+    def _train(self, train_step, show_progress, name, beat):
         settings, state = self.settings, self.state
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
         bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
-        batches = iterate(self.task.batches, self.first_step, settings.steps)
+        batches = iterate(self.trainer.batches, self.first_step, settings.steps)
         self.saved_step, self.saved_at = self.first_step, time.monotonic()
         with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
             pending = None
@@ -118,7 +136,7 @@ class Run:
                 asked = self._asked_on_any()
                 # What goes over to the device unasked would wait there for the step under way, and the host with it.
                 with jax.transfer_guard("disallow"):
-                    state, metrics = self.task.step(state, on_mesh)
+                    state, metrics = train_step(state, on_mesh)
                     wish = self._finish(pending, window, writer, bar)
                     pending = (number, metrics | {"tokens": real, "asked": asked}, computed)
                     if due or wish or number in (steps[0], profile.last):  # the first has a time of its own
@@ -162,7 +180,7 @@ class Run:
             kept = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
-                f"The batch is {self.task.where(number - 1)}"
+                f"The batch is {self.trainer.describe(number - 1)}"
             )
         asked = int(values.pop("asked"))
         window.add(values, computed)

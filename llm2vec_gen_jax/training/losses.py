@@ -91,25 +91,17 @@ def cosine_alignment(embedding_BE, target_BE):
     return 1 - jnp.mean(jnp.sum(embedding_BE * target_BE, axis=-1))
 
 
-def embed(trainable, model, frozen, cache, batch, dropout=None):
-    """(embedding_BE, soft_prompts_BKD) of a batch as `loss_fn` takes it: what is differentiated, and nothing more."""
-    if model.lora_rank:
-        return model.encode(trainable, frozen, batch["query"], batch["query_lengths"], dropout)
-    return model.compress(trainable, frozen, cache, batch["query_lengths"])
-
-
 ALIGNMENTS = {"mse": alignment, "cosine": cosine_alignment}  # by loss.alignment_function
 
 
-def loss_fn(trainable, model, frozen, cache, batch, loss_config, dropout=None):
+def loss_fn(trainable, model, frozen, batch, loss_config, dropout=None):
     """Weighted sum of reconstruction and alignment, and of the losses of supervised teachers where they are set.
 
-    cache: keys and values of the queries (Model.prefix); None with a LoRA, on which they depend. batch: query (B, T),
-    read only with a LoRA, query_lengths (B,), answer (B, S), answer_lengths (B,), target (B, E). loss_config: a
-    LossConfig; a loss of weight 0 is not computed.
+    batch: query, a KVCache (`LLM2VecGenModel.prefill`), or with a LoRA ids (B, T); query_lengths (B,), answer (B, S),
+    answer_lengths (B,), target (B, E). A loss of weight 0 is not computed.
     Returns (loss, {"reconstruction_loss", "alignment_loss", ...}), float32.
     """
-    embedding_BE, soft_prompts_BKD = embed(trainable, model, frozen, cache, batch, dropout)
+    embedding_BE, soft_prompts_BKD = model.embed(trainable, frozen, batch["query"], batch["query_lengths"], dropout)
     parts = {"reconstruction_loss": jnp.float32(0), "alignment_loss": jnp.float32(0)}
     align = ALIGNMENTS[loss_config.alignment_function]
     if loss_config.reconstruction:

@@ -13,42 +13,41 @@ from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
 from llm2vec_gen_jax.data import batches
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
-from llm2vec_gen_jax.training import losses
 
 _PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
 _HELD_OUT = 10  # each tenth batch chooses among them
 
 
-def start(method, trainable, examples):
-    """Returns a trainable tree with the alignment head solved on the first batches of a Method's plan.
+def solve_alignment_head(trainer, trainable, examples):
+    """Returns a trainable tree with the alignment head solved on the first batches of a CompressionTrainer's schedule.
 
     examples: how many to use, at most one epoch. The penalty is that of the least error on batches that are held out;
     the solution is of all of them. Every process of a run calls it, and gets the same.
     Raises InputError where there are too few examples to hold any out, and for a query whose states are not finite.
     """
-    plan, mesh, frozen = method.plan, method.backbone.mesh, method.backbone.frozen
+    schedule, mesh, frozen = trainer.schedule, trainer.backbone.mesh, trainer.backbone.frozen
     replicated = sharding.replicated(mesh)
-    count = min(-(-examples // plan.batch_size), plan.batches_per_epoch)
+    count = min(-(-examples // schedule.batch_size), schedule.batches_per_epoch)
     if count < 2:
-        raise InputError(f"train.ridge_examples={examples}: less than two batches of {plan.batch_size} are too few")
-    D, E = method.model.architecture.hidden_size, method.model.embedding_size
+        raise InputError(f"train.ridge_examples={examples}: less than two batches of {schedule.batch_size} are too few")
+    D, E = trainer.model.architecture.hidden_size, trainer.model.embedding_size
     sums = {part: sharding.put_replicated(_nothing(D, E), mesh) for part in ("kept", "held out")}
-    means = jax.jit(functools.partial(_means, method.model), out_shardings=replicated)
-    add = jax.jit(functools.partial(_add, method.model), donate_argnums=0, out_shardings=replicated)
+    means = jax.jit(functools.partial(_means, trainer.model), out_shardings=replicated)
+    add = jax.jit(functools.partial(_add, trainer.model), donate_argnums=0, out_shardings=replicated)
     origin = None
-    with progress.bar(count * plan.batch_size, "example", "ridge") as bar:
-        for number, batch in enumerate(batches.iterate(method.batches, 0, count)):
+    with progress.bar(count * schedule.batch_size, "example", "ridge") as bar:
+        for number, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
             if processes.stop_requested():
                 raise preemption.Stopped("stopped as asked, before the first step")
-            cache, batch = _read(method, batch)
+            batch = _prefill(trainer, batch)
             if origin is None:  # numbers near zero, because their squares are summed in float32
-                origin = means(trainable, frozen, cache, batch)
+                origin = means(trainable, frozen, batch)
             part = "kept" if number % _HELD_OUT else "held out"
-            sums[part] = add(sums[part], origin, trainable, frozen, cache, batch)
-            bar.update(plan.batch_size)
+            sums[part] = add(sums[part], origin, trainable, frozen, batch)
+            bar.update(schedule.batch_size)
     kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.to_numpy(x), np.float64), sums[part]) for part in sums)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((kept, held_out))):
-        _name_not_finite(method, trainable, count)
+        _name_not_finite(trainer, trainable, count)
     errors = [_error(_solve(kept, penalty), held_out) for penalty in _PENALTIES]
     best = int(np.argmin(errors))
     kernel_DE, bias_E = _solve(jax.tree.map(np.add, kept, held_out), _PENALTIES[best])
@@ -56,7 +55,7 @@ def start(method, trainable, examples):
     head = {"kernel": kernel_DE, "bias": bias_E + y_E - x_D @ kernel_DE}
     spread = held_out["yy"] - np.square(held_out["y"]).sum() / held_out["n"]
     print(
-        f"alignment head: solved on {count * plan.batch_size} examples, penalty {_PENALTIES[best]:g}, "
+        f"alignment head: solved on {count * schedule.batch_size} examples, penalty {_PENALTIES[best]:g}, "
         f"explains {1 - errors[best] / spread:.3f} of the targets' variance on those held out",
         flush=True,
     )
@@ -64,21 +63,21 @@ def start(method, trainable, examples):
     return trainable | {"alignment": sharding.put_replicated(head, mesh)}
 
 
-def _read(method, batch):
+def _prefill(trainer, batch):
     batch = {name: batch[name] for name in ("query", "query_lengths", "target")}
-    return method.read(sharding.put_batch(batch, method.backbone.mesh))
+    return trainer.prefill(sharding.put_batch(batch, trainer.backbone.mesh))
 
 
-def _name_not_finite(method, trainable, count):
+def _name_not_finite(trainer, trainable, count):
     """Raises InputError that names the first query that is not finite, of `count` batches of which one is not."""
-    frozen, replicated = method.backbone.frozen, sharding.replicated(method.backbone.mesh)
-    inputs = jax.jit(functools.partial(_inputs, method.model), out_shardings=replicated)
-    for step, batch in enumerate(batches.iterate(method.batches, 0, count)):
-        finite_B = np.isfinite(sharding.to_numpy(inputs(trainable, frozen, *_read(method, batch)))).all(axis=1)
+    frozen, replicated = trainer.backbone.frozen, sharding.replicated(trainer.backbone.mesh)
+    inputs = jax.jit(functools.partial(_inputs, trainer.model), out_shardings=replicated)
+    for step, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
+        finite_B = np.isfinite(sharding.to_numpy(inputs(trainable, frozen, _prefill(trainer, batch)))).all(axis=1)
         if not finite_B.all():
-            row = method.examples.row[method.plan[step].rows[np.argmin(finite_B)]]
-            name = f"{method.config.data.responses}: the question of row {row} (from 0)"
-            raise not_finite(name, method.backbone.dtype)
+            row = trainer.examples.row[trainer.schedule[step].rows[np.argmin(finite_B)]]
+            name = f"{trainer.config.data.responses}: the question of row {row} (from 0)"
+            raise not_finite(name, trainer.backbone.dtype)
     raise InputError("train.ridge_examples: sums over the examples exceed float32; train without it")
 
 
@@ -87,18 +86,18 @@ def _nothing(D, E):
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _inputs(model, trainable, frozen, cache, batch):
+def _inputs(model, trainable, frozen, batch):
     """Returns what the alignment head maps: the mean soft prompts (B, D) of a batch."""
-    _, soft_prompts_BKD = losses.embed(trainable, model, frozen, cache, batch)
+    _, soft_prompts_BKD = model.embed(trainable, frozen, batch["query"], batch["query_lengths"])
     return soft_prompts_BKD.mean(axis=1)
 
 
-def _means(model, trainable, frozen, cache, batch):
-    return _inputs(model, trainable, frozen, cache, batch).mean(axis=0), batch["target"].mean(axis=0)
+def _means(model, trainable, frozen, batch):
+    return _inputs(model, trainable, frozen, batch).mean(axis=0), batch["target"].mean(axis=0)
 
 
-def _add(model, sums, origin, trainable, frozen, cache, batch):
-    x_BD = _inputs(model, trainable, frozen, cache, batch) - origin[0]
+def _add(model, sums, origin, trainable, frozen, batch):
+    x_BD = _inputs(model, trainable, frozen, batch) - origin[0]
     y_BE = batch["target"] - origin[1]
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     new = {"n": jnp.float32(len(x_BD)), "x": x_BD.sum(axis=0), "y": y_BE.sum(axis=0)}

@@ -41,24 +41,17 @@ def columns(loss_config):
     return tuple(dict.fromkeys(names))
 
 
-def prefix(model, frozen, extra_BXT, slots):
-    """Model.prefix of the X extra texts of each row: a cache of B X rows."""
-    return model.prefix(frozen, extra_BXT.reshape(-1, extra_BXT.shape[-1]), slots)
-
-
 def embed(trainable, model, frozen, batch, dropout=None):
     """Returns the embeddings (B, X, E) of a batch's extra texts, float32.
 
-    batch: extra_lengths (B, X), extra_cache (`prefix`), or extra (B, X, T) with a LoRA.
+    batch: extra_lengths (B, X); extra, a KVCache of B X rows (`LLM2VecGenModel.prefill`), or with a LoRA ids (B, X, T).
     """
-    lengths_BX = batch["extra_lengths"]
+    lengths_BX, extra = batch["extra_lengths"], batch["extra"]
     if model.lora_rank:
-        if dropout:  # not the zeros of the queries' pass
+        extra = extra.reshape(-1, extra.shape[-1])
+        if dropout:  # other masks than those of the queries
             dropout = dropout.replace(keys_L=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys_L, 1))
-        ids = batch["extra"].reshape(-1, batch["extra"].shape[-1])
-        embedding, _ = model.encode(trainable, frozen, ids, lengths_BX.ravel(), dropout)
-    else:
-        embedding, _ = model.compress(trainable, frozen, batch["extra_cache"], lengths_BX.ravel())
+    embedding, _ = model.embed(trainable, frozen, extra, lengths_BX.ravel(), dropout)
     return embedding.reshape(*lengths_BX.shape, -1)
 
 

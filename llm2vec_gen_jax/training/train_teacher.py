@@ -21,11 +21,11 @@ from llm2vec_gen_jax.model.layers import Dropout
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import processes, sharding
 from llm2vec_gen_jax.training import llm2vec, step_memory
-from llm2vec_gen_jax.training.loop import Run, Task
+from llm2vec_gen_jax.training.loop import Run
 from llm2vec_gen_jax.training.optimizer import make_optimizer
 from llm2vec_gen_jax.training.programs import CompiledCache
 from llm2vec_gen_jax.training.run_directory import prepare_run_directory
-from llm2vec_gen_jax.training.state import update
+from llm2vec_gen_jax.training.step import update
 
 
 def train_teacher(config, show_progress=True):
@@ -55,11 +55,11 @@ def _train_teacher(config, show_progress):
         if folder.exists():
             print(f"{folder}: already finished")
         else:
-            tree = _run(
-                stage(config, backbone, texts), config, settings, backbone, output / f"{name}-run", show_progress
-            )
+            trainer = AdapterTrainer(stage(config, backbone, texts), config, settings, backbone)
+            tree = _run(trainer, config, settings, output / f"{name}-run", show_progress)
             peft.save(folder, tree, settings.rank, settings.alpha, backbone.name, config.train.adapter_dtype)
-        backbone.frozen = peft.merge(backbone.frozen, folder, backbone.architecture)
+        merged = peft.merge(backbone.frozen, folder, backbone.architecture)
+        backbone = dataclasses.replace(backbone, frozen=merged)
         adapters.append(folder)
     if jax.process_index() == 0:
         require_written(output / "config.yaml", *adapters)
@@ -122,25 +122,9 @@ def _simcse(config, backbone, texts):
     return functools.partial(llm2vec.simcse, scale=settings.scale, causal=config.attention == "causal"), batches
 
 
-def _run(stage, config, settings, backbone, output, show_progress):
+def _run(trainer, config, settings, output, show_progress):
     """Trains one stage. Returns its LoRA tree (float32, the scale not in it)."""
-    train, mesh = config.train, backbone.mesh
-    loss, batches = stage
-    optimizer = config_lib.OptimizerConfig(
-        learning_rate=settings.learning_rate,
-        schedule_steps=settings.schedule_steps or settings.steps,
-        warmup_steps=settings.warmup_steps,
-    )
-    programs = _Programs(loss, batches, config, settings, optimizer, backbone)
-    init = functools.partial(lora.init, backbone.architecture, settings.rank)
-    task = Task(
-        init=lambda: jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(train.seed)),
-        step=lambda state, batch: programs.update(state, backbone.frozen, batch),
-        batches=batches,
-        record={"backbone": backbone.identity, "data": batches.digest, "rank": settings.rank},
-        where=lambda step: f"rows {batches.rows(step).tolist()} (from 0) of the corpus",
-        compile=programs.compile,
-    )
+    train = config.train
     run_settings = config_lib.TrainSettings(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -152,47 +136,66 @@ def _run(stage, config, settings, backbone, output, show_progress):
         watchdog=train.watchdog,
     )
     output.mkdir(parents=True, exist_ok=True)
-    run = Run(task, run_settings, optimizer, mesh, output, config)
-    run.start(resuming=True)  # the whole command's claim says that what is there is an earlier part of it
+    run = Run(trainer, run_settings, trainer.optimizer_config, trainer.backbone.mesh, output, config)
+    run.start(resuming=True)  # the run directory of the command was verified: what is there is an earlier part of it
     run.loop(show_progress, output.name.removesuffix("-run"))
     return jax.tree.map(sharding.gather, run.state.trainable)
 
 
-class _Programs:
-    """The training step of a stage, compiled for every padded length before the first step."""
+class AdapterTrainer:
+    """Trains the LoRA of one stage: its loss, batches and programs."""
 
-    def __init__(self, loss, batches, config, settings, optimizer, backbone):
-        self.loss, self.batches, self.config, self.settings, self.backbone = loss, batches, config, settings, backbone
-        self.optimizer = make_optimizer(optimizer)
-        self.update = self._jit(first_remat(config.train.remat))
+    def __init__(self, stage, config, settings, backbone):
+        self.loss, self.batches = stage
+        self.config, self.settings, self.backbone = config, settings, backbone
+        self.record = {"backbone": backbone.identity, "data": self.batches.digest, "rank": settings.rank}
+        self.optimizer_config = config_lib.OptimizerConfig(
+            learning_rate=settings.learning_rate,
+            schedule_steps=settings.schedule_steps or settings.steps,
+            warmup_steps=settings.warmup_steps,
+        )
 
-    def compile(self, state, steps, show_progress, beat):
-        """Compiles the step for the batches of `steps`, the largest first, by which train.remat=auto is settled."""
+    def init(self):
+        """Returns a fresh LoRA tree."""
+        init = functools.partial(lora.init, self.backbone.architecture, self.settings.rank)
+        put = sharding.replicated(self.backbone.mesh)
+        return jax.jit(init, out_shardings=put)(jax.random.key(self.config.train.seed))
+
+    def begin(self, trainable):
+        """Returns the tree as it is."""
+        return trainable
+
+    def describe(self, step):
+        """Names the rows of the corpus that a step (from 0) reads."""
+        return f"rows {self.batches.rows(step).tolist()} (from 0) of the corpus"
+
+    def compile(self, state, steps, show_progress, heartbeat):
+        """Returns the step as a function of (state, batch), compiled for every padded length of `steps`.
+
+        The largest is compiled first, and resolves train.remat=auto.
+        """
         mesh, frozen = self.backbone.mesh, self.backbone.frozen
         step_of = {self.batches.width(step): step for step in reversed(steps)}
         widths = sorted(step_of, reverse=True)
+        programs = self._step_with(first_remat(self.config.train.remat))
         with progress.bar(len(widths), "batch shape", "compile", enabled=show_progress and len(widths) > 0) as bar:
             for number, width in enumerate(widths):
-                beat(f"the compilation for batch shape {number + 1} of {len(widths)}")
+                heartbeat(f"the compilation for batch shape {number + 1} of {len(widths)}")
                 batch = sharding.abstract_batch(self.batches[step_of[width]], mesh)
-
-                def compile_with(remat, batch=batch):
-                    self.update = self._jit(remat)
-                    return self.update.compile(state, frozen, batch)
-
                 if number == 0 and self.config.train.remat == "auto":
-                    step_memory.choose_remat(compile_with, mesh)
-                self.update.compile(state, frozen, batch)
+                    programs = step_memory.choose_remat(self._step_with, mesh, (state, frozen, batch))
+                programs.compile(state, frozen, batch)
                 bar.update(1)
+        return lambda state, batch: programs(state, frozen, batch)
 
-    def _jit(self, remat):
+    def _step_with(self, remat):
         execution = dataclasses.replace(self.backbone.execution, remat=remat)
         a, settings = self.backbone.architecture, self.settings
         step = functools.partial(
             train_step,
             loss=self.loss,
             model=LLM2VecGenModel(a, 1, 0, a.hidden_size, execution=execution),
-            optimizer=self.optimizer,
+            optimizer=make_optimizer(self.optimizer_config),
             scale=settings.alpha / settings.rank,
             rates=(settings.dropout, getattr(settings, "attention_dropout", 0.0)),
             seed=self.config.train.seed,
