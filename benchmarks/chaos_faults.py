@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -169,8 +170,21 @@ def term(chaos, leg):
 
 
 def term_at_the_start(chaos, leg):
-    time.sleep(chaos.rng.uniform(0.7, 6))  # before that, Python itself is starting
+    deadline = time.monotonic() + 60
+    while not all(_handles_sigterm(process) for process in leg.processes) and time.monotonic() < deadline:
+        time.sleep(0.05)  # Python itself is starting, which ends by the default action
+    time.sleep(chaos.rng.uniform(0, 5))
     return _send(chaos, leg, signal.SIGTERM, {3}, {3})
+
+
+def _handles_sigterm(process):
+    """Whether a process has a handler for SIGTERM, or has ended."""
+    try:
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+    return process.poll() is not None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def interrupt(chaos, leg):
