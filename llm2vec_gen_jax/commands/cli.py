@@ -10,7 +10,7 @@ import textwrap
 import traceback
 
 from llm2vec_gen_jax.common import locks
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
 from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, options
 from llm2vec_gen_jax.parallel import devices, preemption
@@ -197,8 +197,9 @@ def _exit_codes():
         if not jax.distributed.is_initialized():
             raise
         if processes.is_loss_of_peer(error):
-            first = str(error).strip().splitlines()[0]
-            end(f"error: {first}. If another process ended, what it printed says why", processes.PEER_FAILED)
+            end(
+                f"error: {first_line(error)}. If another process ended, what it printed says why", processes.PEER_FAILED
+            )
         traceback.print_exc()
         processes.exit_process(1)
 

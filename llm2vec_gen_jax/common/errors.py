@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend."""
+"""The exception for invalid input, and the parts of its messages."""
 
 import difflib
 import itertools
@@ -26,6 +26,11 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """Returns the first line of an exception's message, or the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest].rstrip(".")
 
 
 def quote(text: str, length: int = 40) -> str:

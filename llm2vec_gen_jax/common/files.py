@@ -267,6 +267,12 @@ def has_lone_surrogate(text):
     return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
+def require_same_run(place, old, new, remedy):
+    """Raises InputError where `place` was written by a run with another record. remedy: what else can be done."""
+    if differing := diff(old, new):
+        raise InputError(f"{place}: holds another run ({differing}). Repeat its settings to resume it, {remedy}")
+
+
 def diff(old, new, prefix=""):
     """Returns "key: old -> new, ..." for every leaf in which two nested dicts differ; "" when they are equal."""
     found = []

@@ -11,10 +11,10 @@ from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import (
     check_file,
-    diff,
     name_os_errors,
     read_json,
     removed,
+    require_same_run,
     to_json,
     write_json,
     write_text,
@@ -117,11 +117,8 @@ class JsonlAppender:
         if os.fstat(self.file.fileno()).st_size:
             if not self.sidecar.exists():
                 raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
-            if differing := diff(read_json(self.sidecar), run):
-                raise InputError(
-                    f"{self.path}: holds another run ({differing}). Repeat its settings to resume it, "
-                    "choose another output, or pass overwrite=true"
-                )
+            remedy = "choose another output, or pass overwrite=true"
+            require_same_run(self.path, read_json(self.sidecar), run, remedy)
         else:
             self.sums.unlink(missing_ok=True)
             write_json(self.sidecar, run)

@@ -16,7 +16,7 @@ import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import has_lone_surrogate, read_yaml, shipped
 from llm2vec_gen_jax.config import TrainConfig
 
@@ -119,7 +119,7 @@ def _merge(config, values, source):
         return OmegaConf.merge(config, OmegaConf.create(values))
     except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None) or "?"
-        raise InputError(f"{source}: {key}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{source}: {key}: {first_line(error)}") from None
 
 
 def _known(schema, values, source, prefix=""):

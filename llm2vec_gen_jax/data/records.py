@@ -2,7 +2,7 @@
 
 import pathlib
 
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import has_lone_surrogate
 from llm2vec_gen_jax.common.jsonl import read_jsonl
 
@@ -60,5 +60,6 @@ def _hub_dataset(source, split):
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # datasets raises many types; all of them mean that it cannot be had
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"data {source!r} (split {split!r}): neither a file nor a dataset ({reason})") from None
+        raise InputError(
+            f"data {source!r} (split {split!r}): neither a file nor a dataset ({first_line(error)})"
+        ) from None

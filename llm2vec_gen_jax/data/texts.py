@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, visible
 from llm2vec_gen_jax.common.jsonl import lines_of, parse_object, read_lines
 
@@ -129,8 +129,7 @@ class Corpus:
             except ImportError:
                 raise
             except Exception as error:  # of a saved dataset's JSON, a column's name, a type: damage raises nearly any
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise InputError(f"{file}: damaged or not readable ({reason})") from None
+                raise InputError(f"{file}: damaged or not readable ({first_line(error)})") from None
 
         names, pieces = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
         if twice := [name for name in columns if list(names).count(name) > 1]:

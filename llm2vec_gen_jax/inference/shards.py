@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import diff, read_array, read_json, sha256_file
 
 _SHARED = ("model", "input", "config")  # what the manifests of all shares agree in
@@ -145,4 +145,4 @@ def _read_parquet(path):
         column = pyarrow.parquet.read_table(path, columns=["vector"])["vector"].combine_chunks()
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
     except (pyarrow.ArrowException, OSError, KeyError, AttributeError, ValueError) as error:
-        raise InputError(f"{path}: not a readable file of vectors ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable file of vectors ({first_line(error)})") from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
-from llm2vec_gen_jax.common.files import diff, new_array, read_json, require_new, sha256_file, write_json
+from llm2vec_gen_jax.common.files import new_array, read_json, require_new, require_same_run, sha256_file, write_json
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.data.batches import pad
 from llm2vec_gen_jax.data.buckets import bucket_length
@@ -139,11 +139,8 @@ def _mix(x):
 def _begin(partial, backbone, corpus, config, run):
     """Writes contexts and texts, and makes room for the vectors, if that is not done; checks that `run` began it."""
     if (partial / _PROGRESS).exists():
-        if differing := diff(read_json(partial / _PROGRESS)["run"], run):
-            raise InputError(
-                f"{partial}: holds the beginning of another index ({differing}). Repeat its settings to go on with "
-                "it, choose another output, or remove it"
-            )
+        remedy = "choose another output, or remove it"
+        require_same_run(partial, read_json(partial / _PROGRESS)["run"], run, remedy)
         if _is_whole(partial):
             return
         print(f"{partial}: is not what was written; begun again", flush=True)

@@ -10,6 +10,8 @@ import sys
 import traceback
 import warnings
 
+from llm2vec_gen_jax.common.errors import first_line
+
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_nothing_here` looks for
 _NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # PCI vendors
@@ -40,7 +42,7 @@ def problem_of(error):
     no_backend = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
     if not no_backend and not (isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)):
         return None
-    reason = _first_line(error) if not no_backend else "no such device can be used"
+    reason = first_line(error) if not no_backend else "no such device can be used"
     if {"cuda", "gpu"} & set(re.split(r"\s*,\s*", asked.lower())):
         reason = _cuda_problem()
     return f"JAX_PLATFORMS={asked}: {reason}. To compute on the CPU, set JAX_PLATFORMS=cpu or unset it"
@@ -119,11 +121,7 @@ def _note(record):
     if "plugin configuration error" not in message and "plugin_extension is not found" not in message:
         return True
     if record.exc_info and record.exc_info[1]:
-        _failures.append(_first_line(record.exc_info[1]))
+        _failures.append(first_line(record.exc_info[1]))
         if _has_driver() and not os.environ.get("JAX_PLATFORMS"):
             print(f"warning: {_cuda_problem()}", file=sys.stderr)
     return False
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm2vec_gen_jax.common import locks
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import diff
 from llm2vec_gen_jax.parallel import preemption, rendezvous
 from llm2vec_gen_jax.parallel.preemption import Stopped
@@ -55,7 +55,7 @@ def initialize(config, together=True):
                     raise InputError(f"distributed=auto: {error}. Pass distributed=HOST:PORT, or off") from None
             except RuntimeError as error:  # called from a program that has used a device: it is alone
                 if "must be called before" not in str(error):
-                    raise PeerMissing(f"distributed=auto: {_first_line(error)}") from None
+                    raise PeerMissing(f"distributed=auto: {first_line(error)}") from None
     else:
         found = re.fullmatch(r"(\S+):([0-9]{1,5})", address)
         if not found or not 0 < int(found[2]) < 2**16:
@@ -73,7 +73,7 @@ def initialize(config, together=True):
         except (rendezvous.Missed, RuntimeError) as error:
             if preemption.asked():
                 raise Stopped("stopped as asked, before all processes had come") from None
-            reason = f"process {index} of {count} could not join ({_first_line(error)})"
+            reason = f"process {index} of {count} could not join ({first_line(error)})"
             raise PeerMissing(f"distributed={address}: {reason}") from None
 
 
@@ -144,10 +144,6 @@ def code_version():
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _first_line(error):
-    return str(error).strip().splitlines()[0]
 
 
 def _shared(value):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.config import BackboneConfig, options
 from llm2vec_gen_jax.formats import gguf, hf, weights
@@ -154,8 +154,7 @@ def fetch_from_hub(repository, patterns):
         return pathlib.Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{repository}: no such local folder, and it cannot be fetched from the hub "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{repository}: no such local folder, and it cannot be fetched from the hub ({first_line(error)})"
         ) from None
 
 

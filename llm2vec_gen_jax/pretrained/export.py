@@ -6,7 +6,7 @@ import tempfile
 import jax
 import numpy as np
 
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import require_new, write_text
 from llm2vec_gen_jax.formats import hf, published
 from llm2vec_gen_jax.model import lora
@@ -120,6 +120,6 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(f"{repo_id}: cannot be uploaded to the hub ({reason})") from None
     return str(url)

@@ -6,7 +6,7 @@ import json
 import tokenizers
 from transformers import AutoTokenizer
 
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint, has_lone_surrogate
 from llm2vec_gen_jax.pretrained.chat_template import render
 
@@ -42,7 +42,7 @@ class Tokenizer:
             # Never asks, never runs code that a folder brings along.
             hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the libraries raise many types, bare Exception among them
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = first_line(error)
             raise InputError(f"{folder}: no readable tokenizer ({reason})") from None
         if not hf.is_fast:
             raise InputError(f"{folder}: needs a tokenizer.json (a fast tokenizer)")

@@ -3,7 +3,7 @@
 import numpy as np
 from safetensors import SafetensorError
 
-from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
+from llm2vec_gen_jax.common.errors import InputError, first_line, not_finite, quote
 from llm2vec_gen_jax.common.files import fingerprint, install_command, read_array, sha256_file, visible
 from llm2vec_gen_jax.data.buckets import choose_edges
 from llm2vec_gen_jax.formats import peft
@@ -142,5 +142,4 @@ def _load_embedder(path, folder):
     try:
         return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({reason})") from None
+        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({first_line(error)})") from None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import diff, fingerprint
 from llm2vec_gen_jax.parallel import processes
 
@@ -138,7 +138,7 @@ class Checkpoints:
             steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
             newest = f"the newest one there is of step {max(steps)}" if steps else "there is none yet"
             number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-            reason = f"a checkpoint could not be written ({_first_line(error)}); {newest}"
+            reason = f"a checkpoint could not be written ({first_line(error)}); {newest}"
             raise OSError(number, reason, str(self.folder)) from error
 
     def _purge(self):
@@ -169,8 +169,4 @@ def _damage(error):
     """Returns what a reader's exception says. Raises it where a process that reads as well has ended: no damage."""
     if processes.names_a_peer(error):
         raise error
-    return _first_line(error)
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)

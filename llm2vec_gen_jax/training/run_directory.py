@@ -4,7 +4,7 @@ import shutil
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import diff, write_text
+from llm2vec_gen_jax.common.files import require_same_run, write_text
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training import tracking
@@ -47,15 +47,13 @@ def _prepare(output, config, free):
         old = _config_of(output, type(config))
         if config.train.overwrite:
             shutil.rmtree(output)
-        elif differing := diff(_fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)):
-            # A run that failed before its first step, often on what is now put right, left its config only.
-            if any(path.name != "config.yaml" for path in output.iterdir()):
-                raise InputError(
-                    f"train.output={output}: holds another run ({differing}). Repeat its settings to resume it, "
-                    "choose another output, or pass train.overwrite=true"
-                )
         else:
-            resuming = True
+            records = _fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)
+            # A run that failed before its first step, often because of these settings, left only its config.
+            if any(path.name != "config.yaml" for path in output.iterdir()):
+                remedy = "choose another output, or pass train.overwrite=true"
+                require_same_run(f"train.output={output}", *records, remedy)
+            resuming = records[0] == records[1]
     write_text(output / "config.yaml", options.to_yaml(config))
     return resuming
 
