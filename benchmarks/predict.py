@@ -7,7 +7,7 @@ and prints for each the time that its FLOPs, its memory traffic and its collecti
 The prediction is the largest of the three. It is a lower bound: kernels reach neither rate, and their launches take
 time.
 
-FLOPs are counted by lengths (llm2vec_gen_jax/costs.py). Memory traffic on GPUs is read from the compiled program: each
+FLOPs are counted by lengths (llm2vec_gen_jax/planning/flops.py). Memory traffic on GPUs is read from the compiled program: each
 fusion, library call and copy reads its operands and writes its results once; a slice reads what it takes. TPU programs
 do not say what stays in on-chip memory: there the traffic is one reading of the weights for each pass over them. With
 too little memory for the unrolled decode loop (XLA_PYTHON_CLIENT_MEM_FRACTION=0.1, for instance) the row of decoding is
