@@ -1,4 +1,4 @@
-"""Predicted times on accelerators that need not be attached, from FLOPs, memory traffic and communication.
+"""Predicted times on accelerators that are not attached, from FLOPs, memory traffic and communication.
 
     python -m benchmarks.predict --topology h100:1 --model qwen3-8b [key=value of launch.plan ...]
 
