@@ -169,7 +169,7 @@ def term(chaos, leg):
 
 
 def term_at_the_start(chaos, leg):
-    time.sleep(chaos.rng.uniform(0.7, 6))  # earlier, Python itself is still starting
+    time.sleep(chaos.rng.uniform(0.7, 6))  # before that, Python itself is starting
     return _send(chaos, leg, signal.SIGTERM, {3}, {3})
 
 

@@ -60,7 +60,7 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
     cache = jax.eval_shape(lambda frozen, ids: model.prefix(frozen, ids, T), frozen, ids_BT)
     weights = config.LossConfig()
 
-    def step(state, frozen, cache, batch):  # a new function each time, so that nothing is cached
+    def step(state, frozen, cache, batch):  # a new function each time: nothing is remembered
         return train_step(state, frozen, cache, batch, model=model, optimizer=optimizer, loss_config=weights)
 
     state = jax.eval_shape(fresh)
