@@ -1,12 +1,12 @@
-"""Faults, drawn at random, against real runs of `launch.train`: what survives, how fast every process is out.
+"""Random fault injection into real runs of `launch.train`: recovery, and time until all processes exit.
 
     python -m benchmarks.chaos [--faults 50] [--seed 0] [--kinds kill,flip] [--folder DIR]
 
-A tiny model trains for some hundred steps, over and over interrupted and started again, now as two processes with a
-device each, now as one with two devices. A fault is survived when every process ends in time with an exit code that
-names what happened, nothing of it is left running, and the run goes on: in the end every loss of every step, and the
-model, must be those of an undisturbed run, bit for bit. Prints a row for each kind; exits with 1 when anything is not
-as it must be, and keeps the folder then. `disk full` needs a small disk of its own, which only root can mount.
+A tiny model trains for a few hundred steps and is repeatedly interrupted and restarted, either as two processes with
+one device each or as one process with two devices. A fault is survived if every process exits in time with an exit
+code that names the cause, no child process remains, and the run can be resumed. At the end, the losses of all steps
+and the model must equal those of an uninterrupted run, bit for bit. Prints one row per kind of fault. On failure,
+exits with 1 and keeps the folder. `disk full` needs a small separate disk, which only root can mount.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from benchmarks.chaos_faults import DAMAGES, FAULTS, Chaos, Failure, check
 from tests.tiny import save_random_backbone
 
-DISK = 96 * 2**20  # bytes of the disk that gets full
+DISK = 96 * 2**20  # bytes of the disk that is filled
 
 
 def _losses(run):
@@ -37,12 +37,12 @@ def contents(folder):
 
 
 def _compare(run, reference):
-    """Returns the number of steps. Raises Failure where a run is not the undisturbed one."""
-    found, expected = _losses(run), _losses(reference)
-    if different := [step for step in expected if found.get(step) != expected[step]]:
-        raise Failure(f"{len(different)} of {len(expected)} steps differ from the undisturbed run's: {different[:5]}")
+    """Returns the number of steps compared. Raises Failure if a run differs from the reference."""
+    losses, expected = _losses(run), _losses(reference)
+    if different := [step for step in expected if losses.get(step) != expected[step]]:
+        raise Failure(f"{len(different)} of {len(expected)} steps differ from the reference run: {different[:5]}")
     if contents(run / "model") != contents(reference / "model"):
-        raise Failure("the model differs from the undisturbed run's")
+        raise Failure("the model differs from that of the reference run")
     left = [path for path in run.rglob("*") if ".orbax-checkpoint-tmp" in path.name or path.name == "_deleted"]
     if left := left + [path for folder in (run, run.parent) for path in folder.glob(".*")]:
         raise Failure(f"left behind: {left[0]}")
@@ -51,7 +51,7 @@ def _compare(run, reference):
 
 @contextlib.contextmanager
 def _disk(folder):
-    """A folder on a small disk of its own where that is allowed. Yields whether it is one."""
+    """Mounts a small disk at a new folder, if permitted. Yields whether it is mounted."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", folder], capture_output=True)
     try:
@@ -62,7 +62,7 @@ def _disk(folder):
 
 
 class Tally:
-    """What was injected so far. seconds: {kind: until every process was out}."""
+    """The faults injected so far. seconds: {kind: seconds until all processes exited}."""
 
     def __init__(self, wanted, kinds, rng):
         self.wanted, self.kinds, self.rng = wanted, kinds, rng
@@ -70,7 +70,7 @@ class Tally:
         self.starts = self.compared = 0
 
     def draw(self, table, *without):
-        """Returns a kind: one that was not drawn yet, if there is any; None when it is enough."""
+        """Returns a kind, preferring those not drawn yet; None when enough faults were injected."""
         if self.enough():
             return None
         kinds = [kind for kind in table if kind not in without and (kind is None or kind in self.kinds)]
@@ -89,11 +89,11 @@ class Tally:
 
 
 def inject(folder, tally):
-    """Interrupts runs until there were faults enough, then lets the last one end. Raises Failure."""
+    """Interrupts runs until enough faults were injected, then lets the last one finish. Raises Failure."""
     save_random_backbone(folder / "backbone")
     steps = 10 * min(tally.wanted, 50)
-    undisturbed = _new_run(folder, "undisturbed", steps, tally.rng)
-    with undisturbed.leg(1) as leg:
+    reference = _new_run(folder, "reference", steps, tally.rng)
+    with reference.leg(1) as leg:
         if leg.wait(600) != [0]:
             raise Failure(leg.said())
     number = 0
@@ -103,11 +103,11 @@ def inject(folder, tally):
             chaos = _new_run(folder, f"run-{number}", steps, tally.rng)
             while not chaos.done():
                 _start(chaos, tally, small)
-            tally.compared += _compare(chaos.run, undisturbed.run)
+            tally.compared += _compare(chaos.run, reference.run)
 
 
 def _start(chaos, tally, small):
-    """Damages what is there, or not; starts the run; interrupts it, or lets it end when there were faults enough."""
+    """Optionally damages files, then starts the run and interrupts it, unless enough faults were injected."""
     damage = tally.draw(DAMAGES) if chaos.steps() else None
     if DAMAGES[damage][0](chaos):
         tally.count(damage, 0.0)
@@ -135,16 +135,16 @@ def _new_run(folder, name, steps, rng):
 def main():
     known = [*FAULTS, *(kind for kind in DAMAGES if kind)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--faults", type=int, default=50, help="number of faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(known), help="of: %(default)s")
-    parser.add_argument("--folder", type=pathlib.Path, help="a new folder to work in, which is kept")
+    parser.add_argument("--kinds", default=",".join(known), help="comma-separated subset of: %(default)s")
+    parser.add_argument("--folder", type=pathlib.Path, help="new working folder, which is kept")
     arguments = parser.parse_args()
     kinds = arguments.kinds.split(",")
     if unknown := set(kinds) - set(known):
         parser.error(f"unknown kinds: {', '.join(unknown)}")
     if not set(kinds) & set(FAULTS):
-        parser.error("one kind at least must be of a run: damage alone ends none")
+        parser.error(f"--kinds needs at least one of: {', '.join(FAULTS)}")
     folder = arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     tally, started = Tally(arguments.faults, kinds, random.Random(arguments.seed)), time.monotonic()
@@ -153,14 +153,14 @@ def main():
     except Failure as failure:
         print(f"\nFAILED: {failure}\nThe folder is {folder}", file=sys.stderr)
         sys.exit(1)
-    print(f"\n| fault | survived | every process out after (s, median, most) |\n|{'---|' * 3}")
+    print(f"\n| fault | survived | seconds until all processes exited (median, maximum) |\n|{'---|' * 3}")
     for kind in kinds:
         times = sorted(tally.seconds[kind])
         took = f"{times[len(times) // 2]:.1f}, {times[-1]:.1f}" if times and kind in FAULTS else ""
         print(f"| {kind} | {len(times)} of {len(times)} | {took} |")
     print(
         f"\n{tally.total()} of {tally.total()} survived in {time.monotonic() - started:.0f} s; {tally.starts} starts; "
-        f"all {tally.compared} steps and the models are those of an undisturbed run, bit for bit"
+        f"all {tally.compared} steps and the models equal those of an uninterrupted run, bit for bit"
     )
     if arguments.folder is None:
         shutil.rmtree(folder)

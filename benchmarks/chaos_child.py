@@ -1,6 +1,6 @@
-"""A command of the project in which SIGUSR1 stalls the main thread and SIGUSR2 breaks the reading of data.
+"""Runs a command in which SIGUSR1 stalls the main thread and SIGUSR2 breaks the data reader.
 
-python -m benchmarks.chaos_child NAME [WORDS]        is python -m launch.NAME [WORDS]
+python -m benchmarks.chaos_child NAME [ARGUMENTS]    runs python -m launch.NAME [ARGUMENTS]
 """
 
 import runpy
@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 
 
 class WithoutTorch(PathFinder):
-    """Where torch is installed transformers imports it, and that is half of a start."""
+    """Hides an installed torch: transformers would import it, which takes half of the startup time."""
 
     @classmethod
     def find_spec(cls, name, *more):

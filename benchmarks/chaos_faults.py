@@ -1,4 +1,4 @@
-"""The faults of benchmarks.chaos: a run that is interrupted, what ends it, and what damages what it left."""
+"""The faults of benchmarks.chaos: interruptions of a run, and damage to its files."""
 
 import contextlib
 import os
@@ -28,18 +28,18 @@ WORDS = (
     f"heartbeat_timeout={HEARTBEAT}",
     f"join_timeout={JOIN}",
 )
-LOST = {75, -signal.SIGABRT}  # the processes that a fault of another one ends; JAX itself may be faster, and aborts
+LOST = {75, -signal.SIGABRT}  # exit codes after a fault of another process; JAX itself may abort first
 
 
 class Failure(Exception):
-    """The run did not do what it must."""
+    """The run did not behave as required."""
 
 
 class Leg:
-    """A command from one start to its end, as `count` processes with 2 / count devices each."""
+    """One execution of a command, as `count` processes with 2 / count devices each."""
 
     def __init__(self, folder, count, words, name="output"):
-        """words: the command's name and what follows. name: of the files that keep what it prints."""
+        """words: the command's name and arguments. name: prefix of the files with its output."""
         self.folder, self.trains = folder, False
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -56,7 +56,7 @@ class Leg:
             output = open(folder.parent / f"{name}-{index}.txt", "w+", encoding="utf-8")
             self.outputs.append(output)
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            # A session of its own: whatever a process leaves behind can be found by it.
+            # In a new session, by which remaining child processes are found.
             self.processes.append(
                 subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
             )
@@ -65,7 +65,7 @@ class Leg:
         return all(process.poll() is None for process in self.processes)
 
     def until(self, condition, seconds=120):
-        """Returns whether `condition()` came true while all processes ran."""
+        """Returns whether `condition()` became true while all processes ran."""
         end = time.monotonic() + seconds
         while not condition():
             if not self.running():
@@ -76,9 +76,9 @@ class Leg:
         return True
 
     def wait(self, limit, but=None):
-        """Returns the exit codes when all are out. Raises Failure for one that is not within `limit` seconds.
+        """Returns the exit codes of all processes. Raises Failure if one does not exit within `limit` seconds.
 
-        but: a process that is not waited for.
+        but: a process that is ignored.
         """
         end, waited_for = time.monotonic() + limit, [process for process in self.processes if process is not but]
         for index, process in enumerate(waited_for):
@@ -93,7 +93,7 @@ class Leg:
         return [process.returncode for process in waited_for]
 
     def said(self):
-        """Returns what all processes printed."""
+        """Returns the output of all processes."""
         texts = []
         for output in self.outputs:
             output.seek(0)
@@ -108,7 +108,7 @@ class Leg:
 
 
 class Chaos:
-    """One folder in which a run is interrupted until it is through."""
+    """A folder in which a run is interrupted until it finishes."""
 
     def __init__(self, folder, steps, rng):
         self.folder, self.run, self.rng = folder, folder / "run", rng
@@ -118,18 +118,18 @@ class Chaos:
         return (self.run / "model").exists()
 
     def steps(self):
-        """Returns the checkpoints that are whole as far as their names tell, oldest first."""
+        """Returns the checkpoints that are complete according to their names, oldest first."""
         folder = self.run / "checkpoints"
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
     def logged(self):
-        """Returns (the metrics file's number, its records): a run that goes on begins a new file."""
+        """Returns (inode of the metrics file, number of records): a resumed run starts a new file."""
         path = self.run / "metrics.jsonl"
         return (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() else (None, 0)
 
     @contextlib.contextmanager
     def leg(self, count=None):
-        """A Leg, ended whatever happens."""
+        """Yields a Leg, which is always ended."""
         self.old_file, _ = self.logged()
         leg = Leg(self.folder, count or self.rng.choice((1, 2)), self.words)
         try:
@@ -138,7 +138,7 @@ class Chaos:
             leg.end()
 
     def at_step(self, leg):
-        """Waits until the leg is some steps on. Returns False when the run ended first."""
+        """Waits for a few steps. Returns False if the run ended first."""
         goal = (self.steps() or [0])[-1] + self.rng.randint(2, 3 * EVERY)
 
         def there():
@@ -224,7 +224,7 @@ def fill_the_disk(chaos, leg):
         codes = leg.wait(_limit())
     finally:
         ballast.unlink()
-    # 76 where each process waits for the part of a checkpoint that another one could not write.
+    # 76 if each process waits for a part of a checkpoint that another one could not write.
     if not {74, 76} & set(codes):
         raise Failure(f"exit codes {codes}, expected 74")
     check(codes, {74, 76} | LOST)
@@ -232,7 +232,7 @@ def fill_the_disk(chaos, leg):
 
 
 def start_twice(chaos, leg):
-    """As a job that was queued again: of two runs of one output the later one is refused, and the other goes on."""
+    """As after requeuing a job: of two runs with one output, the later one is rejected and the other continues."""
     more = chaos.rng.choice(((), ("train.overwrite=true",)))
     second = Leg(chaos.folder, 1, (*chaos.words, *more), "second")
     try:
@@ -241,7 +241,7 @@ def start_twice(chaos, leg):
         started = time.monotonic()
         codes = refused.wait(_limit())
         if chaos.done() or not other.running():
-            return None  # they were not there at the same time
+            return None  # they did not run at the same time
         if 2 not in codes or "another process is writing to it" not in refused.said():
             raise Failure(f"two runs of one output: exit codes {codes}, expected 2\n{refused.said()}")
         check(codes, {2} | LOST)
@@ -259,21 +259,21 @@ def remove_the_output(chaos, leg):
     if not chaos.at_step(leg):
         return None
     gone = chaos.run.with_name("gone")
-    chaos.run.rename(gone)  # at once: the run goes on to write files
+    chaos.run.rename(gone)  # atomic, because the run keeps writing files
     shutil.rmtree(gone)
     started = time.monotonic()
     codes = leg.wait(_limit())
     if codes == [0] * len(codes) and chaos.done():
         return None
-    # 74 where it was a checkpoint that could not be written.
+    # 74 if a checkpoint could not be written.
     if not {1, 74} & set(codes):
         raise Failure(f"exit codes {codes}, expected 1")
     check(codes, {1, 74} | LOST)
-    shutil.rmtree(chaos.run, ignore_errors=True)  # what was written after the removal
+    shutil.rmtree(chaos.run, ignore_errors=True)  # files written after the removal
     return time.monotonic() - started
 
 
-# While nothing runs: what returns True has done its damage.
+# Damage to files while nothing runs. Each function returns whether it damaged a file.
 
 
 def flip(chaos):
@@ -319,14 +319,14 @@ FAULTS = {
     "disk full": (fill_the_disk, 3),
     "two runs of one output": (start_twice, 4),
     "output removed": (remove_the_output, 3),
-}  # of a run: what it does, and how often it is drawn
+}  # of a run: {name: (function, weight)}
 DAMAGES = {
     "bit flipped": (flip, 4),
     "file truncated": (truncate, 4),
     "config damaged": (corrupt_the_config, 1),
     "targets damaged": (damage_the_targets, 3),
     None: (lambda chaos: False, 10),
-}  # between two starts
+}  # between two starts: {name: (function, weight)}
 
 
 def _limit():
@@ -334,13 +334,13 @@ def _limit():
 
 
 def _send(chaos, leg, number, victim_codes, other_codes):
-    """Sends a signal to one process; returns the seconds until all are out."""
+    """Sends a signal to one process. Returns the seconds until all exited."""
     victim = chaos.rng.randrange(len(leg.processes))
     if leg.processes[victim].poll() is not None:
-        return None  # the run was through
+        return None  # the run had finished
     leg.processes[victim].send_signal(number)
     started = time.monotonic()
-    # Before they have joined, the others wait for as long as they were told to.
+    # Before the processes have joined, the others wait for join_timeout.
     codes = leg.wait(_limit() + (0 if leg.trains else JOIN))
     if codes == [0] * len(codes) and chaos.done():
         return None

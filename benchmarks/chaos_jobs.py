@@ -1,10 +1,10 @@
-"""Kills and damaged files against `launch.encode` and `launch.respond`: every row exactly once, byte for byte.
+"""Kills and damaged files in `launch.encode` and `launch.respond`: every row is written exactly once.
 
     python -m benchmarks.chaos_jobs [--kills 40] [--damages 13] [--seed 0] [--of encode,respond]
 
-A job on a tiny model is killed (-9) at random moments and started again until it is through, over and over; between
-two starts a file of its output is now and then flipped in a bit or cut. In the end every file must be, byte for byte,
-that of a job that nobody disturbed. Exits with 1 when one is not.
+A job on a tiny model is killed (-9) at random times and restarted until it finishes. Between two starts, a file of its
+output is sometimes truncated or a bit of it flipped. At the end, every file must equal that of an uninterrupted job
+byte for byte. Exits with 1 otherwise.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.chaos import contents
 from benchmarks.chaos_faults import WORDS, Failure, Leg, flipped, truncated
 from tests.tiny import save_random_backbone
 
-RECORDS = (".run.json", "manifest.json")  # say of which run an output is: with another one it is refused by name
+RECORDS = (".run.json", "manifest.json")  # identify the run: damage to them is an error that names them
 
 
 JOBS = {
@@ -32,7 +32,7 @@ JOBS = {
 
 
 def prepare(folder):
-    """Writes a tiny backbone and a model trained on it for two steps."""
+    """Writes a tiny backbone and a model trained for two steps."""
     save_random_backbone(folder / "backbone")
     training = _new_folder(folder, "training")
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(16)]
@@ -44,13 +44,13 @@ def prepare(folder):
 
 
 def disturb(job, folder, kills, damages, rng):
-    """Returns (kills, damaged files, runs): as many as were asked for. Raises Failure."""
+    """Returns (kills, damaged files, runs). Raises Failure."""
     words = JOBS[job].split()
-    undisturbed = _inputs(_new_folder(folder, f"{job}-undisturbed"))
-    leg = Leg(undisturbed, 1, words)
+    reference = _inputs(_new_folder(folder, f"{job}-reference"))
+    leg = Leg(reference, 1, words)
     if leg.wait(300) != [0]:
         raise Failure(leg.said())
-    expected = contents(undisturbed / "out")
+    expected = contents(reference / "out")
     killed = damaged = runs = 0
     while killed < kills or damaged < damages:
         runs += 1
@@ -73,7 +73,7 @@ def disturb(job, folder, kills, damages, rng):
 
 
 def _kill(leg, here, rng):
-    """Kills a job some moments after it has begun to write. Returns whether it was not through before."""
+    """Kills a job shortly after it starts to write. Returns False if it finished before."""
     before = _size(here)
     leg.until(lambda: _size(here) > before)
     time.sleep(rng.uniform(0, 0.3))
@@ -92,13 +92,13 @@ def _damage(out, rng):
 
 
 def _compare(out, expected):
-    found = contents(out)
-    if different := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
-        raise Failure(f"{out}: {different} are not what an undisturbed job writes")
+    actual = contents(out)
+    if different := sorted(name for name in actual.keys() | expected if actual.get(name) != expected.get(name)):
+        raise Failure(f"{out}: {different} differ from those of an uninterrupted job")
 
 
 def _inputs(folder):
-    """Writes what the jobs read."""
+    """Writes the inputs of the jobs."""
     texts = [f"{number} " + "word " * (number * 13 % 40) for number in range(1200)]
     (folder / "texts.txt").write_text("\n".join(texts))
     queries = [{"question": f"What is {number * 7919 % 997}? " * (1 + number % 4)} for number in range(400)]
@@ -117,10 +117,10 @@ def _size(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=40, help="of each job")
-    parser.add_argument("--damages", type=int, default=13, help="of each job")
+    parser.add_argument("--kills", type=int, default=40, help="number of kills per job")
+    parser.add_argument("--damages", type=int, default=13, help="number of damaged files per job")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--of", default=",".join(JOBS), help="of: %(default)s")
+    parser.add_argument("--of", default=",".join(JOBS), help="comma-separated subset of: %(default)s")
     arguments = parser.parse_args()
     jobs = arguments.of.split(",")
     if unknown := set(jobs) - set(JOBS):
@@ -133,7 +133,7 @@ def main():
     except Failure as failure:
         print(f"\nFAILED: {failure}\nThe folder is {folder}", file=sys.stderr)
         sys.exit(1)
-    print("\n| job | kills | damaged files | runs that ended with the undisturbed bytes |\n|---|---|---|---|")
+    print("\n| job | kills | damaged files | runs with identical output |\n|---|---|---|---|")
     for job, (killed, damaged, runs) in counts.items():
         print(f"| {job} | {killed} | {damaged} | {runs} of {runs} |")
     print(f"\nin {time.monotonic() - started:.0f} s")

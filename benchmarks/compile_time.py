@@ -1,9 +1,9 @@
-"""What compiling the training step costs, and whether the frozen weights are copied for its backward pass.
+"""Compile time of the training step, and whether its backward pass copies the frozen weights.
 
     python -m benchmarks.compile_time
 
-Compiles (without running) the step of a small Llama with 12 and with 48 layers, five times each in turn, and prints
-medians of trace + compile time, and XLA's own account of the program's memory beside the size of the weights.
+Compiles, without running, the step of a small Llama model with 12 and with 48 layers, five times each in alternation.
+Prints medians of trace + compile time, and XLA's memory analysis of the program compared with the size of the weights.
 """
 
 import statistics
@@ -71,7 +71,7 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
 
 def main():
     jax.config.update("jax_enable_compilation_cache", False)
-    compile_step(2)  # warms up the compiler itself
+    compile_step(2)  # warms up the compiler
     times = {12: [], 48: []}
     for _ in range(ROUNDS):
         for layers in times:
@@ -81,7 +81,7 @@ def main():
     for layers, seconds in medians.items():
         print(f"  {layers:>3} layers  {seconds:6.2f} s")
     print(f"  ratio       {medians[48] / medians[12]:6.2f}")
-    print("memory of the step of a 24-layer model of width 768, by XLA (a copy of the weights would show):")
+    print("XLA's memory analysis of the step of a 24-layer model of width 768 (would include a copy of the weights):")
     for B, length in ((8, 64), (1, 8)):
         _, compiled, frozen_bytes = compile_step(24, 768, B, length)
         temporary = compiled.memory_analysis().temp_size_in_bytes

@@ -1,15 +1,16 @@
-"""Encoding beside the published PyTorch package's.
+"""Encoding, compared with the published PyTorch package.
 
     python -m benchmarks.encode [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
     python -m benchmarks.encode --task FOLDER [--questions 400] [--paragraphs 200]
 
-By itself: random weights of real shapes, on a mixed corpus of queries and passages, given as ids (nobody tokenises).
-With --task: the default backbone's own weights and real texts of FOLDER (queries.jsonl and corpus.jsonl with a `text`
-each, BEIR's layout), tokenised by both sides in their time, and the vectors are compared. The peer encodes batches
-sorted by length, as its evaluation does. Every side is a process of its own, and they take turns.
+By default: random weights of real shapes, on a mixed corpus of queries and passages, passed as token ids (tokenization
+is excluded). With --task: the weights of the default backbone and real texts of FOLDER (queries.jsonl and corpus.jsonl
+with a `text` key, BEIR's layout); tokenization is included in the time of both sides, and the vectors are compared.
+The published package encodes batches sorted by length, as in its evaluation. Both run in separate processes,
+alternately.
 
---preset cpu (the default): SmolLM2-135M, 32 texts in batches of 8 (so that few texts, sorted, hold as
-little padding as many would), float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts in batches of 64, bfloat16.
+--preset cpu (the default): SmolLM2-135M, 32 texts in batches of 8 (so that few sorted texts have as little padding as
+many), float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts in batches of 64, bfloat16.
 """
 
 import pathlib
@@ -32,10 +33,10 @@ GPU = {"model": ["qwen3-8b"], "batch_size": [64], "rounds": 5, "texts": 8192, "d
 
 
 def add_options(parser):
-    parser.add_argument("--texts", type=int, help="of the mixed corpus")
-    parser.add_argument("--task", type=pathlib.Path, help="a task folder, for real weights and texts")
-    parser.add_argument("--questions", type=int, default=200, help="of the task")
-    parser.add_argument("--paragraphs", type=int, default=100, help="of the task")
+    parser.add_argument("--texts", type=int, help="size of the mixed corpus")
+    parser.add_argument("--task", type=pathlib.Path, help="task folder, for real weights and texts")
+    parser.add_argument("--questions", type=int, default=200, help="number of questions of the task")
+    parser.add_argument("--paragraphs", type=int, default=100, help="number of paragraphs of the task")
 
 
 def main():
@@ -54,7 +55,7 @@ def main():
 
 
 def encode_task(arguments):
-    """Compares on a task's texts, vectors too."""
+    """Compares both packages on the texts of a task, including the vectors."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         texts, backbone = read_texts(arguments), write_model(folder)
@@ -68,7 +69,7 @@ def encode_task(arguments):
             def differ():
                 if arguments.no_peer:
                     return []
-                a, b = (np.load(given["vectors"]) for given in (ours, theirs))  # noqa: B023
+                a, b = (np.load(spec["vectors"]) for spec in (ours, theirs))  # noqa: B023
                 cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
                 return [f"vectors: least cosine {cosine.min():.6f}, largest difference {np.abs(a - b).max():.1e}"]
 
@@ -77,13 +78,13 @@ def encode_task(arguments):
 
 
 def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, more_notes=list):
-    """Runs ours and the peer in turn, and prints a table of them. real: lengths, the compression tokens included."""
+    """Runs both packages alternately and prints a table. real: lengths, including the compression tokens."""
     dtype = ours_spec["dtype"]
     ours = side.Side(f"ours, {dtype}", ours_spec | {"kind": "encode"}, {}, arguments, ours=True)
     sides = [ours]
     if not arguments.no_peer:
-        own = {"kind": "encode"} | side.of_peer(arguments)
-        sides.append(side.Side(f"published, {dtype}", peer_spec | own, {}, arguments))
+        extra = {"kind": "encode"} | side.of_peer(arguments)
+        sides.append(side.Side(f"published, {dtype}", peer_spec | extra, {}, arguments))
     try:
         side.take_turns(sides, [[{}] * len(sides)] * arguments.rounds)
     finally:
@@ -96,16 +97,16 @@ def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, m
         table.append(side.speed_row(each, works, peak, ours))
     notes = [
         *notes,
-        f"medians of {arguments.rounds} rounds over {len(real):,} texts of {real.mean():.0f} tokens on average, the "
-        f"{side.NUM_TOKENS} compression tokens included",
-        f"MFU: FLOPs of one causal pass over the real tokens, the same for both sides; of {side.told(peak)}",
+        f"medians of {arguments.rounds} rounds over {len(real):,} texts of {real.mean():.0f} tokens on average, "
+        f"including the {side.NUM_TOKENS} compression tokens",
+        f"MFU: FLOPs of one causal pass over the real tokens, the same for both sides; of {side.describe_peak(peak)}",
         *more_notes(),
     ]
     side.show(f"Encoding, {title}", side.SPEED | side.OURS_IS, table, notes, arguments)
 
 
 def read_texts(arguments):
-    """The first questions and paragraphs of the task, a question or two after every paragraph."""
+    """Returns the first questions and paragraphs of the task, shuffled."""
     questions = [row["text"] for _, row in read_jsonl(arguments.task / "queries.jsonl")][: arguments.questions]
     paragraphs = [row["text"] for _, row in read_jsonl(arguments.task / "corpus.jsonl")][: arguments.paragraphs]
     order = np.random.default_rng(0).permutation(len(questions) + len(paragraphs))
@@ -113,7 +114,7 @@ def read_texts(arguments):
 
 
 def write_model(folder):
-    """Writes folder/backbone and folder/model, which both packages read, untrained. Returns the backbone."""
+    """Writes folder/backbone and an untrained folder/model, which both packages read. Returns the backbone."""
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     export.save_backbone(load_backbone("smollm2-135m", "float32", mesh), folder / "backbone")
     backbone = load_backbone(str(folder / "backbone"), "float32", mesh)

@@ -1,11 +1,12 @@
-"""Generation of responses beside transformers', with which the published package's data was made, on random weights.
+"""Generation of responses, compared with transformers, which generated the published data; on random weights.
 
     python -m benchmarks.generate [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
 
-Ours is the decoding of launch.respond, the peer transformers' `generate` in the published package's environment: both
-greedy, on the same prompts in one batch (of similar lengths, as respond sorts them), a fixed number of new tokens. Each
-step must at least read all weights and the keys and values so far, so its memory's bandwidth bounds the rate; the ratio
-to that bound is told. Decoding is the time of all tokens less that of the first, in which the prompts are read.
+Compares the decoding of launch.respond with transformers' `generate` in the environment of the published package: both
+greedy, on the same prompts in one batch (of similar lengths, as respond sorts them), with a fixed number of new
+tokens. Each step reads at least all weights and all previous keys and values, so the memory bandwidth bounds the rate;
+the table shows the ratio to that bound. The decoding time is the time for all tokens minus that for the first, which
+includes the prompts.
 
 --preset cpu (the default): SmolLM2-135M, batches of 8 and 32. --preset gpu: Qwen3-8B, a batch of 256.
 """
@@ -23,8 +24,8 @@ from llm2vec_gen_jax.planning import flops
 
 CPU = {"model": ["smollm2-135m"], "batch_size": [8, 32], "rounds": 5, "new_tokens": 32, "dtypes": ["float32"]}
 GPU = {"model": ["qwen3-8b"], "batch_size": [256], "rounds": 5, "new_tokens": 256, "dtypes": ["bfloat16"]}
-TEMPLATE = 32  # tokens of a chat template around a query, as SmolLM2's
-AROUND = 16  # batches of queries, of which one is taken
+TEMPLATE = 32  # tokens that a chat template adds to a query, as for SmolLM2
+AROUND = 16  # batches of queries from which one is selected
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 COLUMNS = {
@@ -44,7 +45,7 @@ def main():
     arguments = side.parse(
         __doc__,
         {"cpu": CPU, "gpu": GPU},
-        lambda parser: parser.add_argument("--new-tokens", type=int, help="of every prompt"),
+        lambda parser: parser.add_argument("--new-tokens", type=int, help="number of new tokens per prompt"),
     )
     for name, shape, architecture in side.shapes(arguments):
         for batch_size in arguments.batch_size:
@@ -53,9 +54,9 @@ def main():
 
 
 def compare(name, shape, architecture, batch_size, dtype, arguments):
-    """Runs ours and the peer in turn, and prints a table of them."""
+    """Runs both alternately and prints a table."""
     queries, where = lengths.queries(np.random.default_rng(0), AROUND * batch_size, arguments.queries)
-    # launch.respond sorts its queries by length: this is the batch of them around the mean.
+    # launch.respond sorts queries by length: select the batch around the mean.
     queries.sort()
     middle = min(int(np.searchsorted(queries, queries.mean())), len(queries) - batch_size // 2)
     prompts, N = queries[middle - batch_size // 2 :][:batch_size] + TEMPLATE, arguments.new_tokens
@@ -72,7 +73,7 @@ def compare(name, shape, architecture, batch_size, dtype, arguments):
             each.quit()
     chip = None if ours.failed else chips.chip_of(ours.ready["device"])
     bandwidth = chip.bandwidth if chip else read_bandwidth()
-    # The first token comes of reading the prompts; the others of N - 1 steps, after the first of which N - 2 ...
+    # The first token results from the prompts, the others from N - 1 steps.
     read = flops.decoding_bytes(architecture, prompts, N - 1, SIZES[dtype])
     bound = batch_size * (N - 1) / (read / bandwidth)
     table = [row(each, ours, batch_size, N, bound) for each in sides]
@@ -90,7 +91,7 @@ def compare(name, shape, architecture, batch_size, dtype, arguments):
 
 
 def row(each, ours, batch_size, new_tokens, bound):
-    """Returns the figures of a side."""
+    """Returns the table row of a side."""
     if each.failed:
         return {"side": each.name, "error": each.failed}
 
@@ -117,7 +118,7 @@ def row(each, ours, batch_size, new_tokens, bound):
 
 
 def read_bandwidth():
-    """Bytes per second that all cores of this machine read from memory, the best of five passes over 512 MiB."""
+    """Returns the memory bandwidth of all cores in bytes per second: the best of five passes over 512 MiB."""
     parts = [np.ones(2**27 // os.cpu_count(), np.float32) for _ in range(os.cpu_count())]
     best = 0.0
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:

@@ -1,4 +1,4 @@
-"""How long the texts of a benchmark are, in tokens: real queries where there is a file of them, else their like."""
+"""Text lengths for benchmarks, in tokens: of real queries from a file, otherwise from a similar distribution."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ QUERY_LIMIT, ANSWER_LIMIT = 502, 512  # queries of 512 tokens with the 10 compre
 
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
-    """Whole lengths whose logarithm is normal, clipped to least ... most."""
+    """Integer lengths with a log-normal distribution, clipped to [least, most]."""
 
     mean_of_log: float
     deviation: float
@@ -32,9 +32,9 @@ PASSAGE_SHARE = 1 / 3  # of the texts of a mixed corpus; the others are queries
 
 
 def queries(random, count, path=None):
-    """Returns (lengths of queries, in words where they are from).
+    """Returns (lengths of queries, description of their source).
 
-    path: a .jsonl[.gz] of `question`s, of which `count` are drawn and tokenised with the default backbone's tokenizer.
+    path: a .jsonl[.gz] with `question` keys; `count` are sampled and tokenized with the default backbone's tokenizer.
     """
     if not path:
         return QUERIES.sample(random, count), f"queries {QUERIES}"
@@ -48,7 +48,7 @@ def queries(random, count, path=None):
 
 
 def mixed(random, count, path=None):
-    """Returns (lengths of a corpus of queries and passages, in words where they are from)."""
+    """Returns (lengths of a corpus of queries and passages, description of their source)."""
     lengths, where = queries(random, count, path)
     passages = random.random(count) < PASSAGE_SHARE
     lengths[passages] = PASSAGES.sample(random, passages.sum())

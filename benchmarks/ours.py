@@ -1,7 +1,7 @@
-"""This package's side of the benchmarks, on random weights: `python -m benchmarks.ours SPEC.json`, see side.Side.
+"""Worker process for this package, on random weights: `python -m benchmarks.ours SPEC.json`, see side.Side.
 
 SPEC.json: kind (train | encode | generate), architecture (a config.json), dtype, batch_size, num_tokens, cache (a
-folder of compiled programs, or null), and what else the kind's function reads here.
+folder of compiled programs, or null), and the keys that the class of the kind documents.
 """
 
 import json
@@ -36,7 +36,7 @@ from llm2vec_gen_jax.training.train import CompressionTrainer
 def main():
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    # Libraries print where they like: file descriptor 1 becomes stderr, and the answers keep the real stdout.
+    # Libraries may print to stdout: redirect file descriptor 1 to stderr, and keep the real stdout for the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     compiled = [0.0]
@@ -46,28 +46,28 @@ def main():
 
     def answer(work):
         try:
-            told = work()
+            result = work()
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
                 raise
-            told = {"error": "out of memory"}
-        told |= {"peak_bytes": peak_bytes(), "compile_seconds": compiled[0]}
-        print(json.dumps(told), file=answers, flush=True)
+            result = {"error": "out of memory"}
+        result |= {"peak_bytes": peak_bytes(), "compile_seconds": compiled[0]}
+        print(json.dumps(result), file=answers, flush=True)
 
     if spec["cache"]:
         jax.config.update("jax_compilation_cache_dir", spec["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     kind = {"train": Training, "encode": Encoding, "generate": Generation}[spec["kind"]]
     device = {"device": jax.devices()[0].device_kind, "matmul_flops": matmul_flops(jnp.dtype(spec["dtype"]))}
-    made = []
-    answer(lambda: made.append(kind(spec)) or device)
+    workers = []
+    answer(lambda: workers.append(kind(spec)) or device)
     jax.monitoring.register_event_duration_secs_listener(count_compilation)
     for line in sys.stdin:
-        answer(lambda: made[0].run(**json.loads(line)))  # noqa: B023
+        answer(lambda: workers[0].run(**json.loads(line)))  # noqa: B023
 
 
 def matmul_flops(dtype, size=2048):
-    """FLOPs per second of a product of two square matrices, the best of five."""
+    """Returns the FLOPs per second of a product of two square matrices, the best of five."""
     x = jnp.ones((size, size), dtype)
     product, best = jax.jit(jnp.matmul), np.inf
     for _ in range(6):
@@ -78,22 +78,22 @@ def matmul_flops(dtype, size=2048):
 
 
 def peak_bytes():
-    """The most memory in use so far: of the accelerator, or of this process alone on a CPU."""
+    """Returns the peak memory in bytes: of the accelerator, or of this process on a CPU."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]
-    with open("/proc/self/status") as status:  # getrusage's would start at the size of the parent
+    with open("/proc/self/status") as status:  # getrusage would include the size of the parent
         return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def random_backbone(spec):
-    """Returns a LoadedBackbone of random weights, made on the device."""
+    """Returns a LoadedBackbone with random weights, created on the device."""
     architecture = from_hf_config(spec["architecture"], "architecture")
     mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     boxed, dtype = abstract_params(architecture), jnp.dtype(spec["dtype"])
     shapes, tree = jax.tree.flatten_with_path(nn.unbox(boxed))
     shardings = jax.tree.leaves(sharding.param_shardings(boxed, mesh))
-    key = jax.random.key(0, impl="rbg")  # the device's own generator: eight billion numbers in a second
+    key = jax.random.key(0, impl="rbg")  # the hardware generator: fast enough for 8B weights
 
     def make(number, path, shape):
         if "norm" in jax.tree_util.keystr(path):
@@ -116,8 +116,8 @@ def random_ids(lengths, vocab_size):
 
 
 class Training:
-    """spec: queries, answers (lengths by row), settings (KEY=VALUE of a TrainConfig), shapes [[T, S]] of its
-    first so many steps."""
+    """spec: queries, answers (lengths by row), settings (KEY=VALUE of a TrainConfig), steps, and shapes [[T, S]] that
+    cover the padded lengths of these steps."""
 
     def __init__(self, spec):
         self.backbone, self.batch_size = random_backbone(spec), spec["batch_size"]
@@ -134,7 +134,7 @@ class Training:
         self.shapes, self.steps = spec["shapes"], spec["steps"]
 
     def run(self, first=None, last=None, targets=None):
-        """Trains steps first ... last - 1; or computes the targets of rows; or, without either, compiles all."""
+        """Trains steps first ... last - 1, or computes the targets of rows, or (no arguments) compiles everything."""
         if targets is not None:
             return self._targets(targets)
         if first is None:
@@ -146,7 +146,7 @@ class Training:
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
     def _compile_all(self):
-        """Compiles as a run does before its first step, then runs every padded length once."""
+        """Compiles as before the first step of a run, then runs every padded length once."""
         ones, started = np.ones(self.batch_size, np.int32), time.perf_counter()
         self.train_step = self.trainer.compile(self.state, range(self.steps), False)
         for T, S in self.shapes:
@@ -161,7 +161,7 @@ class Training:
         return metrics
 
     def _targets(self, rows):
-        """The teacher's targets of the answers, as they are computed once before training: the second time counts."""
+        """Computes the targets of the answers, as once before training. Times the second of two passes."""
         answers = sorted((self.examples.answer[row] for row in rows), key=len, reverse=True)
         edges = np.array(buckets.choose_edges([len(ids) for ids in answers], 8))
         for _ in range(2):
@@ -194,7 +194,7 @@ class Encoding:
             self.ids = random_ids(spec["lengths"], a.vocab_size)
 
     def run(self):
-        """Encodes all texts; computed_tokens include padding and compression tokens."""
+        """Encodes all texts. computed_tokens includes padding and compression tokens."""
         batch_size, started = self.spec["batch_size"], time.perf_counter()
         if "texts" in self.spec:
             vectors = self.embedder.encode(self.spec["texts"], batch_size=batch_size)
@@ -225,7 +225,7 @@ class Generation:
         self.ids = random_ids(spec["prompts"], self.backbone.architecture.vocab_size)
 
     def run(self, new_tokens):
-        """Continues every prompt by new_tokens, greedily; prefill_seconds are those of the first token alone."""
+        """Generates new_tokens for every prompt, greedily. prefill_seconds is the time for the first token only."""
         prefill, _ = self._timed(1)
         seconds, rows = self._timed(new_tokens)
         return {"seconds": seconds, "prefill_seconds": prefill, "new_tokens": sum(map(len, rows))}

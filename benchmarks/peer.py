@@ -1,12 +1,12 @@
-"""The published PyTorch package's side of the benchmarks, on random weights; the protocol is side.Side's.
+"""Worker process for the published PyTorch package, on random weights; side.Side defines the protocol.
 
-It runs in an environment of its own (llm2vec-gen 0.1.3, transformers 4.56.2, peft 0.18.0, torch), alone:
+Runs in a separate environment (llm2vec-gen 0.1.3, transformers 4.56.2, peft 0.18.0, torch) without this package:
 
     python peer.py SPEC.json
 
 SPEC.json: kind (train | encode | generate), architecture (a config.json), dtype, device (cpu | cuda), threads,
-batch_size, num_tokens, and what else the kind's class reads here. Texts are ids of given lengths, left-padded to the
-longest of their batch as the package's collator pads them; arranging a batch is not timed.
+batch_size, num_tokens, and the keys that the class of the kind documents. Texts are random ids of these lengths,
+left-padded to the longest of their batch as by the package's collator; creating a batch is not timed.
 """
 
 import importlib.util
@@ -41,17 +41,17 @@ MAX_LENGTH = 512
 def main():
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    # Libraries print where they like: file descriptor 1 becomes stderr, and the answers keep the real stdout.
+    # Libraries may print to stdout: redirect file descriptor 1 to stderr, and keep the real stdout for the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     cuda = spec["device"] == "cuda"
 
     def answer(work):
         try:
-            told = work()
+            result = work()
         except (torch.OutOfMemoryError, MemoryError):
-            told = {"error": "out of memory"}
-        print(json.dumps({**told, "peak_bytes": peak_bytes(cuda)}), file=answers, flush=True)
+            result = {"error": "out of memory"}
+        print(json.dumps({**result, "peak_bytes": peak_bytes(cuda)}), file=answers, flush=True)
 
     if cuda and not torch.cuda.is_available():
         answer(lambda: {"error": "this environment's torch has no CUDA device"})
@@ -59,15 +59,15 @@ def main():
     torch.set_num_threads(spec["threads"])
     os.environ["RAYON_NUM_THREADS"] = str(spec["threads"])  # the tokenizer's threads
     torch.manual_seed(0)
-    kind, made = {"train": Training, "encode": Encoding, "generate": Generation}[spec["kind"]], []
+    kind, workers = {"train": Training, "encode": Encoding, "generate": Generation}[spec["kind"]], []
     ready = {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "matmul_flops": matmul_flops(spec),
         "attention": attention(spec),
     }
-    answer(lambda: made.append(kind(spec)) or ready)
+    answer(lambda: workers.append(kind(spec)) or ready)
     for line in sys.stdin:
-        answer(lambda: made[0].run(**json.loads(line)))  # noqa: B023
+        answer(lambda: workers[0].run(**json.loads(line)))  # noqa: B023
 
 
 def synchronize(spec):
@@ -76,7 +76,7 @@ def synchronize(spec):
 
 
 def matmul_flops(spec, size=2048):
-    """FLOPs per second of a product of two square matrices, the best of five."""
+    """Returns the FLOPs per second of a product of two square matrices, the best of five."""
     x = torch.ones((size, size), dtype=getattr(torch, spec["dtype"]), device=spec["device"])
     best = float("inf")
     for _ in range(6):
@@ -89,21 +89,21 @@ def matmul_flops(spec, size=2048):
 
 
 def peak_bytes(cuda):
-    """The most memory in use so far: of the GPU, or of this process alone on a CPU."""
+    """Returns the peak memory in bytes: of the GPU, or of this process on a CPU."""
     if cuda and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as status:  # getrusage's would start at the size of the parent
+    with open("/proc/self/status") as status:  # getrusage would include the size of the parent
         return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def attention(spec):
-    """The fastest attention that this environment has."""
+    """Returns the fastest attention implementation of this environment."""
     flash = importlib.util.find_spec("flash_attn") and spec["device"] == "cuda" and spec["dtype"] != "float32"
     return "flash_attention_2" if flash else "sdpa"
 
 
 def random_model(spec, kind):
-    """Returns an AutoModel or AutoModelForCausalLM of random weights, made on the device."""
+    """Returns an AutoModel or AutoModelForCausalLM with random weights, created on the device."""
     values = {"bos_token_id": None, "eos_token_id": None} | spec["architecture"]
     config = AutoConfig.for_model(**values)
     config.num_special_tokens = spec["num_tokens"]
@@ -114,7 +114,7 @@ def random_model(spec, kind):
 
 
 def random_encoder_decoder(spec, decodes):
-    """Encoder with trainable token rows, frozen decoder, two heads: the model of the package's scripts/train.py."""
+    """Returns the model of the package's scripts/train.py: encoder with trainable tokens, frozen decoder, two heads."""
     encoder = random_model(spec, AutoModel)
     rows = encoder.get_input_embeddings().weight.shape[0]
     encoder.resize_token_embeddings(rows + spec["num_tokens"], mean_resizing=False)
@@ -152,7 +152,7 @@ class Training:
     """spec: queries, answers (lengths by row), checkpointing (bool).
 
     The teacher of the published training is LLM2Vec: bidirectional, with LoRA on every layer. Here it is the causal
-    backbone with rank 1 on one matrix, which costs no more.
+    backbone with a LoRA of rank 1 on one matrix, which is not more expensive.
     """
 
     def __init__(self, spec):
@@ -172,7 +172,7 @@ class Training:
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, WARMUP_STEPS, SCHEDULE_STEPS)
 
     def run(self, batches):
-        """Trains one step on each batch, a list of rows: the Trainer's loop and LLM2VecGenTrainer's loss."""
+        """Trains one step per batch, a list of rows, with the loop of Trainer and the loss of LLM2VecGenTrainer."""
         features = [self._features(rows) for rows in batches]
         synchronize(self.spec)
         started = time.perf_counter()
@@ -221,7 +221,7 @@ class Encoding:
         self.computed_tokens += kwargs["attention_mask"].numel()
 
     def run(self):
-        """Encodes all texts, sorted by length in batches, as the package's evaluation does."""
+        """Encodes all texts in batches sorted by length, as in the package's evaluation."""
         self.computed_tokens, size = 0, self.spec["batch_size"]
         texts = self.spec.get("texts") or self.ids
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
@@ -247,7 +247,7 @@ class Encoding:
 
 
 class Generation:
-    """spec: prompts (lengths of one batch). The package generates with transformers, and so does this."""
+    """spec: prompts (lengths of one batch). Generates with transformers, as the package does."""
 
     def __init__(self, spec):
         self.spec = spec
@@ -257,10 +257,10 @@ class Generation:
         self.ids, self.mask = left_padded(ids, [], spec["device"])
 
     def run(self, new_tokens):
-        """Continues every prompt by new_tokens, greedily; prefill_seconds are those of the first token alone."""
+        """Generates new_tokens for every prompt, greedily. prefill_seconds is the time for the first token only."""
         prefill, _ = self._timed(1)
-        seconds, made = self._timed(new_tokens)
-        return {"seconds": seconds, "prefill_seconds": prefill, "new_tokens": made}
+        seconds, count = self._timed(new_tokens)
+        return {"seconds": seconds, "prefill_seconds": prefill, "new_tokens": count}
 
     def _timed(self, new_tokens):
         synchronize(self.spec)

@@ -1,17 +1,17 @@
-"""Predicted times on accelerators that need not be here, from the FLOPs, bytes and links of compiled programs.
+"""Predicted times on accelerators that are not attached, from FLOPs, memory traffic and communication.
 
     python -m benchmarks.predict --topology h100:1 --model qwen3-8b [key=value of launch.plan ...]
 
-Compiles training (the queries' pass and the step), encoding and decoding by the devices' own compiler, runs nothing,
-and prints for each the time that its FLOPs, its memory traffic and its collectives need at the rates of the data sheet.
-The prediction is the largest of the three. It is a lower bound: kernels reach neither rate, and their launches take
-time.
+Compiles training (query pass and step), encoding and decoding with the devices' own compiler, without running
+anything. For each program it prints the time that its FLOPs, its memory traffic and its collectives need at the rates
+of the data sheet. The prediction is the maximum of the three. It is a lower bound: kernels do not reach these rates,
+and launches take time.
 
-FLOPs are counted by lengths (llm2vec_gen_jax/costs.py). Memory traffic on GPUs is read from the compiled program: each
-fusion, library call and copy reads its operands and writes its results once; a slice reads what it takes. TPU programs
-do not say what stays in on-chip memory: there the traffic is one reading of the weights for each pass over them. With
-too little memory for the unrolled decode loop (XLA_PYTHON_CLIENT_MEM_FRACTION=0.1, for instance) the row of decoding is
-that of a scan over the layers.
+FLOPs are computed from lengths (llm2vec_gen_jax/planning/flops.py). Memory traffic on GPUs is derived from the
+compiled program: each fusion, library call and copy reads its operands and writes its results once; a slice reads only
+its result. TPU programs do not show what stays in on-chip memory, so their traffic is one read of the weights per
+pass. If the memory is too small for the unrolled decode loop (for example with XLA_PYTHON_CLIENT_MEM_FRACTION=0.1),
+the row for decoding uses a scan over the layers.
 """
 
 import argparse
@@ -42,9 +42,9 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def memory_traffic(hlo, decoding=False):
-    """Returns the bytes that a compiled GPU program reads and writes in device memory, loops counted.
+    """Returns the bytes that a compiled GPU program reads and writes in device memory, including all loop iterations.
 
-    decoding: of one iteration of the loop whose trip count is not known, which ends with the texts.
+    decoding: count one iteration of the decode loop, whose trip count is unknown, instead.
     """
     computations, entry = _parse(hlo)
 
@@ -73,7 +73,7 @@ Operation = collections.namedtuple("Operation", "name result kind rest root oper
 
 
 def _parse(hlo):
-    """Returns ({computation: [Operation]}, name of the entry)."""
+    """Returns ({computation: [Operation]}, name of the entry computation)."""
     computations, name, entry = {}, None, None
     for line in hlo.splitlines():
         if start := _COMPUTATION.match(line):
@@ -87,7 +87,7 @@ def _parse(hlo):
 
 
 def _arguments(rest):
-    """What stands before the parenthesis that closes the operands."""
+    """Returns the text before the parenthesis that closes the operands."""
     depth = 1
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
@@ -123,7 +123,7 @@ def _bytes_of(operation, shapes, inner):
 
 
 def _read(parameter, users):
-    """The bytes of a fusion's parameter that it reads: only the slices where nothing else uses it."""
+    """Returns the bytes read of a parameter of a fusion: only the slices, if it has no other use."""
     uses = users[parameter.name]
     if uses and all(part.kind in _SLICES and part.operands[0] == parameter.name for part in uses):
         return sum(part.size for part in uses)
@@ -146,7 +146,7 @@ def _size(result):
 
 
 def predict(topology, model, words):
-    """Returns rows {program, seconds, bound, ...} of one model on one topology. words: settings of launch.plan."""
+    """Yields rows {program, ms, bound, ...} of one model on one topology. words: settings of launch.plan."""
     shape = f"architecture=configs/architectures/{model}.json"
     settings = options.load(config_lib.PlanConfig, None, [shape, f"topology={topology}", *words])
     devices, chip, _ = described_devices(topology)
@@ -174,7 +174,7 @@ def predict(topology, model, words):
         "training step": (step_flops, traffic(*training, passes=5), sum(programs[name].moved for name in training)),
         "encoding": (encode_flops, traffic("encode", passes=1), programs["encode"].moved),
     }
-    # One token for each row, after a prompt of T tokens and half of the answer.
+    # One token per row, after a prompt of T tokens and half of the answer.
     read = decoding_bytes(architecture, [T + S // 2] * B, 1, itemsize) / count
     decoded = memory_traffic(programs["generate"].compiled.as_text(), decoding=True) if on_gpu else read
     rows["decoding, a token"] = (2.0 * architecture.num_parameters * B, decoded, 0.0)
@@ -198,9 +198,11 @@ def predict(topology, model, words):
 def main(argv=None):
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["smollm2-135m", "qwen3-8b"], help="of configs/architectures/")
-    parser.add_argument("--topology", nargs="+", default=["h100:1"], help="as of launch.plan")
-    parser.add_argument("settings", nargs="*", help="settings of launch.plan, train.batch_size=64 for instance")
+    parser.add_argument(
+        "--model", nargs="+", default=["smollm2-135m", "qwen3-8b"], help="names of files in configs/architectures/"
+    )
+    parser.add_argument("--topology", nargs="+", default=["h100:1"], help="topologies, as for launch.plan")
+    parser.add_argument("settings", nargs="*", help="settings of launch.plan, for example train.batch_size=64")
     arguments = parser.parse_intermixed_args(argv)
     keys = ["model", "devices", "batch", "program", "TFLOP", "GiB", "links GiB", "ms", "bound", "per second"]
     print("| " + " | ".join(keys) + " |\n" + "|---" * len(keys) + "|", flush=True)

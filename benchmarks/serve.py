@@ -1,14 +1,14 @@
-"""A server under load beside `model.encode` on the same texts.
+"""Load test of the server, compared with `model.encode` on the same texts.
 
     python -m benchmarks.serve MODEL [key=value ...] [--texts 512] [--concurrency 1 16 64] [--per-request 1 8]
 
-Starts `python -m launch.serve MODEL key=value ...` as a process of its own and sends every text once per round from
-so many clients at a time, so many texts to a request; a client sends its next request when the last is answered. Then,
-the server gone, `model.encode` gets all texts in one call. Printed: texts per second of both, the times that requests
-took, what failed, the server's memory, and how far its vectors are from those of `model.encode`.
+Starts `python -m launch.serve MODEL key=value ...` in a separate process. --concurrency clients send every text once
+per round, --per-request texts per request; a client sends its next request when the previous one is answered. After
+the server has stopped, `model.encode` encodes all texts in one call. Prints the throughput of both, request latencies,
+failed requests, the server's memory, and the largest difference of its vectors from those of `model.encode`.
 
-Texts are made of common words, as long as a mixed corpus of queries and passages (benchmarks.lengths), or the lines of
-a --file. On a CPU the clients take some of its time.
+Texts consist of common words, with the lengths of a mixed corpus of queries and passages (benchmarks.lengths), or are
+read from --file. On a CPU the clients use part of its time.
 """
 
 import argparse
@@ -47,10 +47,10 @@ COLUMNS = {
 def main():
     arguments = parse()
     config = options.load(ServeConfig, None, arguments.settings)
-    texts = read_texts(arguments.file, "text")[: arguments.texts] if arguments.file else made(arguments.texts)
+    texts = read_texts(arguments.file, "text")[: arguments.texts] if arguments.file else common_words(arguments.texts)
     rows, vectors = [], []
     with server(arguments) as url:
-        load(url, texts, arguments.concurrency[-1], arguments.per_request[-1])  # nothing is measured the first time
+        load(url, texts, arguments.concurrency[-1], arguments.per_request[-1])  # warm-up
         for per_request in arguments.per_request:
             for concurrency in arguments.concurrency:
                 row, found = measure(url, texts, concurrency, per_request, arguments.rounds)
@@ -70,31 +70,31 @@ def main():
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory")
-    parser.add_argument("settings", nargs="*", help="key=value of launch.serve")
-    parser.add_argument("--texts", type=int, default=512)
-    parser.add_argument("--file", help=".txt, or .jsonl[.gz] with `text`")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64], help="clients at a time")
-    parser.add_argument("--per-request", type=int, nargs="+", default=[1, 8], help="texts of a request")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", help=".jsonl file that the rows are added to")
+    parser.add_argument("settings", nargs="*", help="key=value arguments of launch.serve")
+    parser.add_argument("--texts", type=int, default=512, help="number of texts")
+    parser.add_argument("--file", help=".txt, or .jsonl[.gz] with a `text` key")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64], help="numbers of concurrent clients")
+    parser.add_argument("--per-request", type=int, nargs="+", default=[1, 8], help="numbers of texts per request")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; medians are reported")
+    parser.add_argument("--output", help=".jsonl file to which the rows are appended")
     return parser.parse_args()
 
 
-def made(count):
-    """Texts of as many common words as a mixed corpus has tokens."""
+def common_words(count):
+    """Returns texts of common words, with as many words as the texts of a mixed corpus have tokens."""
     random = np.random.default_rng(0)
     return [" ".join(random.choice(WORDS, length)) for length in lengths.mixed(random, count)[0]]
 
 
 @contextlib.contextmanager
 def server(arguments):
-    """Starts the server; yields its URL when it is ready; ends it with SIGTERM."""
+    """Starts the server, yields its URL when it is ready, and ends it with SIGTERM."""
     command = [sys.executable, "-m", "launch.serve", arguments.model, "port=0", "name=served", *arguments.settings]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = next((line.split()[-1] for line in process.stdout if line.startswith("serving ")), None)
         if not any(line.startswith("ready: ") for line in process.stdout):
-            sys.exit("error: the server has not started")
+            sys.exit("error: the server did not start")
         yield url.removesuffix("/v1")
     finally:
         process.send_signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ def measure(url, texts, concurrency, per_request, rounds):
 
 
 def load(url, texts, concurrency, per_request):
-    """Sends every text once. Returns (seconds, seconds of each request, vectors (n, E), statuses of what failed)."""
+    """Sends every text once. Returns (seconds, seconds by request, vectors (n, E), statuses of failed requests)."""
 
     async def run():
         starts, times, errors, found = iter(range(0, len(texts), per_request)), [], [], {}
@@ -171,13 +171,13 @@ def encode(arguments, config, texts):
     from llm2vec_gen_jax import LLM2VecGen
 
     model = LLM2VecGen.from_pretrained(arguments.model, config.dtype, mesh=config.mesh)
-    given = {"batch_size": config.batch_size, "max_length": config.max_length}
-    given |= {"prompt": config.instruction, "normalize_embeddings": config.normalize}
+    settings = {"batch_size": config.batch_size, "max_length": config.max_length}
+    settings |= {"prompt": config.instruction, "normalize_embeddings": config.normalize}
     model.warmup(config.batch_size, config.max_length)
     seconds = []
     for _ in range(arguments.rounds):
         began = time.perf_counter()
-        vectors = model.encode(texts, **given)
+        vectors = model.encode(texts, **settings)
         seconds.append(time.perf_counter() - began)
     tokens = sum(map(len, model.tokenize(texts, config.instruction, model.text_length(config.max_length))))
     return vectors, statistics.median(seconds), tokens

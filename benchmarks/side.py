@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, the worker processes that take turns, the printed table."""
+"""Shared parts of the benchmarks: options, alternating worker processes, tables."""
 
 import argparse
 import datetime
@@ -31,17 +31,17 @@ def parse(doc, defaults, add=lambda parser: None):
     defaults: {preset: {option: value}}. add(parser) adds the benchmark's own options.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(defaults), default="cpu", help="where to run, and how much")
-    parser.add_argument("--model", nargs="+", help="shapes, by name in configs/architectures")
-    parser.add_argument("--architecture", nargs="+", default=[], help="config.json of other shapes, instead")
-    parser.add_argument("--queries", help=".jsonl[.gz] of questions whose lengths are taken")
-    parser.add_argument("--batch-size", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, help="of which medians are taken")
+    parser.add_argument("--preset", choices=sorted(defaults), default="cpu", help="device and size")
+    parser.add_argument("--model", nargs="+", help="names of shapes in configs/architectures")
+    parser.add_argument("--architecture", nargs="+", default=[], help="config.json files of other shapes")
+    parser.add_argument("--queries", help=".jsonl[.gz] with `question` keys, for real lengths")
+    parser.add_argument("--batch-size", type=int, nargs="+", help="batch sizes")
+    parser.add_argument("--rounds", type=int, help="number of rounds; medians are reported")
     parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16")
-    parser.add_argument("--no-peer", action="store_true", help="ours alone")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the peer, on a CPU")
-    parser.add_argument("--together", action=argparse.BooleanOptionalAction, help="both sides on the device at once")
-    parser.add_argument("--output", help=".jsonl file that the rows are added to")
+    parser.add_argument("--no-peer", action="store_true", help="run only this package")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the published package")
+    parser.add_argument("--together", action=argparse.BooleanOptionalAction, help="keep both packages on the device")
+    parser.add_argument("--output", help=".jsonl file to which the rows are appended")
     add(parser)
     arguments = parser.parse_args()
     for name, value in defaults[arguments.preset].items():
@@ -49,12 +49,12 @@ def parse(doc, defaults, add=lambda parser: None):
             setattr(arguments, name, value)
     if arguments.together is None:
         arguments.together = arguments.preset == "cpu"
-    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the workers
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the workers
     return arguments
 
 
 def run(main):
-    """Runs a benchmark; bad input ends it with its message."""
+    """Runs a benchmark; InputError exits with its message."""
     try:
         main()
     except InputError as error:
@@ -62,7 +62,7 @@ def run(main):
 
 
 def shapes(arguments):
-    """Yields (name, config.json as a dict, Architecture) of the models asked for."""
+    """Yields (name, config.json as a dict, Architecture) of the selected models."""
     files = arguments.architecture or [SHAPES / f"{name}.json" for name in arguments.model]
     for path in map(pathlib.Path, files):
         if not path.exists():
@@ -73,11 +73,11 @@ def shapes(arguments):
 
 
 class Side:
-    """A worker process that runs what it is told to, timed by itself.
+    """A worker process that executes and times commands.
 
-    It gets the path of a JSON specification, prints one line of JSON when it is ready, and answers each line of JSON
-    with another: at least seconds and peak_bytes, or error. alone: it has the device for itself, so it is started for
-    every round. warmup: a command that is run first and not counted, in which all compiles.
+    The worker receives the path of a JSON specification, prints one line of JSON when it is ready, and answers each
+    line of JSON with another: at least seconds and peak_bytes, or error. alone: it has the device to itself and is
+    restarted for every round. warmup: a command that is run first without being counted, and compiles everything.
     """
 
     def __init__(self, name, spec, warmup, arguments, ours=False):
@@ -88,7 +88,7 @@ class Side:
         self.folder = tempfile.TemporaryDirectory()
 
     def run(self, command):
-        """Returns the answer to a command, or None when it, or an earlier one, failed: `failed` says how."""
+        """Returns the answer to a command, or None if it or an earlier one failed, with the reason in `failed`."""
         if self.failed:
             return None
         if self.process is None:
@@ -130,13 +130,13 @@ class Side:
         answer = json.loads(line) if line else {"error": f"ended with {self.process.wait()}"}
         self.failed = answer.get("error")
         self.peak_bytes = max(self.peak_bytes, answer.get("peak_bytes", 0))
-        # Of the first start: later ones find what it compiled.
+        # That of the first start: later ones use its cache.
         self.compile_seconds = max(self.compile_seconds, answer.get("compile_seconds", 0.0))
         return None if self.failed else answer
 
 
 def take_turns(sides, rounds):
-    """Runs rounds, lists of one command for each side: a slow spell of the machine meets all sides."""
+    """Runs rounds, lists of one command per side, so that a slow period of the machine affects all sides."""
     for number, commands in enumerate(rounds):
         turn = list(zip(sides, commands))
         for side, command in turn if number % 2 else turn[::-1]:
@@ -147,29 +147,29 @@ def take_turns(sides, rounds):
 
 
 def of_peer(arguments):
-    """Returns what a peer's specification says of the machine."""
+    """Returns the part of a peer's specification that describes the machine."""
     return {"device": "cpu" if arguments.preset == "cpu" else "cuda", "threads": arguments.threads}
 
 
 def peak_flops(sides):
-    """Returns (FLOPs per second that the sides' one device can do, in words by which account)."""
+    """Returns (peak FLOPs per second of the device, description of the source)."""
     ready = [side.ready for side in sides if side.ready]
-    chip = next((chip for told in ready if (chip := chips.chip_of(told["device"]))), None)
+    chip = next((chip for worker in ready if (chip := chips.chip_of(worker["device"]))), None)
     if chip:
         return chip.flops, "by its data sheet (dense bfloat16)"
-    best = max((told["matmul_flops"] for told in ready), default=float("nan"))
-    return best, "measured in this dtype: a large matrix product, timed in each side's process, the best of them"
+    best = max((worker["matmul_flops"] for worker in ready), default=float("nan"))
+    return best, "measured in this dtype: the best large matrix product timed in the processes"
 
 
-def told(peak):
-    """A peak in words."""
+def describe_peak(peak):
+    """Returns the description of a peak."""
     return f"the device's {peak[0] / 1e12:,.3f} TFLOP/s {peak[1]}"
 
 
 def ratio(ours, theirs, more=0.0, seconds=lambda answer: answer["seconds"]):
-    """Returns how many times the peer's time ours is shorter, by the median over rounds; None where one failed.
+    """Returns the speedup over the peer, the median over rounds; None if either failed.
 
-    more: seconds that are added to every round of ours.
+    more: seconds that are added to every round of this package.
     """
     if ours.failed or theirs.failed:
         return None
@@ -177,9 +177,9 @@ def ratio(ours, theirs, more=0.0, seconds=lambda answer: answer["seconds"]):
 
 
 def speed_row(side, works, peak, ours, hours_of=None):
-    """Returns the figures of a side that did `works`, one dict of samples, tokens, computed_tokens, flops a round.
+    """Returns the table row of a side. works: a dict of samples, tokens, computed_tokens and flops per round.
 
-    peak: of peak_flops. ours: the side that it is compared with. hours_of: samples of a run whose hours are told.
+    peak: from peak_flops. ours: the side of this package. hours_of: samples of a run whose duration is reported.
     """
     row = {"side": side.name}
     if side.failed:
@@ -223,7 +223,7 @@ OURS_IS = {"ours_is": ("ours is", "{:.2f}x")}
 
 
 def show(title, columns, rows, notes, arguments):
-    """Prints a Markdown table, and adds its rows to arguments.output. columns: {key: (header, format)}."""
+    """Prints a Markdown table and appends its rows to arguments.output. columns: {key: (header, format)}."""
     command = " ".join(["python -m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
     host = f"{platform.machine()}, {os.cpu_count()} cores"
     date = datetime.date.today().isoformat()
@@ -245,12 +245,12 @@ def show(title, columns, rows, notes, arguments):
     if arguments.output:
         with open(arguments.output, "a", encoding="utf-8") as file:
             for row in rows:
-                told = {"date": date, "command": command, "host": host, "title": title}
-                file.write(json.dumps(told | row, default=_plain) + "\n")
+                run = {"date": date, "command": command, "host": host, "title": title}
+                file.write(json.dumps(run | row, default=_plain) + "\n")
 
 
 def _plain(value):
-    """numpy's numbers as JSON's."""
+    """Converts numpy scalars for JSON."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(type(value))

@@ -1,14 +1,14 @@
-"""Training steps beside the published PyTorch package's, on random weights of real shapes.
+"""Training steps, compared with the published PyTorch package, on random weights of real shapes.
 
     python -m benchmarks.train [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
 
-Both sides train on the same pairs, in turn, each in a process of its own: ours in batches of its plan, drawn from
-16,384 pairs, the peer in random batches of the same pairs. Queries have real lengths (--queries) or their like,
-answers a log-normal one of mean 300. The peer runs its teacher in every step, as it always does; we compute each
-target once, before training, and its cost is told apart.
+Both packages train on the same pairs, alternately, in separate processes: this package in batches of its schedule over
+16,384 pairs, the published package in random batches of the same pairs. Query lengths are those of real queries
+(--queries) or similar; answer lengths are log-normal with mean 300. The published package runs its teacher in every
+step; this package computes each target once, before training, and that time is reported separately.
 
 --preset cpu (the default): SmolLM2-135M, float32 and bfloat16, batch 4, five rounds of one step. --preset gpu:
-Qwen3-8B, bfloat16, batch 32, five rounds of ten steps, and each side has the card for itself: it is started for every
+Qwen3-8B, bfloat16, batch 32, five rounds of ten steps; each package has the GPU to itself and is restarted for every
 round.
 """
 
@@ -27,10 +27,15 @@ GPU = {"model": ["qwen3-8b"], "batch_size": [32], "rounds": 5, "steps": 10, "dty
 
 
 def add_options(parser):
-    parser.add_argument("--steps", type=int, help="of a round")
-    parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], help="the peer's, of gradients: off, on")
+    parser.add_argument("--steps", type=int, help="steps per round")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of ours, as launch.train has"
+        "--checkpointing",
+        nargs="+",
+        default=["off", "on"],
+        help="gradient checkpointing of the published package: off, on",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of launch.train for this package"
     )
 
 
@@ -46,7 +51,7 @@ def main():
 
 
 def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
-    """Runs ours and the peer's variants in turn, and prints a table of them."""
+    """Runs this package and the variants of the peer alternately, and prints a table."""
     queries, answers, where = pairs
     words = [f"train.batch_size={batch_size}", f"compression.num_tokens={side.NUM_TOKENS}", *arguments.set]
     config = options.load(config_lib.TrainConfig, None, words)
@@ -60,12 +65,12 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
         "queries": queries.tolist(),
         "answers": answers.tolist(),
     }
-    own = {"settings": words, "shapes": shapes_of(batches), "steps": sum(map(len, batches))}
-    sides = [ours := side.Side(f"ours, {dtype}", spec | own, {}, arguments, ours=True)]
+    extra = {"settings": words, "shapes": shapes_of(batches), "steps": sum(map(len, batches))}
+    sides = [ours := side.Side(f"ours, {dtype}", spec | extra, {}, arguments, ours=True)]
     for checkpointing in [] if arguments.no_peer else arguments.checkpointing:
         label = f"published, {dtype}, checkpointing {checkpointing}"
-        own = side.of_peer(arguments) | {"checkpointing": checkpointing == "on"}
-        sides.append(side.Side(label, spec | own, {"batches": recut[0][:1]}, arguments))
+        extra = side.of_peer(arguments) | {"checkpointing": checkpointing == "on"}
+        sides.append(side.Side(label, spec | extra, {"batches": recut[0][:1]}, arguments))
     steps, rows = arguments.steps, np.concatenate([batch.rows for part in batches for batch in part])
     try:
         commands = [{"first": first, "last": first + steps} for first in range(0, len(batches) * steps, steps)]
@@ -89,23 +94,23 @@ def compare(name, shape, architecture, batch_size, dtype, pairs, arguments):
     table = [side.speed_row(each, our_work if each is ours else their_work, peak, ours, WHOLE_RUN) for each in sides]
     notes = [
         f"{where}; medians of {arguments.rounds} rounds of {steps} steps on the same pairs; tokens are those of "
-        "queries and answers, without padding and without what is appended",
-        "MFU: FLOPs of reading the queries once, and of compression tokens and answers forward and backward, at their "
-        f"real lengths, the same for both sides; of {side.told(peak)}",
+        "queries and answers, without padding and without appended tokens",
+        "MFU: FLOPs of one forward pass over the queries, and of compression tokens and answers forward and backward, "
+        f"at their real lengths, the same for both sides; of {side.describe_peak(peak)}",
     ]
     if targets:
         each = table[0]["target_seconds_per_sample"] = targets["seconds"] / len(rows)
         ratios = [side.ratio(ours, other, each * len(rows) / len(batches)) for other in sides[1:]]
-        told = ", ".join(f"{ratio:.2f}x" for ratio in ratios if ratio)
-        counted = f"; counted into every step, as for a single epoch, ours is {told}" if told else ""
-        notes.append(f"ours has its targets from before training, at {each:.4f} s a sample{counted}")
+        speedups = ", ".join(f"{ratio:.2f}x" for ratio in ratios if ratio)
+        counted = f"; if added to every step, as in a single epoch, the speedup is {speedups}" if speedups else ""
+        notes.append(f"ours computes its targets before training, in {each:.4f} s per sample{counted}")
     side.show(
         f"Training, {name}, batch {batch_size}, {dtype}", side.SPEED | HOURS | side.OURS_IS, table, notes, arguments
     )
 
 
 def rounds_of(config, queries, answers, arguments):
-    """Returns, by round, (the Batches of our plan; the same rows in random batches, as lists)."""
+    """Returns by round (the Batches of the schedule; the same rows in random batches, as lists)."""
     settings, size = config.data, config.train.batch_size
     plan = BatchSchedule(queries, answers, size, settings.max_buckets, settings.shuffle, settings.seed)
     every, steps = range(arguments.rounds * arguments.steps), arguments.steps
@@ -116,10 +121,10 @@ def rounds_of(config, queries, answers, arguments):
 
 
 def shapes_of(batches):
-    """Returns as few [T, S] as hold every padded length of the batches: our programs know one of the two each."""
+    """Returns few [T, S] that cover every padded length of the batches: each program depends on only one of the two."""
     T, S = (sorted({int(getattr(batch, name)) for part in batches for batch in part}) for name in ("T", "S"))
     longer = max(len(T), len(S))
-    # Downwards, so that the first needs the most memory.
+    # Descending, so that the first needs the most memory.
     return [[T[min(number, len(T) - 1)], S[min(number, len(S) - 1)]] for number in reversed(range(longer))]
 
 

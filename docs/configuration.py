@@ -10,7 +10,7 @@ from llm2vec_gen_jax.common.files import write_text
 from llm2vec_gen_jax.config import common
 
 PAGE = pathlib.Path(__file__).parent / "configuration.md"
-SHARED = {  # groups that most commands have: described once
+SHARED = {  # groups of most commands, described once
     common.BackboneConfig: "backbone",
     common.KernelsConfig: "kernels",
     common.MeshConfig: "mesh",
@@ -20,17 +20,18 @@ SHARED = {  # groups that most commands have: described once
 HEAD = """\
 # Configuration
 
-Every command takes `[CONFIG] [key=value ...]`. CONFIG is a YAML file. It holds what differs from the defaults, and
-`key=value` words override it. A file may hold the keys of the whole recipe: each command uses its own. An unknown key,
-a wrong type or an unknown choice is an error that names the nearest key. `null` stands for no value, `a,b` or `[a, b]`
-for a list, `~` at the start of a path for the home directory. Text is what is written: `2026_11_28` stays as it is.
+Every command takes `[CONFIG] [key=value ...]`. CONFIG is a YAML file with the values that differ from the defaults;
+`key=value` arguments override it. A file may contain the keys of the complete recipe: each command uses its own. An
+unknown key, a wrong type or an unknown choice is an error that suggests the closest key. `null` means no value, `a,b`
+or `[a, b]` is a list, and `~` at the start of a path is the home directory. Text is not converted: `2026_11_28` stays
+text.
 
     python -m launch.train configs/smollm2-135m.yaml data.responses=responses.jsonl train.output=runs/demo \\
       train.steps=100
     python -m launch.train --help
 
 ```yaml
-# the same as a file
+# the same settings in a file
 data:
   responses: responses.jsonl
 train:
@@ -38,13 +39,13 @@ train:
   steps: 100
 ```
 
-The architecture of a backbone is never configured: it is read from the backbone itself. `python -m docs.configuration`
-writes this page from the schema in `llm2vec_gen_jax/config/`.
+The architecture of a backbone is not configured: it is read from the backbone. `python -m docs.configuration` generates
+this page from the schema in `llm2vec_gen_jax/config/`.
 """
 
 
 def commands():
-    """Returns {command: schema}, `train` first, whose groups others share; then by name."""
+    """Returns {command: schema}: `train` first, because others share its groups, then by name."""
     found = {}
     for name in config.__all__:
         about = getattr(getattr(config, name), "__doc__", None) or ""
@@ -68,12 +69,12 @@ def page():
             if dataclasses.is_dataclass(field.type):
                 places.setdefault(field.type, _anchor(name))
         if schema is config.ReproduceConfig:
-            parts += ["What the budgets stand for:\n", _budgets()]
+            parts += ["Sizes of the budgets:\n", _budgets()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _rows(schema, prefix, defaults, places):
-    """Yields (key, default, help) of every key of a schema; a group that has its place is one row that leads there."""
+    """Yields (key, default, help) for every key of a schema; a group described earlier is one row with a link."""
     if schema is not common.DistributedConfig and issubclass(schema, common.DistributedConfig):
         yield "`distributed`, ...", "", f"see [Processes](#{places[common.DistributedConfig]})"
     for field in dataclasses.fields(schema):
@@ -91,11 +92,11 @@ def _rows(schema, prefix, defaults, places):
             yield f"`{key}`", f"`{_shown(value)}`", _escaped(field.metadata["help"]) + more + _kind(field.type)
 
 
-def _differences(value, usual):
+def _differences(value, default):
     return [
         f"{field.name}={_shown(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
-        if getattr(value, field.name) != getattr(usual, field.name)
+        if getattr(value, field.name) != getattr(default, field.name)
     ]
 
 
@@ -108,7 +109,7 @@ def _budgets():
     return _table(rows, ("key", *names))
 
 
-def _table(rows, heads=("key", "default", "what it is")):
+def _table(rows, heads=("key", "default", "description")):
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -122,7 +123,7 @@ def _kind(kind):
 
 
 def _shown(value):
-    """Returns a value as it is written on a command line."""
+    """Returns a value in command-line notation."""
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
     return {None: "null", "": "''"}.get(value, str(value).lower() if isinstance(value, bool) else str(value))

@@ -1,4 +1,4 @@
-"""Writes docs/method.svg, the picture of the method in README.md: python -m docs.figure"""
+"""Writes docs/method.svg, the overview figure in README.md: python -m docs.figure"""
 
 import pathlib
 from xml.sax.saxutils import escape
@@ -7,8 +7,8 @@ from llm2vec_gen_jax.common.files import write_text
 
 PICTURE = pathlib.Path(__file__).parent / "method.svg"
 WIDTH, HEIGHT = 1000, 560
-# (fill, border) of what is frozen, what trains, what is data, and what comes out. The picture brings its own light
-# ground, so it reads the same on a dark page.
+# (fill, border) of frozen, trained, data and result boxes. The figure has a light background of its own, so that it is
+# readable on a dark page.
 FROZEN, TRAINED, DATA, RESULT = (
     ("#dbe9fb", "#3b6fb6"),
     ("#ffe2b8", "#c8760a"),
@@ -20,16 +20,16 @@ QUERY = ["What", "is", "the", "capital", "of", "France", "?"]
 ANSWER = ["The", "capital", "is", "Paris", "."]
 
 
-def text(x, y, words, size=15, colour=INK, anchor="middle", style=""):
+def text(x, y, words, size=15, color=INK, anchor="middle", style=""):
     """Returns a line of text around x on the baseline y, in pixels."""
     more = f" {style}" if style else ""
     return (
-        f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
+        f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
     )
 
 
 def box(x, y, width, height, kind, *lines, size=15):
-    """Returns a rectangle from its upper left corner, with centred lines of text."""
+    """Returns a rectangle with centered lines of text; x, y is the upper left corner."""
     fill, border = kind
     parts = [
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="{border}" '
@@ -42,25 +42,25 @@ def box(x, y, width, height, kind, *lines, size=15):
     return "\n".join(parts)
 
 
-def arrow(*points, colour=INK, dashed=False):
-    """Returns a line through points (x, y), with a head at its end."""
+def arrow(*points, color=INK, dashed=False):
+    """Returns a polyline through points (x, y) with an arrowhead at its end."""
     path = " ".join(f"{x},{y}" for x, y in points)
     dash = ' stroke-dasharray="5 4"' if dashed else ""
-    head = "loss" if colour == LOSS else "ink"
+    head = "loss" if color == LOSS else "ink"
     return (
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash} marker-end="url(#{head})"/>'
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash} marker-end="url(#{head})"/>'
     )
 
 
 def row(x, y, words, kind, width, gap=4, size=13):
-    """Returns boxes of one width, side by side, and the middles of them."""
+    """Returns adjacent boxes of equal width, and their horizontal centers."""
     step = width + gap
     boxes = [box(x + number * step, y, width, 26, kind, word, size=size) for number, word in enumerate(words)]
     return boxes, [x + number * step + width / 2 for number in range(len(words))]
 
 
 def encoder():
-    """The left half: query and compression tokens, frozen LLM, two heads, embedding."""
+    """Left half: query and compression tokens, frozen LLM, two heads, embedding."""
     query, query_x = row(30, 440, QUERY, DATA, 50)
     tokens, tokens_x = row(412, 440, ["c₁", "⋯", "cₖ"], TRAINED, 34)
     states, _ = row(412, 312, ["h₁", "⋯", "hₖ"], DATA, 34)
@@ -81,7 +81,7 @@ def encoder():
 
 
 def reconstruction():
-    """The middle: from the soft prompts on, the frozen LLM predicts each next token of the response."""
+    """Middle: conditioned on the soft prompts, the frozen LLM predicts each next token of the response."""
     prompts, prompts_x = row(600, 440, ["r₁", "⋯", "rₖ"], DATA, 30)
     answer, answer_x = row(706, 440, ["a₁", "a₂", "⋯"], DATA, 30)
     parts = [*prompts, *answer, box(600, 366, 204, 44, FROZEN, "LLM, frozen", "the same one", size=14)]
@@ -95,10 +95,10 @@ def reconstruction():
 
 
 def alignment():
-    """The right: the teacher's vector of the response, and the loss between it and the embedding."""
+    """Right: the teacher's vector of the response, and the loss between it and the embedding."""
     parts = [box(868, 366, 104, 44, FROZEN, "teacher", "frozen", size=14), box(868, 80, 104, 32, RESULT, "target t")]
     parts += [arrow((920, 364), (920, 116))]
-    parts += [arrow((864, 96), (526, 96), colour=LOSS, dashed=True)]
+    parts += [arrow((864, 96), (526, 96), color=LOSS, dashed=True)]
     parts += [text(695, 66, "alignment loss:", 14, LOSS, style='font-weight="bold"')]
     parts += [text(695, 84, "mean squared error of e and t", 14, LOSS)]
     parts += [box(706, 500, 266, 34, DATA, f"response: {' '.join(ANSWER[:-1])}{ANSWER[-1]}", size=14)]
@@ -109,7 +109,7 @@ def alignment():
 
 
 def legend():
-    """What the colours say."""
+    """Color legend."""
     parts, x = [], 30
     for kind, words, width in ((TRAINED, "trained", 86), (FROZEN, "frozen", 82), (DATA, "data and states", 138)):
         parts += [box(x, 24, 22, 16, kind), text(x + 30, 37, words, 14, anchor="start")]

@@ -1,1 +1,1 @@
-"""Commands: `python -m launch.NAME`, or `llm2vec-gen NAME`; --help lists every key with its default."""
+"""Commands in a checkout: `python -m launch.NAME`, the same as `llm2vec-gen NAME` of an installed package."""

@@ -1,4 +1,4 @@
-"""`python -m launch`, in a checkout: the list of commands, as `llm2vec-gen` prints it."""
+"""Prints the list of commands, as `llm2vec-gen` does."""
 
 from llm2vec_gen_jax.commands.__main__ import main
 

@@ -1,4 +1,4 @@
-"""`python -m launch.ablate`, in a checkout: llm2vec_gen_jax/commands/ablate.py."""
+"""Runs llm2vec_gen_jax.commands.ablate."""
 
 from llm2vec_gen_jax.commands.ablate import run
 

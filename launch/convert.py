@@ -1,4 +1,4 @@
-"""`python -m launch.convert`, in a checkout: llm2vec_gen_jax/commands/convert.py."""
+"""Runs llm2vec_gen_jax.commands.convert."""
 
 from llm2vec_gen_jax.commands.convert import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.decode`, in a checkout: llm2vec_gen_jax/commands/decode.py."""
+"""Runs llm2vec_gen_jax.commands.decode."""
 
 from llm2vec_gen_jax.commands.decode import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.encode`, in a checkout: llm2vec_gen_jax/commands/encode.py."""
+"""Runs llm2vec_gen_jax.commands.encode."""
 
 from llm2vec_gen_jax.commands.encode import run
 

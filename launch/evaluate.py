@@ -1,4 +1,4 @@
-"""`python -m launch.evaluate`, in a checkout: llm2vec_gen_jax/commands/evaluate.py."""
+"""Runs llm2vec_gen_jax.commands.evaluate."""
 
 from llm2vec_gen_jax.commands.evaluate import run
 

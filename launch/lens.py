@@ -1,4 +1,4 @@
-"""`python -m launch.lens`, in a checkout: llm2vec_gen_jax/commands/lens.py."""
+"""Runs llm2vec_gen_jax.commands.lens."""
 
 from llm2vec_gen_jax.commands.lens import run
 

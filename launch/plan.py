@@ -1,4 +1,4 @@
-"""`python -m launch.plan`, in a checkout: llm2vec_gen_jax/commands/plan.py."""
+"""Runs llm2vec_gen_jax.commands.plan."""
 
 from llm2vec_gen_jax.commands.plan import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.quickstart`, in a checkout: llm2vec_gen_jax/commands/quickstart.py."""
+"""Runs llm2vec_gen_jax.commands.quickstart."""
 
 from llm2vec_gen_jax.commands.quickstart import run
 

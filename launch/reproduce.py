@@ -1,4 +1,4 @@
-"""`python -m launch.reproduce`, in a checkout: llm2vec_gen_jax/commands/reproduce.py."""
+"""Runs llm2vec_gen_jax.commands.reproduce."""
 
 from llm2vec_gen_jax.commands.reproduce import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.respond`, in a checkout: llm2vec_gen_jax/commands/respond.py."""
+"""Runs llm2vec_gen_jax.commands.respond."""
 
 from llm2vec_gen_jax.commands.respond import run
 

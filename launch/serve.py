@@ -1,4 +1,4 @@
-"""`python -m launch.serve`, in a checkout: llm2vec_gen_jax/commands/serve.py."""
+"""Runs llm2vec_gen_jax.commands.serve."""
 
 from llm2vec_gen_jax.commands.serve import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.synthesize`, in a checkout: llm2vec_gen_jax/commands/synthesize.py."""
+"""Runs llm2vec_gen_jax.commands.synthesize."""
 
 from llm2vec_gen_jax.commands.synthesize import run
 

@@ -1,4 +1,4 @@
-"""`python -m launch.train`, in a checkout: llm2vec_gen_jax/commands/train.py."""
+"""Runs llm2vec_gen_jax.commands.train."""
 
 from llm2vec_gen_jax.commands.train import run
 

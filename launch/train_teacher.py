@@ -1,4 +1,4 @@
-"""`python -m launch.train_teacher`, in a checkout: llm2vec_gen_jax/commands/train_teacher.py."""
+"""Runs llm2vec_gen_jax.commands.train_teacher."""
 
 from llm2vec_gen_jax.commands.train_teacher import run
 

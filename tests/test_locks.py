@@ -20,7 +20,7 @@ from .conftest import check_error, write_jsonl
 ROOT = pathlib.Path(__file__).parent.parent
 HOLD = """if True:
     import sys, time
-    from llm2vec_gen_jax import locks
+    from llm2vec_gen_jax.common import locks
     with locks.locked(sys.argv[1]):
         print(1, flush=True)
         time.sleep(60)
@@ -81,7 +81,7 @@ def test_never_two_at_once_however_many_wait(python, tmp_path):
     """Each removes the lock file when it is done, under processes that have opened it and wait."""
     code = """if True:
         import os, pathlib, sys, time
-        from llm2vec_gen_jax import locks
+        from llm2vec_gen_jax.common import locks
         folder = pathlib.Path(sys.argv[1])
         for _ in range(60):
             lock = locks.Lock(folder / "lock")
@@ -279,7 +279,7 @@ def test_metrics_that_are_removed_end_the_training(tmp_path):
 
 KILLED = """if True:
     import pathlib, sys, time
-    from llm2vec_gen_jax import files
+    from llm2vec_gen_jax.common import files
     make = files.atomic_directory if sys.argv[2] == "folder" else files.atomic_path
     with make(pathlib.Path(sys.argv[1])) as path:
         (path / "weights" if sys.argv[2] == "folder" else path).write_bytes(bytes(1000))

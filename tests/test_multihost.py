@@ -174,7 +174,7 @@ def test_a_peer_that_dies_in_the_restore_is_no_damage(cluster):
     cluster("lost", 2, 1, *words, "train.steps=4").succeed()
     script = """
 import os, signal
-from llm2vec_gen_jax.checkpoint import ocp
+from llm2vec_gen_jax.training.checkpoints import ocp
 ocp.args.StandardRestore = lambda abstract: os.kill(os.getpid(), signal.SIGKILL)
 """
     (code, out, err), _ = cluster("lost", 2, 1, *words, "train.steps=6", script=script).wait()
@@ -188,16 +188,16 @@ def test_a_failure_beside_a_save_ends_the_process(cluster):
     """On a disk so slow that a save is under way when the reading of data fails."""
     script = """
 import asyncio, time
-from llm2vec_gen_jax import data
+from llm2vec_gen_jax.data import batches
 
 def slowly(self, *arguments, run=asyncio.BaseEventLoop.run_in_executor):
     time.sleep(0.2)
     return run(self, *arguments)
 
-def broken(self, step, read=data.Batches.__getitem__):
+def broken(self, step, read=batches.Batches.__getitem__):
     return read(self, step) if step < 12 else 1 / 0
 
-asyncio.BaseEventLoop.run_in_executor, data.Batches.__getitem__ = slowly, broken
+asyncio.BaseEventLoop.run_in_executor, batches.Batches.__getitem__ = slowly, broken
 """
     words = ("train.steps=40", "train.checkpoint_every=10")
     ((code, out, err),) = cluster("failing", 1, 1, *words, script=script).wait(timeout=60)
@@ -339,7 +339,7 @@ def test_processes_that_wait_for_targets_stop_together(cluster):
 def test_the_watchdog_ends_a_process_that_hangs():
     script = """
 import time
-from llm2vec_gen_jax.distributed import Watchdog
+from llm2vec_gen_jax.parallel.watchdog import Watchdog
 
 with Watchdog(1) as watchdog:
     watchdog.beat("step 3")

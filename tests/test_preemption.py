@@ -106,7 +106,7 @@ def test_the_first_signal_saves_and_stops_and_the_run_goes_on(start, tmp_path, n
 
 SLOW_SAVE = """
 import time
-from llm2vec_gen_jax.checkpoint import Checkpoints
+from llm2vec_gen_jax.training.checkpoints import Checkpoints
 Checkpoints.save = lambda self, step, state: (print('saving', flush=True), time.sleep(600))
 """
 
@@ -122,8 +122,8 @@ def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
-    script = "import time; from llm2vec_gen_jax import data\n"
-    script += "data.read_records = lambda *a, **k: (print('reading', flush=True), time.sleep(600))"
+    script = "import time; from llm2vec_gen_jax.data import records\n"
+    script += "records.read_records = lambda *a, **k: (print('reading', flush=True), time.sleep(600))"
     run = start("train.steps=2", script=script)
     assert any("reading" in line for line in run.stdout)
     run.send_signal(number)

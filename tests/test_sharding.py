@@ -84,11 +84,12 @@ import json, pathlib, re, sys, threading, time
 
 import jax
 
-from llm2vec_gen_jax import config, distributed, sharding
-from llm2vec_gen_jax.loading import load_backbone
+from llm2vec_gen_jax import config
+from llm2vec_gen_jax.parallel import processes, sharding
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 folder, address, index = sys.argv[1:]
-distributed.start(config.TrainConfig(distributed=address, num_processes=2, process_id=int(index)))
+processes.initialize(config.TrainConfig(distributed=address, num_processes=2, process_id=int(index)))
 mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2))
 load_backbone(folder + "-small", "float32", mesh)  # whatever compiles or is imported on the way
 

@@ -154,7 +154,7 @@ def test_compiling_for_described_devices_leaves_jax_as_it_was(gpu_compiler):
 def test_a_process_that_looks_for_gpus_itself_describes_others(gpu_compiler):
     """JAX_PLATFORMS is not set: jax has tried to load the plugin, and given up without NVIDIA's libraries."""
     code = (
-        "import jax, json; here = jax.devices()[0].platform; from llm2vec_gen_jax import topologies;"
+        "import jax, json; here = jax.devices()[0].platform; from llm2vec_gen_jax.planning import topologies;"
         "devices, _, compiler = topologies.described_devices('h100:2x4');"
         "print(json.dumps([here, devices[0].device_kind, devices[-1].process_index, compiler]))"
     )

@@ -1,6 +1,6 @@
 #!/bin/bash
 # launch/tpu_vm/run.sh NAME ZONE configs/qwen3-8b.yaml data.responses=... train.output=...
-# Runs one command on every host of a TPU VM slice that has this checkout in ~/llm2vec_gen_jax and its environment.
+# Trains on all hosts of a TPU VM slice. Each needs this checkout in ~/llm2vec_gen_jax with its environment installed.
 set -euo pipefail
 name=$1 zone=$2
 shift 2
