@@ -64,7 +64,7 @@ def test_an_ablation_goes_on_where_it_stopped(run, capsys):
 
 
 def test_two_files_of_one_name_are_refused_before_anything_trains(run):
-    with pytest.raises(InputError, match="other/aligned.yaml: another file has this name"):
+    with pytest.raises(InputError, match="other/aligned.yaml: another config file has the same name"):
         run("aligned.yaml", "other/aligned.yaml")
     assert not pathlib.Path("runs").exists()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.evaluation import encoders, evaluate
+from llm2vec_gen_jax.evaluation import evaluate
 from llm2vec_gen_jax.inference.generate import Sampling, generate
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.teachers.hyde import Clock, Hyde
@@ -32,13 +32,13 @@ def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
 
 def test_few_texts_are_few_rows(tiny, monkeypatch):
     """One query costs the teacher one row, not a batch; many are batches of one shape."""
-    backbone, pool, shapes = tiny("llama"), encoders.teacher.pool_rows, []
+    backbone, pool, shapes = tiny("llama"), encoder.pool_rows, []
 
     def pool_rows(architecture, frozen, causal, ids, shape, execution):
         shapes.append(shape)
         return pool(architecture, frozen, causal, ids, shape, execution)
 
-    monkeypatch.setattr(encoders.teacher, "pool_rows", pool_rows)
+    monkeypatch.setattr(encoder, "pool_rows", pool_rows)
     teacher = encoder.Teacher(backbone, backbone.frozen, True, batch_size=6)
     for texts in (1, 3, 5, 13):
         assert teacher.encode(["text"] * texts).shape == (texts, 32)
@@ -54,7 +54,7 @@ def test_instructions_by_kind(task_folders):
         return job.query_instruction, job.document_instruction
 
     evaluate_without_mteb = pytest.MonkeyPatch()
-    evaluate_without_mteb.setattr(evaluate, "_harness", lambda: None)
+    evaluate_without_mteb.setattr(evaluate, "_import_mteb", lambda: None)
     try:
         assert pair("student") == ("Answer:", "Sum up:")
         assert pair("hyde") == ("Answer:", "")
@@ -117,5 +117,5 @@ def test_baselines_through_the_command(tiny_folder, task_folders, tmp_path):
 
 
 def test_a_student_takes_no_adapters(model_folder, task_folders, tmp_path):
-    with pytest.raises(InputError, match="adapters are merged for kind=teacher"):
+    with pytest.raises(InputError, match="adapters= is for kind=teacher"):
         run(model_folder, task_folders / "safety_retrieval", tmp_path / "out", "adapters=[a]")

@@ -13,7 +13,7 @@ import scipy.stats
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.evaluation import encoders, instructions, tasks
+from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.model.compressor import init_trainable
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.pretrained import model_directory
@@ -207,18 +207,18 @@ def test_a_finished_task_is_not_repeated_and_other_settings_are_refused(
 def test_an_interruption_loses_the_running_task_only(model_folder, task_folders, tmp_path, monkeypatch):
     for name in ("First", "Second"):
         write_task(tmp_path / "tasks" / name, "safety_retrieval", name)
-    real = tasks.score_safety
+    real = safety.score_safety
 
     def interrupted(task, *rest):
         if task.name == "Second":
             raise KeyboardInterrupt
         return real(task, *rest)
 
-    monkeypatch.setattr(tasks, "score_safety", interrupted)
+    monkeypatch.setattr(safety, "score_safety", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_folder, tmp_path / "tasks", tmp_path / "out")
     assert list(files.read_json(tmp_path / "out" / "results.json")) == ["First"]
-    monkeypatch.setattr(tasks, "score_safety", lambda task, *rest: {"main_score": 1.0} | {"name": task.name})
+    monkeypatch.setattr(safety, "score_safety", lambda task, *rest: {"main_score": 1.0} | {"name": task.name})
     resumed = run(model_folder, tmp_path / "tasks", tmp_path / "out")
     assert list(resumed) == ["First", "Second"] and "name" not in resumed["First"]
 

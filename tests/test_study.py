@@ -205,7 +205,7 @@ def test_a_killed_study_goes_on(words, tmp_path, launch):
         ("comparisons=['mine: loss.alignmnt=2']", "'loss.alignment'"),
         ("comparisons=[supervised-teacher]", "needs supervised_teacher="),
         ("recipe=[train.stepz=2]", "'train.steps'"),
-        ("teacher.kind=file", "leave teacher.kind"),
+        ("teacher.kind=file", "remove teacher.kind"),
         ("sizes.queries=0", "sizes.queries"),
         ("budget=hour", "'hours'"),
         ("tasks=null", "tasks is needed"),
@@ -219,7 +219,7 @@ def test_bad_settings_are_named_before_the_work(words, task_folders, tmp_path, w
 
 def test_a_folder_of_something_else_is_left_alone(words, task_folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds thesis.txt, which is of no study"):
+    with pytest.raises(InputError, match="holds thesis.txt, which is not part of a study"):
         study(words, task_folders, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"thesis.txt"}
 

@@ -24,7 +24,7 @@ from .tasks import needs_mteb, run, settings, write_task
             "line 1: 'score' must be a number",
         ),
         ("sts", "test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: 'sentence2' must be a string"),
-        ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "two pairs at least"),
+        ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "at least two pairs"),
         ("classification", "test.jsonl", '{"text": "a", "label": 1.5}\n', "'label' must be a string or a whole number"),
         ("classification", "train.jsonl", '{"text": "a", "label": 1}\n', "all rows have one label"),
         ("clustering", "test.jsonl", "\n", "no rows"),
@@ -72,7 +72,7 @@ def test_what_is_no_task_and_two_of_one_name_are_refused(tmp_path, task_folders)
 @needs_mteb
 def test_an_unknown_main_metric_is_an_input_error(model_folder, tmp_path):
     folder = write_task(tmp_path / "task", "sts", main_metric="cosine_spearmann")
-    with pytest.raises(InputError, match="main_metric 'cosine_spearmann' is none"):
+    with pytest.raises(InputError, match="main_metric 'cosine_spearmann' is not a metric"):
         run(model_folder, folder, tmp_path / "out")
 
 
