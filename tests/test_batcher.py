@@ -88,7 +88,7 @@ def test_no_more_wait_than_may(make):
     recorder, batcher = make(limit=3)
     hold(recorder, batcher)
     waiting = [batcher.submit("a", [1, 2]), batcher.submit("b", [3])]
-    with pytest.raises(QueueFull, match="3 inputs wait already, at most 3 may"):
+    with pytest.raises(QueueFull, match="3 inputs are waiting, the limit is 3"):
         batcher.submit("a", [4])
     assert batcher.waiting == 3
     waiting[0].cancel()

@@ -181,7 +181,7 @@ def test_what_is_damaged_is_made_again(model_folder, tmp_path, monkeypatch, fini
             encode_corpus(model_folder, options)
             assert bytes_of(tmp_path / out) == expected
             if name.endswith(".npy"):
-                assert f"{path}: missing, or not what was written" in capsys.readouterr().out
+                assert f"{path}: missing or damaged" in capsys.readouterr().out
 
 
 # Bad input on the command line

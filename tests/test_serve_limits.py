@@ -125,7 +125,7 @@ def test_waiting_requests_are_encoded_together_and_one_too_many_is_refused(stric
         second = pool.submit(strict.post, "embeddings", {"input": "two"})
         strict.until("waiting", 2)
         response = strict.post("embeddings", {"input": "three"})
-        check_refusal(response, 429, "2 inputs wait already", code="rate_limit_exceeded")
+        check_refusal(response, 429, "2 inputs are waiting", code="rate_limit_exceeded")
         assert response.headers["Retry-After"] == "1"
         for text, future in (("one", first), ("two", second)):
             expected = model.encode(f"Find: {text}", normalize_embeddings=True)

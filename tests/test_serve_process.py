@@ -67,7 +67,7 @@ def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, t
         monkeypatch.setenv("LLM2VEC_GEN_API_KEY", key)
         check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY must be of printable ASCII")
     monkeypatch.delenv("LLM2VEC_GEN_API_KEY")
-    check_error(command("serve", model_folder, "port=0", f"instruction={'a' * 600}"), "'instruction' leaves no room")
+    check_error(command("serve", model_folder, "port=0", f"instruction={'a' * 600}"), "'instruction' leaves no tokens")
 
 
 def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch, capsys):
