@@ -67,7 +67,7 @@ def test_what_could_not_be_compared_is_no_pass(command, model_folder, tmp_path):
         code, out, _ = command("convert verify", model_folder, f"python={bare}")
         assert code == 2 and out.splitlines()[-1] == "NOT COMPARED"
         assert f"missing: {missing};" in out
-    with pytest.raises(InputError, match="python=/bin/true: is no Python"):
+    with pytest.raises(InputError, match="python=/bin/true: not a Python interpreter"):
         verify(model_folder, "/bin/true")
     with pytest.raises(InputError, match="python=/nowhere/python: No such file"):
         verify(model_folder, "/nowhere/python")
