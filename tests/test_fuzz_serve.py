@@ -1,4 +1,4 @@
-"""Hostile requests: bodies, paths and headers that the server is sent."""
+"""Fuzzing of the server: bodies, paths and headers of requests."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ from .fuzzing import FUZZ, altered, damaged, dumped
 
 @pytest.fixture(scope="module")
 def ask(embedder):
-    """ask(method, path, content, headers) -> the response of a server in this process."""
+    """ask(method, path, content, headers) returns the response of a server in this process."""
     httpx = pytest.importorskip("httpx")
     for needed in ("orjson", "prometheus_client", "starlette", "uvicorn"):
         pytest.importorskip(needed, reason="needs requirements-serve.txt")
