@@ -35,7 +35,8 @@ _Handler = Callable[[Request], Awaitable[Response]]
 class Endpoints:
     """Request handlers of a model. name: the model's name in requests; key: the required API key, if any.
 
-    in_flight: the number of requests being read or answered. ready: whether all programs are compiled.
+    in_flight: the number of requests being read or answered. ready: whether all programs are compiled. cancelled:
+    whether cancel_requests was called.
     """
 
     def __init__(self, model: LLM2VecGen, config: ServeConfig, name: str, key: str | None) -> None:
@@ -46,7 +47,7 @@ class Endpoints:
         )
         self.engine = Engine(model, config, self.telemetry.batch)
         self._tasks: set[asyncio.Task] = set()
-        self._cancelled = False
+        self.cancelled = False
 
     def app(self, lifespan: Any = None) -> Starlette:
         """Returns the ASGI application. lifespan: an asynchronous context manager around its lifetime."""
@@ -63,7 +64,7 @@ class Endpoints:
 
     def cancel_requests(self) -> None:
         """Ends all requests that are being read or answered with status 503."""
-        self._cancelled = True
+        self.cancelled = True
         for task in self._tasks:
             task.cancel()
 
@@ -173,7 +174,7 @@ class Endpoints:
             except ClientDisconnect:
                 response = Response(status_code=499)  # only counted
             except asyncio.CancelledError:
-                if not self._cancelled:
+                if not self.cancelled:
                     raise
                 task.uncancel()
                 message = f"the server is stopping: the request took longer than {self.config.shutdown_timeout} s"

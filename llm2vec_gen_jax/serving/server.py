@@ -52,7 +52,6 @@ class Server:
     def __init__(self, endpoints: Endpoints) -> None:
         self.endpoints, self.config = endpoints, endpoints.config
         self._failure: BaseException | None = None
-        self._timed_out = False
 
     def run(self, listener: socket.socket) -> None:
         """Serves on a listening socket until SIGTERM or SIGINT. Raises what failed in the compilation."""
@@ -69,7 +68,7 @@ class Server:
             timeout_graceful_shutdown=self.config.shutdown_timeout + _RESPONSE_SECONDS,
         )
         logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
-        self._uvicorn = _UvicornServer(settings, self.config.shutdown_timeout, self._cancel_requests)
+        self._uvicorn = _UvicornServer(settings, self.config.shutdown_timeout, self.endpoints.cancel_requests)
         # uvicorn handles both signals, and raises them again after its shutdown for the previous handlers.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -84,11 +83,8 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         threading.Thread(target=self._warmup, daemon=True).start()
         yield
-        await asyncio.to_thread(self.endpoints.engine.batcher.close, _RESPONSE_SECONDS if self._timed_out else None)
-
-    def _cancel_requests(self) -> None:
-        self._timed_out = True
-        self.endpoints.cancel_requests()
+        timeout = _RESPONSE_SECONDS if self.endpoints.cancelled else None
+        await asyncio.to_thread(self.endpoints.engine.batcher.close, timeout)
 
     def _warmup(self) -> None:
         started = time.monotonic()
