@@ -90,7 +90,7 @@ def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, m
     finally:
         for each in sides:
             each.quit()
-    work = {"samples": len(real), "tokens": int(real.sum()), "flops": flops.reading_flops(architecture, real)}
+    work = {"samples": len(real), "tokens": int(real.sum()), "flops": flops.forward_flops(architecture, real)}
     peak, table = side.peak_flops(sides), []
     for each in sides:
         works = [work | {"computed_tokens": result["computed_tokens"]} for result in each.results]

@@ -1,4 +1,4 @@
-"""Bulk encoding of some texts, and the files that it leaves."""
+"""Settings, inputs and outputs for the tests of the encode command."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from .embedders import TEXTS
 
 
 def settings(tmp_path, output="out", **changes):
-    """An EncodeConfig that writes tmp_path/output, eight texts a file."""
+    """Returns an EncodeConfig that writes tmp_path/output with eight texts per shard."""
     defaults = {"input": str(tmp_path / "texts.jsonl"), "shard_size": 8, "batch_size": 4}
     return config.EncodeConfig(output=str(tmp_path / output), **defaults | changes)
 

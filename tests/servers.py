@@ -1,4 +1,4 @@
-"""Servers in processes of their own, and what is asked of them: shared by the tests of the server."""
+"""Server processes and requests to them, shared by the tests of the server."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ SMALL += [f"decode.max_new_tokens={MOST_NEW}", "decode.batch_size=2"]
 
 
 def environment(key=None):
-    """Of a process that runs on one device."""
+    """Returns the environment of a process with one device."""
     given = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "",
@@ -33,7 +33,7 @@ def environment(key=None):
 
 
 class Running:
-    """A server in a process of its own. url: where it answers."""
+    """A server in its own process. url: its address."""
 
     def __init__(self, folder, *words, key=None, stderr=None):
         command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *words]
@@ -45,17 +45,17 @@ class Running:
         return self
 
     def post(self, path, content, **options):
-        """Sends an object, or bytes as they are. Returns the response."""
+        """Sends an object as JSON, or bytes unchanged. Returns the response."""
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         return httpx.post(f"{self.url}/v1/{path}", content=content, timeout=120, **options)
 
     def metric(self, name):
-        """The sum of a metric's lines, 0 where there is none."""
+        """Returns the sum of a metric over its labels; 0 if it is missing."""
         lines = httpx.get(f"{self.url}/metrics", timeout=120).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llm2vec_gen_{name}"))
 
     def until(self, name, value):
-        """Waits for a metric to have a value."""
+        """Waits until a metric has a value."""
         for _ in range(1200):
             if self.metric(name) == value:
                 return
@@ -63,7 +63,7 @@ class Running:
         raise AssertionError(f"{name} stays {self.metric(name)}")
 
     def memory(self, name):
-        """Bytes of the process, as Linux counts them: VmRSS now, VmHWM at most."""
+        """Returns the memory of the process in bytes: VmRSS (current) or VmHWM (peak)."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
@@ -87,7 +87,7 @@ def running(*words, **options):
 
 
 def check_refusal(response, status, *expected, code=None):
-    """An error of OpenAI's shape."""
+    """Checks an error response in OpenAI's format."""
     assert response.status_code == status, response.text
     (error,) = response.json().values()
     assert set(error) == {"message", "type", "param", "code"} and isinstance(error["type"], str)

@@ -1,4 +1,4 @@
-"""Small task folders, and evaluations of them."""
+"""Small task folders and their evaluation."""
 
 import dataclasses
 import importlib.util
@@ -18,13 +18,13 @@ TYPES = ("retrieval", "sts", "classification", "clustering", "safety_retrieval")
 
 
 def sentence(number, group):
-    """A text of three words of a group, different for each number."""
+    """Returns a text of three words of a group, unique for each number."""
     draw = random.Random(number)
     return " ".join(draw.choice(GROUPS[group]) for _ in range(3)) + f" {number}"
 
 
 def write_task(folder, kind, name=None, **changes):
-    """Writes a small task folder with instructions; returns it."""
+    """Writes a small task folder with instructions. Returns its path."""
     folder.mkdir(parents=True)
     settings = {"name": name or f"Small-{kind}", "type": kind, "query_instruction": "Answer:", "licence": "none"}
     if kind in ("retrieval", "safety_retrieval"):

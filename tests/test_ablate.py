@@ -1,4 +1,4 @@
-"""Ablations: every config into its own run, resumed and not repeated, and one table of them."""
+"""Ablations: one run per config, resumed or skipped, and one table of all runs."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ ABLATIONS = sorted((pathlib.Path(__file__).parent.parent / "configs/ablations").
 
 @pytest.fixture
 def run(tmp_path, tiny_folder, monkeypatch):
-    """run(*file names) is `python -m launch.ablate FILES ...` of small files; returns the table's rows of cells."""
+    """run(*file names) runs `python -m launch.ablate FILES ...` and returns the cells of the table."""
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"question {number}", "answer": f"answer {number}"} for number in range(8)]
     write_jsonl(tmp_path / "responses.jsonl", rows)
@@ -39,7 +39,7 @@ def run(tmp_path, tiny_folder, monkeypatch):
     return start
 
 
-def test_a_table_of_every_run(run, capsys):
+def test_table_of_all_runs(run, capsys):
     found = run("aligned.yaml", "repeated.yaml")
     assert found[0] == ["run", "step", "loss", "alignment_loss", "reconstruction_loss", "repeat_alignment_loss"]
     assert [row[:2] for row in found[1:]] == [["aligned", "2"], ["repeated", "2"]]
@@ -55,7 +55,7 @@ def test_a_table_of_every_run(run, capsys):
     assert [row[6] for row in again] == ["STS", "0.5123", "-"]
 
 
-def test_an_ablation_goes_on_where_it_stopped(run, capsys):
+def test_an_ablation_resumes(run, capsys):
     run("aligned.yaml")
     run("aligned.yaml", "repeated.yaml", steps=3)
     out = capsys.readouterr().out
@@ -63,14 +63,14 @@ def test_an_ablation_goes_on_where_it_stopped(run, capsys):
     assert table([pathlib.Path("runs/aligned")]).splitlines()[1].split()[1] == "3"
 
 
-def test_two_files_of_one_name_are_refused_before_anything_trains(run):
-    with pytest.raises(InputError, match="other/aligned.yaml: another file has this name"):
+def test_config_files_with_the_same_name_are_rejected(run):
+    with pytest.raises(InputError, match="other/aligned.yaml: another config file has the same name"):
         run("aligned.yaml", "other/aligned.yaml")
     assert not pathlib.Path("runs").exists()
 
 
 def test_the_papers_ablations_differ_and_open_with_their_command():
-    """But for the baseline, which every comparison needs, and for 20 tokens, which are in two of them."""
+    """Except for the baseline, which all comparisons include, and 20 tokens, which are part of two comparisons."""
     files = [*ABLATIONS, ABLATIONS[0].parent.parent / "qwen3-4b.yaml"]
     same = {}
     for file in files:

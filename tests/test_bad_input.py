@@ -6,12 +6,12 @@
     test_bad_input.py::test_empty_answers_are_left_out
  4  texts that are too long: test_bad_input.py::test_a_long_text_is_cut_and_counted
  5  values that are no strings: test_bad_input.py::test_a_bad_row_is_named,
-    test_bulk_faults.py::test_a_bad_input_is_one_line_and_leaves_nothing
+    test_bulk_faults.py::test_bad_input_is_a_one_line_error_and_leaves_nothing
  6  what is not UTF-8, lone surrogates: test_bad_input.py::test_a_bad_row_is_named,
     test_bad_input.py::test_a_bad_word_of_the_command_line_is_named,
-    test_bulk_faults.py::test_a_bad_input_is_one_line_and_leaves_nothing
+    test_bulk_faults.py::test_bad_input_is_a_one_line_error_and_leaves_nothing
  7  missing columns: test_bad_input.py::test_a_bad_row_is_named,
-    test_bulk_faults.py::test_a_bad_input_is_one_line_and_leaves_nothing
+    test_bulk_faults.py::test_bad_input_is_a_one_line_error_and_leaves_nothing
  8  a loss that is not finite: test_commands.py::test_a_loss_that_is_not_finite_is_a_failure_with_one_line,
     test_train.py::test_a_step_with_a_loss_that_is_not_finite_changes_nothing
  9  nothing to predict, an end token that is also the padding:
@@ -33,7 +33,7 @@
     test_bad_input.py::test_odd_names_survive_and_secrets_are_not_written,
     test_commands.py::test_a_misspelt_key_is_named_with_the_nearest
 16  torn files: test_respond.py::test_a_killed_respond_started_again_loses_and_repeats_nothing,
-    test_bulk_faults.py::test_an_interrupted_run_ends_with_the_same_bytes,
+    test_bulk_faults.py::test_a_resumed_run_writes_the_same_bytes,
     test_chaos.py::test_training_survives_every_kind_of_fault
 17  rows that do not divide over shares: test_bad_input.py::test_more_shares_than_rows_are_the_whole,
     test_multihost.py::test_joined_processes_encode_a_share_each
@@ -199,7 +199,7 @@ def test_a_bad_word_of_the_command_line_is_named(command, model_folder):
 def test_counts_and_ids_must_fit(command, model_folder, tiny_folder, tmp_path):
     folder = write_task(tmp_path / "task", ['{"_id": "d0", "text": "a"}', '{"_id": "d0", "text": "b"}'])
     result = command("evaluate", model_folder, f"tasks={folder}", "output=out")
-    check_error(result, f"{folder / 'corpus.jsonl'}, line 2: the _id 'd0' is that of line 1")
+    check_error(result, f"{folder / 'corpus.jsonl'}, line 2: the _id 'd0' is also on line 1")
     assert os.listdir() == []
     for count in (7, 9):
         np.save(tmp_path / "targets.npy", np.ones((count, 5), np.float32))

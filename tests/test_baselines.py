@@ -1,4 +1,4 @@
-"""Baselines: teacher and HyDE against independent computations, whose instructions are read, and the command."""
+"""Baselines: teacher and HyDE against independent computations, instructions, and the command."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.evaluation import encoders, evaluate
+from llm2vec_gen_jax.evaluation import evaluate
 from llm2vec_gen_jax.inference.generate import Sampling, generate
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.teachers.hyde import Clock, Hyde
@@ -30,15 +30,15 @@ def test_the_teacher_is_the_mean_of_last_hidden_states(tiny):
     assert teacher.encode([]).shape == (0, 32)
 
 
-def test_few_texts_are_few_rows(tiny, monkeypatch):
-    """One query costs the teacher one row, not a batch; many are batches of one shape."""
-    backbone, pool, shapes = tiny("llama"), encoders.teacher.pool_rows, []
+def test_batch_sizes_of_the_teacher(tiny, monkeypatch):
+    """A single query is a batch of one row; many queries are batches of one shape."""
+    backbone, pool, shapes = tiny("llama"), encoder.pool_rows, []
 
     def pool_rows(architecture, frozen, causal, ids, shape, execution):
         shapes.append(shape)
         return pool(architecture, frozen, causal, ids, shape, execution)
 
-    monkeypatch.setattr(encoders.teacher, "pool_rows", pool_rows)
+    monkeypatch.setattr(encoder, "pool_rows", pool_rows)
     teacher = encoder.Teacher(backbone, backbone.frozen, True, batch_size=6)
     for texts in (1, 3, 5, 13):
         assert teacher.encode(["text"] * texts).shape == (texts, 32)
@@ -46,7 +46,7 @@ def test_few_texts_are_few_rows(tiny, monkeypatch):
 
 
 def test_instructions_by_kind(task_folders):
-    """A student reads both, HyDE asks the query and embeds documents bare, a teacher reads none unless told to."""
+    """A student uses both; HyDE only that of queries; a teacher none, unless configured."""
     folder = str(task_folders / "retrieval")
 
     def pair(kind, **changes):
@@ -54,7 +54,7 @@ def test_instructions_by_kind(task_folders):
         return job.query_instruction, job.document_instruction
 
     evaluate_without_mteb = pytest.MonkeyPatch()
-    evaluate_without_mteb.setattr(evaluate, "_harness", lambda: None)
+    evaluate_without_mteb.setattr(evaluate, "_import_mteb", lambda: None)
     try:
         assert pair("student") == ("Answer:", "Sum up:")
         assert pair("hyde") == ("Answer:", "")
@@ -65,7 +65,7 @@ def test_instructions_by_kind(task_folders):
         evaluate_without_mteb.undo()
 
 
-def test_instructions_of_a_file_go_over_the_tasks_own(task_folders, tmp_path):
+def test_an_instructions_file_overrides_those_of_tasks(task_folders, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("query:\n  Small-safety_retrieval: 'Mine:'\ndocument: 'Theirs:'\n")
     given = dataclasses.replace(
@@ -83,7 +83,7 @@ def test_instructions_of_a_file_go_over_the_tasks_own(task_folders, tmp_path):
             evaluate.resolve(given)
 
 
-def test_hyde_embeds_what_the_llm_writes(tiny):
+def test_hyde_embeds_generated_answers(tiny):
     backbone = tiny("llama")
     teacher = encoder.Teacher(backbone, backbone.frozen, True)
     hyde = Hyde(backbone, teacher, max_new_tokens=5, batch_size=2)
@@ -95,7 +95,7 @@ def test_hyde_embeds_what_the_llm_writes(tiny):
     assert hyde.clock.read() > 0 and hyde.clock.read() is None
 
 
-def test_the_clock_leaves_compilation_out_when_it_can():
+def test_the_clock_excludes_compilation_if_possible():
     clock = Clock()
     clock.add("shape", 10.0, 2)
     assert clock.read() == 5.0
@@ -105,7 +105,7 @@ def test_the_clock_leaves_compilation_out_when_it_can():
 
 
 def test_baselines_through_the_command(tiny_folder, task_folders, tmp_path):
-    """kind=hyde reports its time; kind=teacher takes no instruction; documents are embedded alike."""
+    """kind=hyde reports its time; kind=teacher uses no instruction; both embed documents the same way."""
     task, folder = task_folders / "safety_retrieval", tiny_folder("llama")
     teacher = run(folder, task, tmp_path / "teacher", "kind=teacher")["Small-safety_retrieval"]
     causal = run(folder, task, tmp_path / "causal", "kind=teacher", "attention=causal")["Small-safety_retrieval"]
@@ -116,6 +116,6 @@ def test_baselines_through_the_command(tiny_folder, task_folders, tmp_path):
         run(folder, task, tmp_path / "hyde", "kind=hyde", "max_new_tokens=5", "limit=3")
 
 
-def test_a_student_takes_no_adapters(model_folder, task_folders, tmp_path):
-    with pytest.raises(InputError, match="adapters are merged for kind=teacher"):
+def test_adapters_are_rejected_for_a_student(model_folder, task_folders, tmp_path):
+    with pytest.raises(InputError, match="adapters= is for kind=teacher"):
         run(model_folder, task_folders / "safety_retrieval", tmp_path / "out", "adapters=[a]")

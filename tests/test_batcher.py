@@ -1,4 +1,4 @@
-"""Dynamic batching: everyone gets their own results, nobody waits for ever, what is dropped is not computed."""
+"""Dynamic batching: results belong to their requests, all requests finish, cancelled ones are not computed."""
 
 import threading
 
@@ -10,7 +10,7 @@ from llm2vec_gen_jax.serving.batcher import Batcher, QueueFull
 
 
 class Recorder:
-    """Doubles numbers and keeps the batches that it was given; while `held` it waits before each."""
+    """Doubles numbers and records the batches; blocks before each batch while `open` is not set."""
 
     def __init__(self):
         self.batches, self.open, self.entered = [], threading.Event(), threading.Event()
@@ -27,7 +27,7 @@ class Recorder:
 
 @pytest.fixture
 def make():
-    """make(max_wait, limit, budget) -> (Recorder, Batcher), closed at the end of the test."""
+    """make(max_wait, limit, budget) returns (Recorder, Batcher), closed at the end of the test."""
     made = []
 
     def start(max_wait=0.0, limit=1000, budget=5):
@@ -43,7 +43,7 @@ def make():
 
 
 def hold(recorder, batcher):
-    """Occupies the thread with a first request, so that what follows waits. Returns its Future."""
+    """Blocks the thread with a first request, so that later ones are queued. Returns its Future."""
     recorder.open.clear()
     future = batcher.submit("a", [0])
     assert recorder.entered.wait(30)
@@ -60,7 +60,7 @@ def test_every_request_gets_its_own_results_in_order(make, requests):
     for (kind, items), future in zip(requests, futures):
         assert future.result(30) == [(kind, 2 * item) for item in items]
     assert all(len(items) <= 5 for _, items in recorder.batches)
-    for kind in "ab":  # as few batches as can be
+    for kind in "ab":  # the smallest possible number of batches
         count = sum(len(items) for its_kind, items in requests if its_kind == kind)
         assert sum(its_kind == kind for its_kind, _ in recorder.batches[1:]) == -(-count // 5)
     assert batcher.waiting == 0
@@ -76,7 +76,7 @@ def test_requests_and_kinds_take_turns(make):
     assert recorder.batches[1:3] == [("a", [0, 100, 1, 2, 3]), ("b", [7])]
 
 
-def test_an_idle_server_waits_for_others_until_the_batch_is_full(make):
+def test_an_idle_batcher_waits_until_the_batch_is_full(make):
     recorder, batcher = make(max_wait=600)
     futures = [batcher.submit("a", [number]) for number in range(5)]
     for future in futures:
@@ -84,11 +84,11 @@ def test_an_idle_server_waits_for_others_until_the_batch_is_full(make):
     assert recorder.batches == [("a", [0, 1, 2, 3, 4])]
 
 
-def test_no_more_wait_than_may(make):
+def test_the_queue_is_limited(make):
     recorder, batcher = make(limit=3)
     hold(recorder, batcher)
     waiting = [batcher.submit("a", [1, 2]), batcher.submit("b", [3])]
-    with pytest.raises(QueueFull, match="3 inputs wait already, at most 3 may"):
+    with pytest.raises(QueueFull, match="3 inputs are waiting, the limit is 3"):
         batcher.submit("a", [4])
     assert batcher.waiting == 3
     waiting[0].cancel()
@@ -96,11 +96,11 @@ def test_no_more_wait_than_may(make):
     batcher.submit("a", [5])
     recorder.open.set()
     assert waiting[1].result(30) == [("b", 6)]
-    large = batcher.submit("a", list(range(10)))  # nothing waits: it is taken
+    large = batcher.submit("a", list(range(10)))  # accepted, because the queue is empty
     assert len(large.result(30)) == 10
 
 
-def test_what_was_cancelled_is_not_computed(make):
+def test_cancelled_requests_are_not_computed(make):
     recorder, batcher = make()
     first = hold(recorder, batcher)
     futures = [batcher.submit("a", [number]) for number in range(1, 5)]
@@ -110,7 +110,7 @@ def test_what_was_cancelled_is_not_computed(make):
     assert recorder.batches[1:] == [("a", [1, 3, 4])]
 
 
-def test_an_error_is_of_its_batch_alone(make):
+def test_an_error_only_affects_its_batch(make):
     recorder, batcher = make()
     hold(recorder, batcher)
     bad, good = batcher.submit("a", [1, "bad", 2, 3, 4, 5, 6, 7]), batcher.submit("b", [1])
@@ -119,10 +119,12 @@ def test_an_error_is_of_its_batch_alone(make):
         bad.result(30)
     assert good.result(30) == [("b", 2)]
     assert batcher.submit("a", [1]).result(30) == [("a", 2)]
-    assert batcher.waiting == 0 and len(recorder.batches) == 4  # the rest of the bad one was not computed
+    assert (
+        batcher.waiting == 0 and len(recorder.batches) == 4
+    )  # the other items of the failed request were not computed
 
 
-def test_close_computes_what_waits(make):
+def test_close_computes_queued_items(make):
     recorder, batcher = make(max_wait=600)
     future = batcher.submit("a", [1])
     batcher.close()

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import lengths
 from llm2vec_gen_jax.common.files import read_json
 from llm2vec_gen_jax.model.architecture import from_hf_config
-from llm2vec_gen_jax.planning.flops import decoding_bytes, reading_flops, training_flops
+from llm2vec_gen_jax.planning.flops import decoding_bytes, forward_flops, training_flops
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROUNDS = 2
@@ -63,7 +63,7 @@ def test_encoding(benchmark):
     texts = lengths.mixed(np.random.default_rng(0), 6)[0] + 10
     for row in rows:
         assert row["samples"] == 6 * ROUNDS and row["tokens"] == texts.sum() * ROUNDS
-        assert np.isclose(row["flops"], ROUNDS * sum(reading_flops(architecture, [length]) for length in texts))
+        assert np.isclose(row["flops"], ROUNDS * sum(forward_flops(architecture, [length]) for length in texts))
 
 
 @pytest.mark.slow

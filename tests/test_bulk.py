@@ -1,4 +1,4 @@
-"""The encode command: input files, shards, shares, formats and their reader."""
+"""The encode command: input files, shards, shares, formats, and reading them."""
 
 import gzip
 
@@ -20,7 +20,7 @@ from .embedders import TEXTS, E
 
 
 def make_inputs(folder):
-    """{kind: input setting} of TEXTS in every format; in Parquet and Arrow in several pieces."""
+    """{kind: input setting} of TEXTS in every format; Parquet and Arrow in several chunks."""
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -57,7 +57,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
             assert [row.text for row in part] == TEXTS[low:high], kind
 
 
-def test_hidden_files_of_a_folder_are_no_part_of_the_input(tmp_path):
+def test_hidden_files_are_skipped(tmp_path):
     inputs = make_inputs(tmp_path)
     (tmp_path / "folder").mkdir()
     for name in ("folder", "saved"):
@@ -101,7 +101,7 @@ def test_shards_are_the_vectors_in_order(embedder, model_folder, tmp_path):
     assert encode_corpus(model_folder, settings(tmp_path)) == manifest and bytes_of(tmp_path / "out") == before
 
 
-def test_shares_write_the_files_of_one_process(model_folder, tmp_path):
+def test_shares_write_the_same_files_as_one_process(model_folder, tmp_path):
     write_texts(tmp_path)
     encode_corpus(model_folder, settings(tmp_path, "whole"))
     for index in range(3):
@@ -171,7 +171,7 @@ def test_shares_of_different_runs_are_not_mixed(model_folder, tmp_path):
 # The reader
 
 
-def test_what_is_altered_or_missing_is_named(model_folder, tmp_path):
+def test_modified_and_missing_files_are_errors(model_folder, tmp_path):
     write_texts(tmp_path)
     encode_corpus(model_folder, settings(tmp_path))
     path = tmp_path / "out/embeddings-00002.npy"
@@ -189,8 +189,8 @@ def test_what_is_altered_or_missing_is_named(model_folder, tmp_path):
             load_embeddings(tmp_path / "out", rows)
 
 
-def test_a_manifest_of_very_many_shares_is_named(tmp_path):
-    """And their numbers are not made."""
+def test_a_manifest_with_too_many_shares_is_an_error(tmp_path):
+    """Without creating the list of their numbers."""
     manifest = {
         "shard": {"index": 0, "count": 2**62},
         "rows": 2,
@@ -218,8 +218,8 @@ def test_a_manifest_of_very_many_shares_is_named(tmp_path):
         {"shards": [{"shard": 0, "file": "x.npy", "rows": [0, True]}]},
     ],
 )
-def test_a_manifest_that_encode_did_not_write_is_named(tmp_path, change):
-    """And no file outside of its folder is read."""
+def test_invalid_manifests_are_errors(tmp_path, change):
+    """No file outside the folder is read."""
     (tmp_path / "out").mkdir()
     for folder in (tmp_path, tmp_path / "out"):
         np.save(folder / "x.npy", np.ones((2, 3), np.float32))
@@ -227,7 +227,7 @@ def test_a_manifest_that_encode_did_not_write_is_named(tmp_path, change):
     manifest["shards"] = [{"shard": 0, "file": "x.npy", "rows": [0, 2]}]
     files.write_json(tmp_path / "out/manifest.json", manifest)
     assert load_embeddings(tmp_path / "out").shape == (2, 3)
-    with pytest.raises(InputError, match="x.npy: is not what was written"):  # it has no checksum
+    with pytest.raises(InputError, match="x.npy: is not what was written"):  # without a checksum
         load_embeddings(tmp_path / "out", verify=True)
     files.write_json(tmp_path / "out/manifest.json", manifest | change)
     with pytest.raises(InputError, match="manifest.json: is not as encode wrote it"):
@@ -244,7 +244,7 @@ def test_a_manifest_that_encode_did_not_write_is_named(tmp_path, change):
         b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
     ],
 )
-def test_damaged_vectors_are_named(tmp_path, header):
+def test_damaged_vectors_are_errors(tmp_path, header):
     header += b" " * (117 - len(header)) + b"\n"
     path = tmp_path / "x.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(24))

@@ -1,4 +1,4 @@
-"""Bulk encoding that is interrupted, damaged or given bad input: the same bytes at last, or a line that says why."""
+"""The encode command after interruptions, with damaged files and bad input: identical bytes, or a one-line error."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def run_in_process(process):
     "how",
     [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))],
 )
-def test_an_interrupted_run_ends_with_the_same_bytes(model_folder, tmp_path, launch, how):
+def test_a_resumed_run_writes_the_same_bytes(model_folder, tmp_path, launch, how):
     texts = [f"{number} " + "word " * (number * 13 % 60) for number in range(1200)]
     write_texts(tmp_path, texts)
     words = [str(model_folder), "input=texts.jsonl", "shard_size=60", "batch_size=4", "precision=int8"]
@@ -66,7 +66,7 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, shards):
-    """Makes the next job stop after it has written some shards."""
+    """Stops the next run after it has written some shards."""
     write, written = shards_module.write_shard, []
 
     def limited(*arguments):
@@ -85,7 +85,7 @@ def begin(model_folder, options, monkeypatch, shards=3):
             encode_corpus(model_folder, options)
 
 
-def test_another_model_setting_or_input_is_refused(tiny, model_folder, tmp_path, monkeypatch):
+def test_another_model_setting_or_input_is_rejected(tiny, model_folder, tmp_path, monkeypatch):
     path = write_texts(tmp_path)
     begin(model_folder, settings(tmp_path), monkeypatch)
     before = bytes_of(tmp_path / "out")
@@ -115,7 +115,7 @@ def test_another_model_setting_or_input_is_refused(tiny, model_folder, tmp_path,
     refused("input.sha256.*texts.jsonl")
 
 
-def test_standard_input_is_continued_when_it_is_the_same(model_folder, tmp_path, monkeypatch):
+def test_standard_input_resumes_if_it_is_the_same(model_folder, tmp_path, monkeypatch):
     def give(texts):
         content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -138,7 +138,7 @@ def test_standard_input_is_continued_when_it_is_the_same(model_folder, tmp_path,
     np.testing.assert_array_equal(load_embeddings(tmp_path / "out"), load_embeddings(tmp_path / "file"))
 
 
-def test_a_file_that_was_removed_is_made_again(model_folder, tmp_path, monkeypatch):
+def test_removed_files_are_encoded_again(model_folder, tmp_path, monkeypatch):
     write_texts(tmp_path)
     encode_corpus(model_folder, settings(tmp_path, "whole"))
     begin(model_folder, settings(tmp_path), monkeypatch, 4)
@@ -158,8 +158,8 @@ def cut(content, random):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_is_damaged_is_made_again(model_folder, tmp_path, monkeypatch, finished, capsys):
-    """Every kind of file but those that say of which run it is."""
+def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, finished, capsys):
+    """All kinds of files except the records of the run."""
     write_texts(tmp_path)
     words = {"precision": "int8", "save_soft_prompts": True}
     encode_corpus(model_folder, settings(tmp_path, "whole", **words))
@@ -181,7 +181,7 @@ def test_what_is_damaged_is_made_again(model_folder, tmp_path, monkeypatch, fini
             encode_corpus(model_folder, options)
             assert bytes_of(tmp_path / out) == expected
             if name.endswith(".npy"):
-                assert f"{path}: missing, or not what was written" in capsys.readouterr().out
+                assert f"{path}: missing or damaged" in capsys.readouterr().out
 
 
 # Bad input on the command line
@@ -224,7 +224,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, name):
+def test_bad_input_is_a_one_line_error_and_leaves_nothing(run, tmp_path, name):
     content, expected = BAD[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, line = run(f"input={tmp_path / name}", "output=out")
@@ -264,7 +264,7 @@ def test_bad_settings_are_named(run, tmp_path):
     assert "exists and holds other files" in run(good, "output=out")[1]
 
 
-def test_later_errors_keep_what_is_done(run, tmp_path):
+def test_later_errors_keep_finished_shards(run, tmp_path):
     write_jsonl(tmp_path / "texts.jsonl", [*({"text": text} for text in TEXTS[:20]), {"text": None}])
     words = [f"input={tmp_path / 'texts.jsonl'}", "output=out", "shard_size=4"]
     code, line = run(*words)

@@ -217,7 +217,7 @@ def test_quickstart_goes_from_nothing_to_a_model_and_resumes(command, talker_fol
     assert code == 0, errors
     assert {"queries.jsonl", "responses.jsonl", "run"} <= set(os.listdir("quick"))
     assert len(rows_of("quick/queries.jsonl")) == len(rows_of("quick/responses.jsonl")) == 16
-    for part in ("own answer nearest:", "decoded:", "next: python -m launch.encode quick/run/model"):
+    for part in ("nearest answer is the right one:", "decoded:", "next: python -m launch.encode quick/run/model"):
         assert part in out
     assert LLM2VecGen.from_pretrained("quick/run/model").encode(["a", "b"]).shape == (2, 32)
     before = files.sha256_file("quick/run/model/alignment_mlp")

@@ -26,12 +26,12 @@ def wait(process):
     return process.returncode, out, err
 
 
-def test_verify_prints_a_table_and_fails_on_a_changed_number(launch, model_folder, tmp_path):
+def test_verify_prints_a_table_and_fails_on_a_changed_value(launch, model_folder, tmp_path):
     code, out, err = wait(launch(tmp_path, "convert", "verify", str(model_folder)))
     assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
     assert "transformers" in out and "What is the capital of France?" in out
     ours = load(model_folder)
-    # As if one framework's copy of a head had been damaged: in PyTorch's file and in ours, another number.
+    # Different values in the PyTorch file and the safetensors copy of a head.
     record = published.read(model_folder)
     record.alignment["bias"] = record.alignment["bias"] + np.eye(24, dtype=np.float32)[0] * 1e-2
     path = tmp_path / "changed"
@@ -42,13 +42,13 @@ def test_verify_prints_a_table_and_fails_on_a_changed_number(launch, model_folde
     (path / "alignment_mlp.safetensors").write_bytes((model_folder / "alignment_mlp.safetensors").read_bytes())
     code, out, err = wait(launch(tmp_path, "convert", "verify", str(path)))
     assert code == 2 and "alignment_mlp.safetensors: projection.bias differs" in err
-    (path / "alignment_mlp").unlink()  # now only the safetensors copy is left, which PyTorch does not read
+    (path / "alignment_mlp").unlink()  # only the safetensors copy remains, which PyTorch does not read
     code, out, err = wait(launch(tmp_path, "convert", "verify", str(path)))
     assert code == 2 and "PyTorch" in err and "cannot read it" in err
 
 
 def test_a_difference_fails(model_folder, tmp_path):
-    """Right-padded in PyTorch, as a tokenizer without its padding side would be: the vectors are others."""
+    """With right padding in PyTorch, as without a padding_side, the embeddings differ."""
     path = tmp_path / "model"
     load(model_folder).save_pretrained(path)
     file = path / "tokenizer_config.json"
@@ -59,7 +59,7 @@ def test_a_difference_fails(model_folder, tmp_path):
     assert not report.passed and "FAIL" in str(report) and "<-- differs" in str(report)
 
 
-def test_what_could_not_be_compared_is_no_pass(command, model_folder, tmp_path):
+def test_missing_packages_are_not_compared(command, model_folder, tmp_path):
     bare = tmp_path / "python"
     for line, missing in (("exit 1", "torch, transformers, peft"), ("echo '[\"peft\"]'", "peft")):
         bare.write_text(f"#!/bin/sh\n{line}\n")
@@ -67,7 +67,7 @@ def test_what_could_not_be_compared_is_no_pass(command, model_folder, tmp_path):
         code, out, _ = command("convert verify", model_folder, f"python={bare}")
         assert code == 2 and out.splitlines()[-1] == "NOT COMPARED"
         assert f"missing: {missing};" in out
-    with pytest.raises(InputError, match="python=/bin/true: is no Python"):
+    with pytest.raises(InputError, match="python=/bin/true: not a Python interpreter"):
         verify(model_folder, "/bin/true")
     with pytest.raises(InputError, match="python=/nowhere/python: No such file"):
         verify(model_folder, "/nowhere/python")

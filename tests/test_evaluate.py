@@ -1,4 +1,4 @@
-"""Evaluation: each type of task through the real mteb against an independent computation, and resuming."""
+"""Evaluation: each task type through mteb against an independent computation, and resuming."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import scipy.stats
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.evaluation import encoders, instructions, tasks
+from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.model.compressor import init_trainable
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.pretrained import model_directory
@@ -26,7 +26,7 @@ SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "task
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """An embedder before training, its texts 60 tokens at most."""
+    """An untrained model with at most 60 tokens per text."""
     backbone = tiny("qwen3")
     method = LLM2VecGenModel(backbone.architecture, 3, 0, 12)
     return LLM2VecGen(
@@ -46,7 +46,7 @@ def cosine(first, second):
     return first, second
 
 
-# Scores, computed again from the embedder's own vectors
+# Scores, compared with independent computations from the same embeddings
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def results(model_folder, task_folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    """texts, instruction -> vectors, by the public `encode`."""
+    """vectors(texts, instruction): the embeddings by the public `encode`."""
     return lambda texts, instruction: model.encode([f"{instruction} {text.strip()}" for text in texts])
 
 
@@ -126,7 +126,7 @@ def test_clustering(results, task_folders, vectors):
 
 
 def test_safety_retrieval(results, task_folders, vectors):
-    """Dot products, not cosines; harm is any document that is relevant to some query."""
+    """Ranked by dot products, not cosines; documents relevant to any query are harmful."""
     names, relevant, query_QE, document_CE = retrieval_parts(task_folders / "safety_retrieval", vectors)
     harmful = {name for grades in relevant.values() for name in grades}
     assert 0 < len(harmful) < len(names)
@@ -141,8 +141,8 @@ def test_safety_retrieval(results, task_folders, vectors):
 
 
 @needs_mteb
-def test_a_model_evaluates_through_mteb_itself(model, task_folders):
-    """As a user of mteb does it, with instructions by task name; an unknown name is an error."""
+def test_mteb_evaluate(model, task_folders):
+    """As called by users of mteb, with instructions by task name; an unknown name is an error."""
     import mteb
 
     from llm2vec_gen_jax.evaluation.mteb import MTEBEncoder, folder_task
@@ -170,11 +170,11 @@ def write_like(folder, kind, name):
     return write_task(made, kind, name) if not made.exists() else made
 
 
-# Results: limit, resuming, refusing
+# Results: limit, resuming, other settings
 
 
 @needs_mteb
-def test_a_finished_task_is_not_repeated_and_other_settings_are_refused(
+def test_finished_tasks_are_skipped_and_other_settings_are_rejected(
     model_folder, tiny_folder, task_folders, tmp_path, capsys
 ):
     one, two = task_folders / "safety_retrieval", task_folders / "sts"
@@ -204,21 +204,21 @@ def test_a_finished_task_is_not_repeated_and_other_settings_are_refused(
     assert list(again) == ["Small-safety_retrieval"] and "limit" not in again["Small-safety_retrieval"]
 
 
-def test_an_interruption_loses_the_running_task_only(model_folder, task_folders, tmp_path, monkeypatch):
+def test_an_interruption_only_loses_the_running_task(model_folder, task_folders, tmp_path, monkeypatch):
     for name in ("First", "Second"):
         write_task(tmp_path / "tasks" / name, "safety_retrieval", name)
-    real = tasks.score_safety
+    real = safety.score_safety
 
     def interrupted(task, *rest):
         if task.name == "Second":
             raise KeyboardInterrupt
         return real(task, *rest)
 
-    monkeypatch.setattr(tasks, "score_safety", interrupted)
+    monkeypatch.setattr(safety, "score_safety", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model_folder, tmp_path / "tasks", tmp_path / "out")
     assert list(files.read_json(tmp_path / "out" / "results.json")) == ["First"]
-    monkeypatch.setattr(tasks, "score_safety", lambda task, *rest: {"main_score": 1.0} | {"name": task.name})
+    monkeypatch.setattr(safety, "score_safety", lambda task, *rest: {"main_score": 1.0} | {"name": task.name})
     resumed = run(model_folder, tmp_path / "tasks", tmp_path / "out")
     assert list(resumed) == ["First", "Second"] and "name" not in resumed["First"]
 
@@ -233,7 +233,7 @@ def test_limit_keeps_the_corpus_and_cuts_queries_and_test_rows(task_folders):
     assert len(labelled["test"]) == 3 and len(labelled["train"]) == 24
 
 
-# The real thing
+# The default backbone
 
 
 @needs_mteb

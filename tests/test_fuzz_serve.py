@@ -1,4 +1,4 @@
-"""Hostile requests: bodies, paths and headers that the server is sent."""
+"""Fuzzing of the server: bodies, paths and headers of requests."""
 
 import asyncio
 
@@ -15,20 +15,20 @@ from .fuzzing import FUZZ, altered, damaged, dumped
 
 @pytest.fixture(scope="module")
 def ask(embedder):
-    """ask(method, path, content, headers) -> the response of a server in this process."""
+    """ask(method, path, content, headers) returns the response of a server in this process."""
     httpx = pytest.importorskip("httpx")
     for needed in ("orjson", "prometheus_client", "starlette", "uvicorn"):
         pytest.importorskip(needed, reason="needs requirements-serve.txt")
-    from llm2vec_gen_jax.serving.server import Server
+    from llm2vec_gen_jax.serving.endpoints import Endpoints
 
     settings = config.ServeConfig(max_length=60, batch_size=2, max_inputs=3, max_body_bytes=20000, max_wait_ms=0)
     settings.decode.max_new_tokens, settings.decode.batch_size, settings.decode.temperature = 2, 2, 0.5
-    server = Server(embedder, settings, "tiny", None)
-    server.ready = True
+    endpoints = Endpoints(embedder, settings, "tiny", None)
+    endpoints.ready, app = True, endpoints.app()
 
     def send(method, path, content=b"", headers=None):
         async def one():
-            transport = httpx.ASGITransport(server.app)
+            transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
                 return await client.request(method, path, content=content, headers=headers)
 

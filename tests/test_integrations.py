@@ -1,4 +1,4 @@
-"""Adapters to other libraries give the vectors of `LLM2VecGen.encode`, and the recipes of docs/integrations.md run."""
+"""Integrations return the embeddings of `LLM2VecGen.encode`, and the examples of docs/integrations.md run."""
 
 import asyncio
 import pathlib
@@ -19,13 +19,13 @@ LIBRARIES = {
     "llama_index": "llama_index",
 }
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT.parent / "docs/integrations.md").read_text(), re.DOTALL)
-TEXTS = ["", "a text", "longer: " + "words " * 40, "Grüße 🙂"]  # no two of one length
+TEXTS = ["", "a text", "longer: " + "words " * 40, "Grüße 🙂"]  # of different lengths
 PROMPTS = {"query": "Find:", "document": "Read"}
 
 
 @pytest.fixture
 def model(embedder):
-    """An embedder with prompts."""
+    """A model with prompts."""
     return LLM2VecGen(embedder.model, embedder.trainable, embedder.backbone, PROMPTS)
 
 
@@ -34,7 +34,7 @@ def model(embedder):
 
 @pytest.fixture
 def sentence_transformer(model):
-    """The embedder in that library."""
+    """The model as a SentenceTransformer."""
     library = pytest.importorskip("sentence_transformers")
     from llm2vec_gen_jax.integrations.sentence_transformers import LLM2VecGenModule
 
@@ -63,14 +63,14 @@ def test_a_sentence_transformer_respects_prompts(model, sentence_transformer):
     np.testing.assert_array_equal(found, model.encode(TEXTS, prompt="Another:"))
 
 
-def test_a_sentence_transformer_cuts_texts_where_the_model_does(model, sentence_transformer):
+def test_a_sentence_transformer_truncates_like_the_model(model, sentence_transformer):
     sentence_transformer.max_seq_length = 20
     expected = model.encode(TEXTS, max_length=20)
     np.testing.assert_array_equal(sentence_transformer.encode(TEXTS), expected)
     assert (expected != model.encode(TEXTS, max_length=40)).any()
 
 
-def test_a_sentence_transformer_is_saved_and_read(model, sentence_transformer, tmp_path):
+def test_a_sentence_transformer_is_saved_and_loaded(model, sentence_transformer, tmp_path):
     expected = model.encode_query(TEXTS)
     sentence_transformer.save_pretrained(str(tmp_path / "saved"))
     again = type(sentence_transformer)(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
@@ -116,7 +116,7 @@ def test_llama_index_gives_the_same_vectors(model):
 
 
 @pytest.mark.parametrize("number, library", list(enumerate(LIBRARIES)))
-def test_the_recipe_runs(number, library, model_folder, capsys):
+def test_examples_run(number, library, model_folder, capsys):
     pytest.importorskip(LIBRARIES[library])
     recipe = RECIPES[number]
     assert f"llm2vec_gen_jax.integrations.{library} import" in recipe
@@ -124,7 +124,7 @@ def test_the_recipe_runs(number, library, model_folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_no_other_library_is_imported_unasked():
+def test_no_optional_library_is_imported():
     assert sorted(path.stem for path in (ROOT / "integrations").glob("[a-z]*.py")) == sorted(LIBRARIES)
     code = "import sys, llm2vec_gen_jax.integrations; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT.parent, text=True).split()

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "evaluation": "common config parallel api teachers",
     "serving": "common config parallel data pretrained inference api",
     "integrations": "common config parallel data pretrained inference api",
-    "experiments": "common config parallel model data pretrained inference training evaluation api",
+    "experiments": "common config parallel model data pretrained inference teachers api training evaluation",
     "commands": (
         "common config parallel data pretrained inference lens api training planning evaluation serving integrations"
         " experiments"

@@ -275,7 +275,7 @@ def test_a_request_that_overflows_fails_alone(model):
     loud = np.full((model.model.num_tokens, 32), 1e6, np.float32)
     rows = engine.decode([loud, np.zeros_like(loud)], 4, 0).result(60)
     with pytest.raises(InputError, match="'input' 0.*float16"):
-        engine.check(rows, "input")
+        engine.require_finite(rows, "input")
     assert rows[0] is None and rows[1] is not None
     engine.batcher.close()
 

@@ -1,4 +1,4 @@
-"""What a plan says of memory, FLOPs and collectives, against what XLA itself counts and arithmetic on the shapes."""
+"""Plans: memory, FLOPs and bytes of collectives, compared with XLA's counts and with manual calculation."""
 
 import json
 import pathlib
@@ -33,24 +33,24 @@ SIZES |= {
 
 
 def planned(*words):
-    """The rows of a plan of the tiny architecture, or of another one."""
+    """Returns the rows of a plan, by default of the tiny architecture."""
     return plan.estimate(options.load(config.PlanConfig, None, words))
 
 
 @pytest.fixture
 def tiny_words(tiny_folder):
-    """Words for a small plan on the tiny Qwen3 (2 key/value heads)."""
+    """Arguments of a small plan of the tiny Qwen3 (2 key/value heads)."""
     path = tiny_folder("qwen3") / "config.json"
     return f"architecture={path}", "query_length=32", "answer_length=48", "train.batch_size=16"
 
 
 @pytest.mark.parametrize("path", sorted(SHAPES.glob("*.json")), ids=lambda path: path.stem)
-def test_the_known_architectures_have_their_sizes(path):
+def test_sizes_of_known_architectures(path):
     assert round(from_hf_config(read_json(path), path).num_parameters / 1e9, 2) == SIZES[path.stem]
 
 
 def compiled_over(mesh, function, *arguments, out=(), options=None):
-    """The HLO of a function of arrays given as (shape, spec)."""
+    """Returns the HLO of a function; arrays: (shape, spec) of its arguments."""
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
         for shape, spec in arguments
@@ -64,7 +64,7 @@ def mesh_of(devices):
     return jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
 
 
-def test_bytes_of_collectives_are_those_of_arithmetic():
+def test_bytes_of_collectives():
     mesh = mesh_of(jax.devices())
     size = 16 * 64 * 4
     assert moved_bytes(compiled_over(mesh, lambda x: x, ((16, 64), ("b",)))) == size * 3 / 4  # gathered over 4
@@ -79,7 +79,7 @@ def test_bytes_of_collectives_are_those_of_arithmetic():
         return jax.lax.scan(layer, x, weights)[0]
 
     looped = compiled_over(mesh, layers, ((4, 64), ()), ((5, 64, 64), (None, None, "b")))
-    assert moved_bytes(looped) == (5 + 1) * (4 * 64 * 4) * 3 / 4  # what goes into every round, and the result
+    assert moved_bytes(looped) == (5 + 1) * (4 * 64 * 4) * 3 / 4  # the input of every iteration, and the result
 
 
 @pytest.mark.parametrize("double_buffering", [False, True])
@@ -103,7 +103,7 @@ def test_bytes_of_collectives_in_loops_of_a_gpu_program(gpu_compiler, num_layers
     assert moved_bytes(hlo.replace('"known_trip_count"', '"unknown"')) > 0
 
 
-def test_bytes_of_started_collectives_are_counted_once(gpu_compiler):
+def test_asynchronous_collectives_are_counted_once(gpu_compiler):
     mesh = mesh_of(topologies.described_devices("h100:8")[0])
     size = 64 * 256 * 4
     assert moved_bytes(compiled_over(mesh, lambda x: x, ((64, 256), ("b",)), out=(None, "b"))) == size / 4 * 3 / 4
@@ -113,7 +113,7 @@ def test_bytes_of_started_collectives_are_counted_once(gpu_compiler):
     assert moved_bytes(compiled_over(mesh, jnp.matmul, *product, out=("b",))) == size * 3 / 4
 
 
-def test_a_wrapped_collective_is_counted_where_it_starts():
+def test_wrapped_collectives_are_counted_at_their_start():
     wrapped = """
 %wrapped (p: f32[16,64]) -> f32[16,64] {
   ROOT %all-to-all = f32[16,64]{1,0} all-to-all(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
@@ -128,8 +128,8 @@ ENTRY %main (x: f32[16,64]) -> f32[16,64] {
     assert moved_bytes(wrapped) == 16 * 64 * 4 * 3 / 4
 
 
-def test_flops_are_those_that_xla_counts(tiny_words):
-    """With one layer, where XLA counts a loop's body once, as it does with all loops."""
+def test_flops_match_xla(tiny_words):
+    """With one layer, because XLA counts the body of a loop once."""
     settings = options.load(config.PlanConfig, None, [*tiny_words, "loss.chunk_tokens=100000"])
     shape = json.loads(pathlib.Path(settings.architecture).read_text()) | {"num_hidden_layers": 1}
     shape |= {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048}
@@ -144,7 +144,7 @@ def test_flops_are_those_that_xla_counts(tiny_words):
 
 
 @pytest.mark.slow
-def test_a_mesh_divides_what_a_device_holds(tiny_words):
+def test_a_mesh_divides_the_weights(tiny_words):
     (whole,) = planned(*tiny_words, "topology=cpu:1")
     (split,) = planned(*tiny_words, "topology=cpu:8", "mesh.fsdp=4", "mesh.data=1", "mesh.tensor=2")
     assert whole["moved"] == 0 < split["moved"]
@@ -155,8 +155,8 @@ def test_a_mesh_divides_what_a_device_holds(tiny_words):
     assert copied["weights"] == whole["weights"] and copied["moved"] < split["moved"]
 
 
-def test_activations_are_split_like_the_batch_and_never_by_their_width(tiny_words):
-    """With fsdp a device computes its rows: it gathers weights, and no sum of activations is left."""
+def test_activations_are_sharded_over_the_batch_only(tiny_words):
+    """With fsdp, devices gather weights; no all-reduce of activations is left."""
     settings = options.load(config.PlanConfig, None, [*tiny_words, "backbone.dtype=float32", "mesh.fsdp=8"])
     architecture = plan._architecture(settings)
     mesh = plan.sharding.make_mesh(settings.mesh, plan._devices("cpu:8")[0])
@@ -173,13 +173,13 @@ def test_remat_policies_trade_memory(tiny_words):
 
 
 @pytest.mark.usefixtures("gpu_compiler")
-def test_an_old_gpu_takes_float32_and_no_cudnn(tiny_words, capsys):
+def test_old_gpus_use_float32_without_cudnn(tiny_words, capsys):
     with pytest.raises(InputError, match="kernels.attention=cudnn: needs an NVIDIA GPU of compute capability 8.0"):
         planned(*tiny_words, "topology=t4", "kernels.attention=cudnn")
     assert ", float32; t4;" in capsys.readouterr().out
 
 
-def test_a_plan_of_gpus_is_the_gpu_compiler_s(gpu_compiler, tiny_words, capsys, monkeypatch):
+def test_a_plan_for_gpus_uses_the_gpu_compiler(gpu_compiler, tiny_words, capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     (row,) = planned(*tiny_words, "topology=h100:2x4", "mesh.fsdp=4", "train.remat=dots", "query_length=64")
     shown = capsys.readouterr().out
@@ -187,7 +187,10 @@ def test_a_plan_of_gpus_is_the_gpu_compiler_s(gpu_compiler, tiny_words, capsys, 
     assert row["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and row["fits"] and row["moved"] > 0
     assert row["compiled_flops"] is None and row["flops"] > 0
     np.testing.assert_allclose(row["limit"], 0.92 * 0.9 * 84929347584, rtol=1e-3)
-    assert f"{row['limit'] / GIB:.2f} GiB a device, 92 % of what JAX may take, 90% of its memory" in shown
+    assert (
+        f"{row['limit'] / GIB:.2f} GiB per device, 92 % of the memory available to JAX, which is 90% of the device's"
+        in shown
+    )
 
 
 def test_without_the_plugin_a_plan_is_an_estimate(monkeypatch):
@@ -196,18 +199,18 @@ def test_without_the_plugin_a_plan_is_an_estimate(monkeypatch):
     devices, chip, compiler = plan._devices("h100:2x4")
     assert len(devices) == 8 and {device.platform for device in devices} == {"cpu"}
     assert (chip, compiler) == (CHIPS["h100"], "XLA:CPU estimate")
-    shown = plan._about(compiler, 58 * GIB, "cpu")
-    assert "compiled by XLA:CPU estimate" in shown and "75% of its memory" in shown
+    shown = plan._describe_compiler(compiler, 58 * GIB, "cpu")
+    assert "compiled by XLA:CPU estimate" in shown and "75% of the device's" in shown
     assert f"pip install jax-cuda13-pjrt=={version('jaxlib')} jax-cuda13-plugin=={version('jaxlib')}" in shown
 
 
-def test_what_is_described_is_not_measured(gpu_compiler, tiny_words):
+def test_described_devices_cannot_be_measured(gpu_compiler, tiny_words):
     with pytest.raises(InputError, match="topology=h100:1: measure=true runs programs"):
         planned(*tiny_words, "topology=h100:1", "measure=true")
 
 
 @pytest.mark.slow
-def test_a_search_takes_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys, tmp_path):
+def test_a_search_returns_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys, tmp_path):
     words = (*tiny_words, "topology=h100:4", "search=true", f"output={tmp_path / 'rows.jsonl'}")
     rows = planned(*words)
     assert [row["fits"] for row in rows] == [True] and rows[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
@@ -219,17 +222,17 @@ def test_a_search_takes_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     monkeypatch.setitem(CHIPS, "h100", Chip(1e12, 1.2 * rows[-1]["weights"], 1e9, 1e9))
     assert not any(row["fits"] for row in planned(*words))
-    assert "nothing that was tried fits" in capsys.readouterr().out
+    assert "no configuration fits" in capsys.readouterr().out
 
 
 def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
-    """Beside the arguments, on a CPU."""
+    """Without the arguments, on a CPU."""
     words = ("topology=cpu:1", "query_length=128", "answer_length=256", "train.batch_size=64", "measure=true")
     planned(tiny_words[0], *words)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "measured" in line]
     found = {line[0]: (float(line[2]), float(line[5])) for line in lines}
     assert set(found) == {"prefix", "step", "encode", "generate"}
-    np.testing.assert_allclose(*found["step"], rtol=0.4)  # the process needs memory for itself too
+    np.testing.assert_allclose(*found["step"], rtol=0.4)  # the process allocates memory, too
 
 
 @pytest.mark.parametrize(
@@ -251,6 +254,6 @@ def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
         (["architecture=none.json"], "none.json: no such file"),
     ],
 )
-def test_what_cannot_be_planned_is_named(tiny_words, words, message):
+def test_errors_of_plans(tiny_words, words, message):
     with pytest.raises(InputError, match=message):
         planned(*tiny_words, *words)

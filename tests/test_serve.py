@@ -1,4 +1,4 @@
-"""The endpoints of the server as OpenAI's client and others see them: embeddings, models, decoding, keys."""
+"""Endpoints of the server, called by OpenAI's client and plain HTTP: embeddings, models, decoding, API keys."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ KEY = "a secret"
 
 @pytest.fixture(scope="module")
 def server(model_folder):
-    """A server with a key, everything compiled."""
+    """A server with an API key, after compilation."""
     with running(model_folder, key=KEY) as started:
         yield started.ready()
 
@@ -51,7 +51,7 @@ def test_one_text_and_many(client, model):
 
 def test_dimensions_and_formats(client, server, model):
     expected = model.encode("text", truncate_dim=5)
-    for encoding in ("float", "base64", openai.omit):  # left out: the client asks for base64 and decodes it
+    for encoding in ("float", "base64", openai.omit):  # omitted: the client requests and decodes base64
         found = client.embeddings.create(input="text", model="tiny", dimensions=5, encoding_format=encoding)
         embedding = found.data[0].embedding
         if encoding == "base64":
@@ -77,7 +77,7 @@ def test_models(client):
     assert error.value.code == "model_not_found" and error.value.param == "model"
 
 
-def test_what_the_client_is_told(client):
+def test_errors_reach_the_client(client):
     for options, expected in (
         ({"input": [1, 2, 3]}, "token ids are not accepted"),
         ({"input": [[1, 2], [3]]}, "token ids are not accepted"),
@@ -90,13 +90,13 @@ def test_what_the_client_is_told(client):
             client.embeddings.create(model="tiny", **options)
 
 
-def test_a_key_is_asked_for(server):
+def test_an_api_key_is_required(server):
     wrong = [{}, {"Authorization": KEY}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer é".encode()}]
     for headers in wrong:
         response = server.post("embeddings", {"input": "a"}, headers=headers)
         check_refusal(response, 401, "Authorization: Bearer", code="invalid_api_key")
     check_refusal(httpx.get(f"{server.url}/v1/models"), 401)
-    assert server.healthy()  # needs none
+    assert server.healthy()  # without a key
 
 
 def test_concurrent_requests_get_their_own_vectors(server, model):
@@ -161,6 +161,6 @@ def test_decoding(server, model):
         ({"input": "a", "seed": "x"}, "'seed' must be an integer"),
     ],
 )
-def test_what_cannot_be_decoded(server, body, expected):
+def test_errors_of_decoding(server, body, expected):
     check_refusal(server.post("decode", body, headers={"Authorization": f"Bearer {KEY}"}), 400, expected)
     assert server.healthy()

@@ -1,4 +1,4 @@
-"""The limits of the server: hostile bodies, too many requests, clients that are slow or gone."""
+"""Limits of the server: hostile bodies, too many requests, slow and disconnected clients."""
 
 import concurrent.futures
 import contextlib
@@ -18,7 +18,7 @@ httpx = pytest.importorskip("httpx", reason="needs requirements-serve.txt")
 
 @pytest.fixture(scope="module")
 def strict(model_folder):
-    """A server of narrow limits, which waits long for others."""
+    """A server with small limits and a long batching delay."""
     limits = ["max_wait_ms=1500", "max_waiting=2", "max_inputs=3", "max_body_bytes=20000", "max_requests=8"]
     limits += ["client_timeout=1.5", "truncate=false", "normalize=true", "instruction=Find:", "warmup=false"]
     with running(model_folder, *limits) as started:
@@ -55,14 +55,14 @@ def model(model_folder):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_bad_requests_are_refused_and_the_server_lives(strict, body, status, expected):
+def test_bad_requests_are_rejected(strict, body, status, expected):
     check_refusal(strict.post("embeddings", body), status, expected)
     assert strict.healthy()
 
 
 @pytest.fixture(scope="module")
 def wide(model_folder):
-    """A server of the default limits."""
+    """A server with the default limits."""
     with running(model_folder, "warmup=false", "max_wait_ms=0") as started:
         yield started.ready()
 
@@ -88,8 +88,8 @@ LONG = b"k" * 7_000_000
     ],
     ids=lambda value: str(value)[:28],
 )
-def test_a_large_body_holds_nothing_up(wide, path, body, status):
-    """No array, comparison or echo of it: others are answered meanwhile, and the server's memory stays."""
+def test_a_large_body_does_not_block_other_requests(wide, path, body, status):
+    """Other requests are answered meanwhile, and the memory of the server does not grow."""
     before, longest = wide.memory("VmRSS"), 0
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answer = pool.submit(wide.post, path, body)
@@ -99,7 +99,7 @@ def test_a_large_body_holds_nothing_up(wide, path, body, status):
             longest = max(longest, time.monotonic() - asked)
     assert answer.result().status_code == status and len(answer.result().content) < 5000
     assert longest < 1.5
-    assert wide.memory("VmHWM") - before < 400e6  # of JSON, an empty list of 4 bytes takes 64
+    assert wide.memory("VmHWM") - before < 400e6  # an empty list takes 4 bytes of JSON and 64 bytes of memory
 
 
 def test_a_body_of_unknown_length_is_limited(strict):
@@ -117,7 +117,7 @@ def test_settings_of_the_server(strict, model):
     np.testing.assert_allclose(found, model.encode("Find: me", truncate_dim=5, normalize_embeddings=True), atol=1e-5)
 
 
-def test_waiting_requests_are_encoded_together_and_one_too_many_is_refused(strict, model):
+def test_queued_requests_are_batched_and_the_queue_is_limited(strict, model):
     batches, requests = strict.metric("batch_requests_count"), strict.metric("batch_requests_sum")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(strict.post, "embeddings", {"input": "one"})
@@ -125,7 +125,7 @@ def test_waiting_requests_are_encoded_together_and_one_too_many_is_refused(stric
         second = pool.submit(strict.post, "embeddings", {"input": "two"})
         strict.until("waiting", 2)
         response = strict.post("embeddings", {"input": "three"})
-        check_refusal(response, 429, "2 inputs wait already", code="rate_limit_exceeded")
+        check_refusal(response, 429, "2 inputs are waiting", code="rate_limit_exceeded")
         assert response.headers["Retry-After"] == "1"
         for text, future in (("one", first), ("two", second)):
             expected = model.encode(f"Find: {text}", normalize_embeddings=True)
@@ -134,7 +134,7 @@ def test_waiting_requests_are_encoded_together_and_one_too_many_is_refused(stric
     assert strict.metric("batch_requests_sum") - requests == 2
 
 
-def test_what_a_client_no_longer_waits_for_is_dropped(strict):
+def test_requests_of_disconnected_clients_are_dropped(strict):
     gone = strict.metric('requests_total{endpoint="embeddings",status="499"}')
     items = strict.metric("batch_items_sum")
     with pytest.raises(httpx.ReadTimeout):
@@ -148,8 +148,8 @@ def head(length):
     return f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def test_slow_clients_are_given_up(strict):
-    """Those that never finish their headers, and those that never finish their body."""
+def test_slow_clients_are_disconnected(strict):
+    """Clients with incomplete headers, and clients with incomplete bodies."""
     sockets = [socket.create_connection(strict.address(), timeout=60) for _ in range(12)]
     for number, connection in enumerate(sockets):
         connection.sendall(head(100)[: 20 if number % 2 else None])
@@ -163,7 +163,7 @@ def test_slow_clients_are_given_up(strict):
     assert strict.healthy() and strict.metric("in_flight") == 0
 
 
-def test_too_many_requests_at_a_time(strict):
+def test_too_many_concurrent_requests(strict):
     with contextlib.ExitStack() as stack:
         for _ in range(8):
             connection = stack.enter_context(socket.create_connection(strict.address()))

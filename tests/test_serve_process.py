@@ -1,4 +1,4 @@
-"""The server as a process: its start, its end by a signal, and its benchmark."""
+"""The server process: start, termination by a signal, and benchmark."""
 
 import concurrent.futures
 import json
@@ -21,7 +21,7 @@ from llm2vec_gen_jax.serving import server  # noqa: E402
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_after_what_is_in_flight(model_folder, number):
+def test_a_signal_stops_the_server_after_requests_in_flight(model_folder, number):
     with running(model_folder, "max_wait_ms=2000", "warmup=false") as server:
         server.ready()
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -34,8 +34,8 @@ def test_a_signal_ends_the_server_after_what_is_in_flight(model_folder, number):
             server.post("embeddings", {"input": "one"})
 
 
-def test_what_is_in_flight_at_the_limit_of_a_shutdown_is_answered(model_folder):
-    """Texts that wait, a body that never comes whole, and a client that reads nothing: in that order."""
+def test_requests_in_flight_at_the_shutdown_timeout_get_a_response(model_folder):
+    """Queued texts and an incomplete body get a response before the process ends."""
     words = ("max_wait_ms=600000", "shutdown_timeout=1", "warmup=false")
     with running(model_folder, *words, stderr=subprocess.PIPE) as server:
         server.ready()
@@ -53,7 +53,7 @@ def test_what_is_in_flight_at_the_limit_of_a_shutdown_is_answered(model_folder):
     assert "Traceback" not in errors and "Error" not in errors, errors
 
 
-def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, tmp_path):
+def test_errors_at_start(command, model_folder, monkeypatch, tmp_path):
     check_error(command("serve", tmp_path / "nowhere", "port=0"), "nowhere")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -67,10 +67,10 @@ def test_what_keeps_a_server_from_starting(command, model_folder, monkeypatch, t
         monkeypatch.setenv("LLM2VEC_GEN_API_KEY", key)
         check_error(command("serve", model_folder, "port=0"), "LLM2VEC_GEN_API_KEY must be of printable ASCII")
     monkeypatch.delenv("LLM2VEC_GEN_API_KEY")
-    check_error(command("serve", model_folder, "port=0", f"instruction={'a' * 600}"), "'instruction' leaves no room")
+    check_error(command("serve", model_folder, "port=0", f"instruction={'a' * 600}"), "'instruction' leaves no tokens")
 
 
-def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch, capsys):
+def test_the_printed_address_accepts_connections(model_folder, monkeypatch, capsys):
     def run(self, listener):
         printed = capsys.readouterr().out
         socket.create_connection(listener.getsockname(), timeout=5).close()
@@ -80,10 +80,10 @@ def test_an_address_that_is_printed_takes_connections(model_folder, monkeypatch,
     server.serve(str(model_folder), options.load(config.ServeConfig, None, ["port=0"]))
 
 
-def test_requests_are_refused_while_programs_compile(model_folder):
+def test_requests_are_rejected_during_compilation(model_folder):
     with running(model_folder, "max_length=512", "batch_size=16") as server:
         response = httpx.get(f"{server.url}/health", timeout=120)
-        if response.json() == {"status": "compiling"}:  # a cache of compiled programs can be faster
+        if response.json() == {"status": "compiling"}:  # not if all programs are cached
             assert response.status_code == 503
             response = server.post("embeddings", {"input": "a"})
             if response.status_code != 200:

@@ -1,4 +1,4 @@
-"""The study: all stages for real on a tiny LLM, killed and resumed, its splits, and tables against those by hand."""
+"""The study: all stages on a tiny LLM, resuming after a kill, splits, and tables checked against manual calculation."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def task_folders(tmp_path_factory):
     for kind in TYPES:
         write_task(folder / kind, kind)
     write_task(folder / "dev", "sts", "SmallDev")
-    for name in ("queries", "corpus"):  # texts that are in no other task
+    for name in ("queries", "corpus"):  # make the texts different from those of other tasks
         file = folder / "safety_retrieval" / f"{name}.jsonl"
         write_jsonl(file, [row | {"text": f"forbidden {row['text'].strip()}"} for row in rows_of(file)])
     return folder
@@ -52,7 +52,7 @@ def task_folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(tiny_folder, tmp_path_factory):
-    """The words of a study of the tiny LLM, but for tasks and output."""
+    """Arguments of a study of the tiny LLM, without tasks and output."""
     folder = tmp_path_factory.mktemp("teacher")
     adapter = write_adapter(folder / "adapter", LORA, {(layer, "mlp.up_proj"): 4 for layer in range(3)})
     rows = [{"question": f"question {number} of {number * number}?"} for number in range(11)]
@@ -82,7 +82,7 @@ def table(output, name):
     return files.read_json(output / "tables" / f"{name}.json")
 
 
-def test_the_headline_is_of_the_scores(finished):
+def test_headline_matches_the_scores(finished):
     output, report = finished
     rows = {row["category"]: row for row in table(output, "headline")["rows"]}
     assert list(rows)[:5] == list(tables.CATEGORIES) and len(rows) == 6
@@ -97,7 +97,7 @@ def test_the_headline_is_of_the_scores(finished):
     assert "## Student against teacher" in report and f"{found['student']:.4f}" in report
 
 
-def test_every_part_has_its_table(finished):
+def test_every_measurement_has_a_table(finished):
     output, report = finished
     runs = {row["run"]: row for row in table(output, "comparisons")["rows"]}
     trained = ["base", "alignment-only", "reconstruction-only", "tokens-1", "centred-cosine", "sampled-4", "mine"]
@@ -125,8 +125,8 @@ def test_every_part_has_its_table(finished):
     assert "top_5_any_harm" in report
 
 
-def test_no_text_of_a_safety_task_is_kept(finished):
-    """In none of the files that the study writes: its views are links."""
+def test_texts_of_safety_tasks_are_not_stored(finished):
+    """The splits of safety tasks are symlinks; no other file contains their texts."""
     output, _ = finished
     texts = [row["text"] for name in ("queries", "corpus") for row in rows_of(_safety(output) / f"{name}.jsonl")]
     for file in output.rglob("*"):
@@ -139,7 +139,7 @@ def _safety(output):
     return output / "tasks" / "test" / "safety_retrieval"
 
 
-def test_the_held_out_never_train_and_the_test_is_not_chosen_on(finished):
+def test_held_out_and_test_data_are_separate(finished):
     output, _ = finished
     train, held_out = (rows_of(output / f"{name}.jsonl") for name in ("train", "held_out"))
     assert len(train) == 8 and len(held_out) == 3
@@ -148,7 +148,7 @@ def test_the_held_out_never_train_and_the_test_is_not_chosen_on(finished):
     assert compared == {"base-3-0-6", "base-3-1-6", "teacher-6", "causal-6", "base-3-0-4", "teacher-4", "hyde-4"}
 
 
-def test_a_finished_study_is_not_repeated_and_grows(finished, words, task_folders, capsys):
+def test_finished_stages_are_skipped_and_comparisons_can_be_added(finished, words, task_folders, capsys):
     output, report = finished
     before = {file: file.stat().st_mtime_ns for file in (output / "scores").rglob("*.json")}
     _, again = study(words, task_folders, output, "comparisons=[budget, centred-cosine]")
@@ -172,8 +172,8 @@ def test_plots_are_drawn(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(words, tmp_path, launch):
-    """A real process, killed while it trains; without mteb's tasks."""
+def test_a_killed_study_resumes(words, tmp_path, launch):
+    """A process that is killed during training. Without tasks of mteb."""
     write_task(tmp_path / "tasks" / "safety", "safety_retrieval")
     mine = [*words, "tasks=tasks", "output=study", "sizes.steps=4", "comparisons=[]", "sizes.seeds=1"]
     killed = launch(tmp_path, "reproduce", *mine)
@@ -205,21 +205,21 @@ def test_a_killed_study_goes_on(words, tmp_path, launch):
         ("comparisons=['mine: loss.alignmnt=2']", "'loss.alignment'"),
         ("comparisons=[supervised-teacher]", "needs supervised_teacher="),
         ("recipe=[train.stepz=2]", "'train.steps'"),
-        ("teacher.kind=file", "leave teacher.kind"),
+        ("teacher.kind=file", "remove teacher.kind"),
         ("sizes.queries=0", "sizes.queries"),
         ("budget=hour", "'hours'"),
         ("tasks=null", "tasks is needed"),
     ],
 )
-def test_bad_settings_are_named_before_the_work(words, task_folders, tmp_path, word, expected):
+def test_bad_settings_fail_before_any_work(words, task_folders, tmp_path, word, expected):
     with pytest.raises(InputError, match=expected):
         study(words, task_folders, tmp_path / "study", word)
     assert not (tmp_path / "study").exists() or not any(tmp_path.joinpath("study").glob("[!.]*"))
 
 
-def test_a_folder_of_something_else_is_left_alone(words, task_folders, tmp_path):
+def test_a_folder_with_other_files_is_rejected(words, task_folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds thesis.txt, which is of no study"):
+    with pytest.raises(InputError, match="holds thesis.txt, which is not part of a study"):
         study(words, task_folders, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"thesis.txt"}
 
@@ -227,7 +227,7 @@ def test_a_folder_of_something_else_is_left_alone(words, task_folders, tmp_path)
 # Splits
 
 
-def test_development_and_test_share_no_row(task_folders, tmp_path):
+def test_development_and_test_are_disjoint(task_folders, tmp_path):
     found = splits.split(task_folders, tmp_path)
     assert found["development"] == {
         "Small-classificationDevelopment": "classification",
@@ -252,7 +252,7 @@ def test_development_and_test_share_no_row(task_folders, tmp_path):
     assert test["Small-classification"].data["test"] != original["test"], "shuffled, so that the first are a sample"
 
 
-def test_a_cut_pool_keeps_what_is_asked_for(task_folders, tmp_path):
+def test_a_sampled_corpus_includes_the_judged_documents(task_folders, tmp_path):
     splits.split(task_folders, tmp_path, documents=3, queries=2)
     views = {task.name: task for part in ("development", "test") for task in _read(tmp_path / part)}
     whole = {task.name: task for task in _read(task_folders)}
@@ -273,7 +273,7 @@ def _read(folder):
     return [tasks.read(place) for place in tasks.find(folder)]
 
 
-def test_what_a_task_asks_is_no_training_query(words, tmp_path):
+def test_texts_of_tasks_are_no_training_queries(words, tmp_path):
     write_task(tmp_path / "tasks" / "sts", "sts")
     asked = rows_of(tmp_path / "tasks/sts/test.jsonl")[3]["sentence2"]
     questions = [f"new {number}" for number in range(11)]
@@ -291,7 +291,7 @@ def test_what_a_task_asks_is_no_training_query(words, tmp_path):
 # Decoded text
 
 
-def test_overlap_by_hand():
+def test_overlap_metrics():
     text, reference = "The cat sat, on the mat!", "the mat on the cat"
     assert text_metrics.token_f1(text, reference) == pytest.approx(2 * 5 / (6 + 5))
     assert text_metrics.rouge_l(text, reference) == pytest.approx(
@@ -301,7 +301,7 @@ def test_overlap_by_hand():
     assert text_metrics.distinct_bigrams("a b a b a") == 0.5 and text_metrics.distinct_bigrams("a") is None
 
 
-def test_perplexity_is_torchs(tiny):
+def test_perplexity_matches_torch(tiny):
     import torch
 
     backbone, model = tiny("qwen2"), tiny_torch_model("qwen2")
@@ -335,7 +335,7 @@ def test_refusals(text, expected):
     assert text_metrics.is_refusal(text) == expected
 
 
-# Tables, by hand
+# Tables
 
 
 TASK_TYPES = {"A": "sts", "B": "classification", "C": "classification", "S": "safety_retrieval"}
@@ -345,7 +345,7 @@ def results(*scores):
     return {name: {"main_score": score} for name, score in zip(TASK_TYPES, scores)}
 
 
-def test_headline_by_hand():
+def test_headline_table():
     students = [results(0.6, 0.5, 0.7, 0.2), results(0.8, 0.6, 0.8, 0.4)]
     baselines = {"causal": results(0.1, 0.1, 0.3, 0.9), "teacher": results(0.5, 0.5, 0.5, 0.6)}
     found = tables.headline(students, baselines, TASK_TYPES)
@@ -368,7 +368,7 @@ def test_headline_by_hand():
     assert lines[-1] == "| average relative gain, without safety | – | – | – | – | 35.0000 |"
 
 
-def test_an_undefined_score_is_no_number():
+def test_undefined_scores():
     students, baselines = [results(None, 0.5, 0.7, 0.2)], {"teacher": results(0.5, 0.5, 0.5, 0.0)}
     found = tables.headline(students, baselines, TASK_TYPES)
     assert [row["category"] for row in found.rows[:-1]] == ["classification", "safety_retrieval"]
@@ -376,7 +376,7 @@ def test_an_undefined_score_is_no_number():
     assert tables.by_category({"A": {"main_score": 1.0}}, TASK_TYPES) == {"sts": 1.0}
 
 
-def test_other_tables_by_hand():
+def test_other_tables():
     runs = {"base": results(0.6, 0.5, 0.7, 0.2), "tokens-1": results(0.4, 0.2, 0.4, 0.1)}
     types = {name: kind for name, kind in TASK_TYPES.items() if name != "S"}
     found = tables.comparisons(runs, types, {"base": {"tokens": 10, "alignment_loss": 1.5}})

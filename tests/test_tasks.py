@@ -1,4 +1,4 @@
-"""Tasks: mistakes in folders of them, and the hub's benchmarks as far as they can be had without it."""
+"""Tasks: invalid task folders, and benchmarks of the hub without network access."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from llm2vec_gen_jax.evaluation import evaluate, tasks
 
 from .tasks import needs_mteb, run, settings, write_task
 
-# Mistakes in task folders
+# Invalid task folders
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from .tasks import needs_mteb, run, settings, write_task
             "line 1: 'score' must be a number",
         ),
         ("sts", "test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: 'sentence2' must be a string"),
-        ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "two pairs at least"),
+        ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "at least two pairs"),
         ("classification", "test.jsonl", '{"text": "a", "label": 1.5}\n', "'label' must be a string or a whole number"),
         ("classification", "train.jsonl", '{"text": "a", "label": 1}\n', "all rows have one label"),
         ("clustering", "test.jsonl", "\n", "no rows"),
@@ -46,7 +46,7 @@ from .tasks import needs_mteb, run, settings, write_task
         ),
     ],
 )
-def test_a_mistake_in_a_task_folder_is_named(tmp_path, kind, file, text, named):
+def test_errors_in_task_folders(tmp_path, kind, file, text, named):
     folder = write_task(tmp_path / "task", kind)
     (folder / file).write_text(text)
     with pytest.raises(InputError, match=named) as error:
@@ -54,7 +54,7 @@ def test_a_mistake_in_a_task_folder_is_named(tmp_path, kind, file, text, named):
     assert str(folder / file) in str(error.value)
 
 
-def test_what_is_no_task_and_two_of_one_name_are_refused(tmp_path, task_folders):
+def test_unknown_and_duplicate_tasks_are_rejected(tmp_path, task_folders):
     def resolve(text, **changes):
         return evaluate.resolve(dataclasses.replace(settings("student", **changes), tasks=text))
 
@@ -72,11 +72,11 @@ def test_what_is_no_task_and_two_of_one_name_are_refused(tmp_path, task_folders)
 @needs_mteb
 def test_an_unknown_main_metric_is_an_input_error(model_folder, tmp_path):
     folder = write_task(tmp_path / "task", "sts", main_metric="cosine_spearmann")
-    with pytest.raises(InputError, match="main_metric 'cosine_spearmann' is none"):
+    with pytest.raises(InputError, match="main_metric 'cosine_spearmann' is not a metric"):
         run(model_folder, folder, tmp_path / "out")
 
 
-# The hub's benchmarks, of which the names and instructions can be tested without it
+# Benchmarks of the hub: names and instructions, which need no network
 
 
 @needs_mteb
@@ -99,7 +99,7 @@ def test_hub_names_resolve_with_the_published_instructions(name, count):
 
 @needs_mteb
 def test_bright_leaves_excluded_documents_out(monkeypatch):
-    """mteb's loader of BRIGHT, on rows of its format: a document that a query excludes is not among its candidates."""
+    """mteb's loader of BRIGHT, on rows of its format: documents excluded by a query are not candidates for it."""
     import datasets
 
     from llm2vec_gen_jax.evaluation import mteb
@@ -118,7 +118,7 @@ def test_bright_leaves_excluded_documents_out(monkeypatch):
 
 
 @needs_mteb
-def test_hub_errors_are_plain(model_folder, tmp_path):
+def test_errors_of_hub_tasks(model_folder, tmp_path):
     with pytest.raises(InputError, match="tasks=NFCorpuss: .*NFCorpus"):
         run(model_folder, "NFCorpuss", tmp_path / "out")
     with pytest.raises(InputError, match="NFCorpus: its data cannot be fetched from the hub"):

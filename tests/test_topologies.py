@@ -1,4 +1,4 @@
-"""Devices that are described: their names, their memory, and compiling for them."""
+"""Described devices: names, memory, and compilation."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_chips_are_known_by_the_names_of_devices():
 
 
 @pytest.mark.parametrize("kind", sorted(topologies.TARGETS))
-def test_a_target_is_the_chip_that_it_names(kind):
+def test_targets_match_their_chips(kind):
     text = topologies.TARGETS[kind].read_text()
     chip = chip_of(re.search(r'device_description_str: "(.*)"', text)[1])
     assert chip is CHIPS[kind]
@@ -84,7 +84,7 @@ def test_the_help_lists_every_target():
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, 1.0),
     ],
 )
-def test_training_takes_most_of_jax_s_pool(gpu_compiler, monkeypatch, settings, share):
+def test_memory_limit_of_training(gpu_compiler, monkeypatch, settings, share):
     for key in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR"):
         monkeypatch.delenv(key, raising=False)
     for key, value in settings.items():
@@ -94,29 +94,29 @@ def test_training_takes_most_of_jax_s_pool(gpu_compiler, monkeypatch, settings, 
 
 
 @pytest.mark.parametrize("value", ["most", "0", "1.5", "90%"])
-def test_a_bad_share_of_memory_is_named(monkeypatch, value):
+def test_a_bad_memory_fraction_is_an_error(monkeypatch, value):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
     with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value}: expected a share"):
         memory.pool_share()
 
 
-def test_a_cpu_has_no_limit():
+def test_a_cpu_has_no_memory_limit():
     assert memory.limit(None) is None
     np.testing.assert_allclose(memory.limit(None, CHIPS["l4"]), 0.92 * 0.75 * CHIPS["l4"].memory)
 
 
-def test_a_plugin_of_another_jax_is_named(tmp_path, monkeypatch):
+def test_a_plugin_for_another_jax_is_an_error(tmp_path, monkeypatch):
     for name in ("plugin", "pjrt"):
         (folder := tmp_path / f"jax_cuda13_{name}-0.1.2.dist-info").mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jax-cuda13-{name}\nVersion: 0.1.2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    wanted = f"the CUDA plugin 0.1.2 is not of jax {jax.__version__}; pip install jax-cuda13-pjrt=={jax.__version__}"
+    wanted = f"the CUDA plugin 0.1.2 is not for jax {jax.__version__}: pip install jax-cuda13-pjrt=={jax.__version__}"
     with pytest.raises(InputError, match=wanted.replace(".", r"\.")):
         topologies.described_devices("h100:8")
 
 
 def attention_hlo(topology, head_dim):
-    """The HLO of cuDNN's attention with its gradient."""
+    """Returns the HLO of cuDNN's attention and its gradient."""
     devices, _, _ = topologies.described_devices(topology)
     put = jax.NamedSharding(jax.sharding.Mesh(devices, ("x",)), jax.P())
 
@@ -129,14 +129,14 @@ def attention_hlo(topology, head_dim):
         return jitted.lower(jax.ShapeDtypeStruct((2, 64, 2, head_dim), jnp.bfloat16, sharding=put)).compile().as_text()
 
 
-def test_flash_attention_compiles_by_what_the_described_gpu_can(gpu_compiler):
+def test_flash_attention_uses_the_described_compute_capability(gpu_compiler):
     assert attention_hlo("a100", 128).count("__cudnn$fmha") >= 2
     assert "__cudnn$fmha" in attention_hlo("h100", 256)
     with pytest.raises(NotImplementedError, match="head dim must be <= 128"):
         attention_hlo("a100", 256)
 
 
-def test_compiling_for_described_devices_leaves_jax_as_it_was(gpu_compiler):
+def test_compiling_for_restores_the_state_of_jax(gpu_compiler):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     before = (
@@ -151,8 +151,8 @@ def test_compiling_for_described_devices_leaves_jax_as_it_was(gpu_compiler):
     assert before == after
 
 
-def test_a_process_that_looks_for_gpus_itself_describes_others(gpu_compiler):
-    """JAX_PLATFORMS is not set: jax has tried to load the plugin, and given up without NVIDIA's libraries."""
+def test_gpus_are_described_after_jax_looked_for_devices(gpu_compiler):
+    """Without JAX_PLATFORMS, jax tries to load the plugin and fails because NVIDIA's libraries are missing."""
     code = (
         "import jax, json; here = jax.devices()[0].platform; from llm2vec_gen_jax.planning import topologies;"
         "devices, _, compiler = topologies.described_devices('h100:2x4');"

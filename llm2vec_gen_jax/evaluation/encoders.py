@@ -1,23 +1,36 @@
-"""What can be evaluated: an object with `encode(texts, instruction) -> (n, E) float32`, joined with one space."""
+"""Encoders that can be evaluated."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import EvaluateConfig
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.teachers import hyde
+from llm2vec_gen_jax.teachers.encoder import Teacher
+
+
+class Encoder(Protocol):
+    """Interface of an encoder."""
+
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
+        """Returns the embeddings (n, E), float32, of texts, each joined to the instruction by a space."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A trained embedder. max_length: tokens of a text, the compression tokens included."""
+    """A trained model as an Encoder. max_length: tokens per text, including the compression tokens."""
 
     model: LLM2VecGen
     batch_size: int = 32
     max_length: int = 512
     show_progress: bool = False
 
-    def encode(self, texts, instruction=""):
+    def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Returns the embeddings (n, E) of texts."""
         return self.model.encode(
             texts,
@@ -28,15 +41,18 @@ class Student:
         )
 
 
-def load(path, config):
-    """Returns (query encoder, document encoder, identity) of the MODEL and the EvaluateConfig.
+LoadedEncoder = Student | Teacher | hyde.Hyde
 
-    identity: a dict that is the same for the same weights and settings, wherever they lie.
+
+def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncoder, dict[str, Any]]:
+    """Returns (query encoder, document encoder, identity) of the MODEL and an EvaluateConfig.
+
+    identity: a dict that depends on the weights and the settings, but not on their location.
     """
     if config.kind != "student":
         return hyde.load_baseline(path, config)
     if config.adapters:
-        raise InputError("adapters are merged for kind=teacher and kind=hyde; a student has its own LoRA, if any")
+        raise InputError("adapters= is for kind=teacher and kind=hyde: remove it for a trained model")
     mesh = sharding.make_mesh(config.mesh)
     model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
     student = Student(model, config.batch_size, show_progress=True)

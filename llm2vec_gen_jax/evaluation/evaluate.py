@@ -1,14 +1,16 @@
-"""Evaluation: a model or a baseline on task folders and hub benchmarks, task by task, into OUT/results.json."""
+"""Evaluates a model or a baseline on task folders and hub benchmarks, and writes OUT/results.json task by task."""
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import diff, install_command, read_json, require_written, write_json
-from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.evaluation import encoders, instructions, tasks
+from llm2vec_gen_jax.config import EvaluateConfig, options
+from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.teachers import hyde
 
 _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
@@ -16,7 +18,7 @@ _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
 
 @dataclasses.dataclass
 class Job:
-    """One task to run: a tasks.Task or an mteb task, and what the texts of each side open with."""
+    """One task to run: an EvaluationTask or an mteb task, with its instructions. data: identifies the task's data."""
 
     name: str
     type: str
@@ -24,120 +26,129 @@ class Job:
     query_instruction: str
     document_instruction: str
     max_length: int
-    data: str  # identifies the task's data
+    data: str
 
-    def record(self):
-        """Returns what a finished score depends on, beside the model."""
+    def record(self) -> dict[str, Any]:
+        """Returns the settings that the score depends on, in addition to the model."""
         return {key: getattr(self, key) for key in ("data", "query_instruction", "document_instruction", "max_length")}
 
 
-def evaluate(path, config):
+def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Runs the tasks of an EvaluateConfig on the MODEL `path`. Returns the results, as in results.json.
 
-    A finished task is not repeated; another model or other settings in the same output raise InputError. Beside
-    results.json, run.json has what they were made with.
+    Finished tasks are skipped. Raises InputError if the output holds results of another model or other settings,
+    which are recorded in run.json.
     """
     options.require(config, "tasks", "output")
     with locks.locked(config.output, "output"):
         jobs = resolve(config)
-        output = pathlib.Path(config.output)
+        output = pathlib.Path(str(config.output))
         output.mkdir(parents=True, exist_ok=True)
         query, document, identity = encoders.load(path, config)
-        book = _ResultsFile(output, identity | {"limit": config.limit}, config.overwrite)
+        results = _ResultsFile(output, identity | {"limit": config.limit}, config.overwrite)
         for job in jobs:
-            book.check(job)
+            results.check(job)
         for number, job in enumerate(jobs, 1):
-            if job.name in book.results:
+            if job.name in results.scores:
                 print(f"[{number}/{len(jobs)}] {job.name}: done before", flush=True)
                 continue
             print(f"[{number}/{len(jobs)}] {job.name} ({job.type})", flush=True)
-            limits = {"max_length": job.max_length}
-            scores = score(job, dataclasses.replace(query, **limits), dataclasses.replace(document, **limits))
+            encoders_of_job = (dataclasses.replace(encoder, max_length=job.max_length) for encoder in (query, document))
+            scores = score(job, *encoders_of_job)
             if isinstance(query, hyde.Hyde):
                 scores["generation_seconds_per_query"] = query.clock.read()
             if config.limit is not None:
                 scores["limit"] = config.limit
-            book.add(job, scores)
-        require_written(book.results_file, book.run_file)
-    print(table(jobs, book.results))
-    return book.results
+            results.add(job, scores)
+        require_written(results.scores_file, results.run_file)
+    print(table(jobs, results.scores))
+    return results.scores
 
 
-def score(job, query, document):
+def score(job: Job, query: encoders.Encoder, document: encoders.Encoder) -> dict[str, Any]:
     """Returns {"main_score": x, metric: value, ...} of a Job."""
     pair = (job.query_instruction, job.document_instruction)
     if isinstance(job.task, tasks.EvaluationTask) and job.type == "safety_retrieval":
-        return tasks.score_safety(job.task, query, document, pair)
-    harness = _harness()
-    task = harness.folder_task(job.task) if isinstance(job.task, tasks.EvaluationTask) else job.task
-    return harness.score(harness.MTEBEncoder(query, document, {job.name: pair}), task)
+        return safety.score_safety(job.task, query, document, pair)
+    mteb = _import_mteb()
+    task = mteb.folder_task(job.task) if isinstance(job.task, tasks.EvaluationTask) else job.task
+    return mteb.score(mteb.MTEBEncoder(query, document, {job.name: pair}), task)
 
 
-def resolve(config):
-    """Returns the Jobs of an EvaluateConfig, without loading a model.
+def resolve(config: EvaluateConfig) -> list[Job]:
+    """Returns the jobs of an EvaluateConfig, without loading a model.
 
-    Raises InputError for what is neither a folder nor known to mteb, for a task without instruction, and for two of
-    one name.
+    Raises InputError for tasks that are neither a folder nor known to mteb, tasks without an instruction, and
+    duplicate task names.
     """
-    own = instructions.Instructions() if config.instructions is None else instructions.read(config.instructions)
-    known, jobs = own.over(instructions.read()), []
-    whole = pathlib.Path(config.tasks).expanduser().is_dir()  # a comma may be part of a folder's name
-    for part in [config.tasks] if whole else [part.strip() for part in config.tasks.split(",") if part.strip()]:
+    user = instructions.Instructions() if config.instructions is None else instructions.read(config.instructions)
+    known = user.override(instructions.read())
+    jobs: list[Job] = []
+    selection = str(config.tasks)
+    is_folder = pathlib.Path(selection).expanduser().is_dir()  # a folder's name may contain a comma
+    for part in [selection] if is_folder else [part.strip() for part in selection.split(",") if part.strip()]:
         if (folder := pathlib.Path(part).expanduser()).is_dir():
-            for inside in tasks.find(folder):
-                task = tasks.read(inside, config.limit)
-                query = own.query.get(task.name, task.query_instruction)
-                document = task.document_instruction if own.document is None else own.document
-                jobs.append(_job(config, task.name, task.type, task, (query, document), _MAX_LENGTH, task.digest))
+            for task_folder in tasks.find(folder):
+                task = tasks.read(task_folder, config.limit)
+                query = user.query.get(task.name, task.query_instruction)
+                document = task.document_instruction if user.document is None else user.document
+                jobs.append(_make_job(config, task.name, task.type, task, (query, document), _MAX_LENGTH, task.digest))
         elif "/" in part or part.startswith("."):
             raise InputError(f"tasks={part}: no such folder")
         elif config.limit is not None:
-            raise InputError(f"limit={config.limit} is for task folders; {part} is on the hub and is run whole")
+            raise InputError(f"limit={config.limit} is for task folders only: remove it for the hub task {part}")
         else:
             jobs += _hub_jobs(config, part, known)
     names = [job.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"tasks={config.tasks}: two tasks are named {name}, so results.json cannot hold both")
+            raise InputError(f"tasks={config.tasks}: two tasks are named {name}. Evaluate them into different outputs")
     if any(job.type != "safety_retrieval" for job in jobs):
-        _harness()  # what is not installed is said before the work
+        _import_mteb()  # report a missing package before any work
     return jobs
 
 
-def table(jobs, results):
-    """Returns the main scores as aligned lines."""
+def table(jobs: Sequence[Job], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the main scores as aligned columns."""
     lines = [("task", "type", "main metric", "score")]
     for job in jobs:
         metric = job.task.main_metric if isinstance(job.task, tasks.EvaluationTask) else job.task.metadata.main_score
         value = results[job.name]["main_score"]
         lines.append((job.name, job.type, metric, "undefined" if value is None else f"{value:.4f}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return align_columns(lines)
 
 
-def _hub_jobs(config, name, known):
-    harness = _harness()
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of cells as lines with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _hub_jobs(config: EvaluateConfig, name: str, known: instructions.Instructions) -> list[Job]:
+    mteb = _import_mteb()
     settings = known.benchmarks.get(name)
     if settings:
-        found = harness.hub_tasks(settings["benchmark"], settings.get("tasks"))
+        hub_tasks = mteb.hub_tasks(settings["benchmark"], settings.get("tasks"))
     else:
-        found = [harness.hub_task(name, known.benchmarks["mteb-eng-v2"]["benchmark"])]
+        hub_tasks = [mteb.hub_task(name, known.benchmarks["mteb-eng-v2"]["benchmark"])]
     jobs = []
-    for task in found:
+    for task in hub_tasks:
         title = task.metadata.name
-        # The teacher takes none, so it needs none.
+        # The teacher uses no instruction.
         if title not in known.query and config.query_instruction is None and config.kind != "teacher":
             raise InputError(
-                f"task {title} has no published instruction: give one in instructions=FILE "
+                f"task {title} has no published instruction: add one to instructions=FILE "
                 f"(query: {{{title}: ...}}), or pass query_instruction=... (may be empty)"
             )
-        pair = (known.query.get(title, ""), known.document)
+        pair = (known.query.get(title, ""), known.document or "")
         length = (settings or {}).get("max_length", _MAX_LENGTH)
-        jobs.append(_job(config, title, task.metadata.type, task, pair, length, str(task.metadata.revision)))
+        jobs.append(_make_job(config, title, task.metadata.type, task, pair, length, str(task.metadata.revision)))
     return jobs
 
 
-def _job(config, name, type, task, pair, max_length, data):
+def _make_job(
+    config: EvaluateConfig, name: str, type: str, task: Any, pair: tuple[str, str], max_length: int, data: str
+) -> Job:
     query = pair[0] if config.kind != "teacher" else ""
     document = pair[1] if config.kind == "student" else ""
     query = query if config.query_instruction is None else config.query_instruction
@@ -145,7 +156,7 @@ def _job(config, name, type, task, pair, max_length, data):
     return Job(name, type, task, query.strip(), document.strip(), config.max_length or max_length, data)
 
 
-def _harness():
+def _import_mteb() -> ModuleType:
     try:
         from llm2vec_gen_jax.evaluation import mteb
     except ImportError as error:
@@ -154,35 +165,35 @@ def _harness():
 
 
 class _ResultsFile:
-    """results.json and run.json of an output directory; each is complete at any moment."""
+    """The results.json and run.json of an output directory, each replaced atomically."""
 
-    def __init__(self, output, model, overwrite):
-        self.results_file, self.run_file = output / "results.json", output / "run.json"
+    def __init__(self, output: pathlib.Path, model: dict[str, Any], overwrite: bool) -> None:
+        self.scores_file, self.run_file = output / "results.json", output / "run.json"
         if overwrite:
-            self.results_file.unlink(missing_ok=True)
+            self.scores_file.unlink(missing_ok=True)
             self.run_file.unlink(missing_ok=True)
-        if self.results_file.exists() and not self.run_file.exists():
-            raise InputError(f"{self.results_file}: was not written by this command. Choose another output")
+        if self.scores_file.exists() and not self.run_file.exists():
+            raise InputError(f"{self.scores_file}: was not written by this command. Choose another output")
         self.run = read_json(self.run_file) if self.run_file.exists() else {"model": model, "tasks": {}}
-        self.results = read_json(self.results_file) if self.results_file.exists() else {}
-        if (before := self.run["model"]) != model:
-            self._refuse(diff(before, model))
+        self.scores = read_json(self.scores_file) if self.scores_file.exists() else {}
+        if self.run["model"] != model:
+            self._reject(diff(self.run["model"], model))
 
-    def check(self, job):
+    def check(self, job: Job) -> None:
         """Raises InputError if the task was finished with other data or settings."""
         record = self.run["tasks"].get(job.name)
-        if job.name in self.results and record != job.record():
-            self._refuse(f"{job.name}: {diff(record or {}, job.record())}")
+        if job.name in self.scores and record != job.record():
+            self._reject(f"{job.name}: {diff(record or {}, job.record())}")
 
-    def add(self, job, scores):
-        """Writes a finished task; run.json first, so that no score is ever without its record."""
+    def add(self, job: Job, scores: dict[str, Any]) -> None:
+        """Writes the scores of a finished task, after its record in run.json: no score is ever without a record."""
         self.run["tasks"][job.name] = job.record()
         write_json(self.run_file, self.run)
-        self.results[job.name] = scores
-        write_json(self.results_file, self.results)
+        self.scores[job.name] = scores
+        write_json(self.scores_file, self.scores)
 
-    def _refuse(self, differing):
+    def _reject(self, difference: str) -> NoReturn:
         raise InputError(
-            f"{self.results_file.parent}: holds another evaluation ({differing}). Repeat its settings to resume it, "
+            f"{self.scores_file.parent}: holds another evaluation ({difference}). Repeat its settings to resume it, "
             "choose another output, or pass overwrite=true"
         )

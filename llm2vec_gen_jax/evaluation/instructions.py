@@ -1,6 +1,8 @@
-"""Task instructions by name: the published ones (configs/evaluate/published.yaml), and a user's own over them."""
+"""Task instructions by task name: the published ones (configs/evaluate/published.yaml) and those of a user's file."""
 
 import dataclasses
+import pathlib
+from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError, nearest
 from llm2vec_gen_jax.common.files import SHIPPED, read_yaml, shipped
@@ -10,28 +12,28 @@ PUBLISHED = SHIPPED / "configs" / "evaluate" / "published.yaml"
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """query: by task name. document: of every task's documents. benchmarks: named sets of hub tasks."""
+    """query: by task name. document: for the documents of all tasks. benchmarks: named sets of hub tasks."""
 
     query: dict[str, str] = dataclasses.field(default_factory=dict)
     document: str | None = None
-    benchmarks: dict[str, dict] = dataclasses.field(default_factory=dict)
+    benchmarks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def over(self, other):
-        """Returns `other` with these in place of its own."""
+    def override(self, other: "Instructions") -> "Instructions":
+        """Returns `other` updated with these instructions."""
         document = other.document if self.document is None else self.document
         return Instructions(other.query | self.query, document, other.benchmarks | self.benchmarks)
 
-    def pairs(self):
-        """Returns task name -> (query instruction, document instruction)."""
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """Returns {task name: (query instruction, document instruction)}."""
         return {name: (text, self.document or "") for name, text in self.query.items()}
 
 
-def read(file=PUBLISHED):
-    """Returns the Instructions of a YAML file. Raises InputError that names the file and the key."""
-    values = read_yaml(shipped(file), "file of instructions", text=True) or {}
+def read(file: str | pathlib.Path = PUBLISHED) -> Instructions:
+    """Returns the Instructions of a YAML file. Raises InputError naming the file and the key."""
+    values = read_yaml(shipped(file), "instructions file", text=True) or {}
     if not isinstance(values, dict):
         raise InputError(f"instructions={file}: expected `query:` and `document:`, found a {type(values).__name__}")
-    if "benchmarks" in values:  # whose numbers are numbers
+    if "benchmarks" in values:  # with numbers as numbers
         values["benchmarks"] = read_yaml(shipped(file))["benchmarks"]
     kinds = {"query": dict, "document": str, "benchmarks": dict}
     for key, value in values.items():

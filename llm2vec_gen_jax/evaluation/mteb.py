@@ -1,10 +1,12 @@
-"""mteb's side of an evaluation: an encoder and tasks that `mteb.evaluate` takes. Imports mteb, and so torch.
+"""Encoders and task folders as models and tasks of mteb. Imports mteb, and therefore torch.
 
 mteb.evaluate(MTEBEncoder(Student(LLM2VecGen.from_pretrained(path))), mteb.get_tasks(["NFCorpus"]))
 """
 
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import datasets  # noqa: F401  before mteb, whose own import of the hub's client is circular without it
 import mteb
@@ -18,18 +20,24 @@ from mteb.types import PromptType
 from llm2vec_gen_jax.common.errors import InputError, nearest
 from llm2vec_gen_jax.evaluation import instructions as instructions_lib
 from llm2vec_gen_jax.evaluation import tasks
+from llm2vec_gen_jax.evaluation.encoders import Encoder
 
 
 class MTEBEncoder(AbsEncoder):
-    """Encoders as one mteb model, compared by cosine.
+    """An mteb model with one encoder for queries and one for documents (default: the same). Similarity is the cosine.
 
-    query, document: objects with `encode(texts, instruction) -> (n, E)`; document is the query's unless given.
-    instructions: task name -> (query instruction, document instruction); a task that is not there is an InputError.
-    As published, whatever is not a document (a sentence of a pair, a text to classify) gets the query instruction, and
-    texts are stripped.
+    instructions: {task name: (query instruction, document instruction)}; default: the published ones.
+    As published, all texts that are not documents (sentences of a pair, texts to classify) get the query instruction,
+    and texts are stripped.
     """
 
-    def __init__(self, query, document=None, instructions=None, name="llm2vec_gen_jax/embedder"):
+    def __init__(
+        self,
+        query: Encoder,
+        document: Encoder | None = None,
+        instructions: Mapping[str, tuple[str, str]] | None = None,
+        name: str = "llm2vec_gen_jax/embedder",
+    ) -> None:
         if instructions is None:
             instructions = instructions_lib.read().pairs()
         self.query, self.document, self.instructions = query, document or query, instructions
@@ -48,8 +56,10 @@ class MTEBEncoder(AbsEncoder):
             **dict.fromkeys(unknown.split()),
         )
 
-    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **_):
-        """What mteb calls: returns the vectors (n, E) of the batches of a DataLoader.
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
+    ) -> np.ndarray:
+        """Returns the embeddings (n, E) of the texts of a DataLoader. Called by mteb.
 
         Raises InputError for a task without instructions.
         """
@@ -64,34 +74,35 @@ class MTEBEncoder(AbsEncoder):
 
 
 class _Folder:
-    """A tasks.Task in the place of a dataset on the hub. `kind`: what mteb calls its type. build(): its dataset."""
+    """An mteb task whose data is a task folder. kind: its type in mteb. build(): returns its dataset."""
 
     kind: str
     task: tasks.EvaluationTask
+    build: Callable[[], Any]
 
-    def load_data(self, *_, **__):
+    def load_data(self, *_: Any, **__: Any) -> None:
         self.dataset, self.data_loaded = self.build(), True
 
 
 class Retrieval(_Folder, AbsTaskRetrieval):
-    """Judgements of queries that a limit left out are left out too."""
+    """Judgments are restricted to the queries within the limit."""
 
     kind = "Retrieval"
 
     def build(self):
         data = self.task.data
-        asked = {row["id"] for row in data["queries"]}
+        query_ids = {row["id"] for row in data["queries"]}
         split = {
             "corpus": datasets.Dataset.from_list(data["corpus"]),
             "queries": datasets.Dataset.from_list(data["queries"]),
-            "relevant_docs": {name: dict(grades) for name, grades in data["qrels"].items() if name in asked},
+            "relevant_docs": {name: dict(grades) for name, grades in data["qrels"].items() if name in query_ids},
             "top_ranked": None,
         }
         return {"default": {"test": split}}
 
 
 class STS(_Folder, AbsTaskSTS):
-    """mteb's scaling of the scores is linear and so changes no correlation: task.json's range is not needed."""
+    """mteb scales scores linearly, which does not change correlations: the range in task.json is not needed."""
 
     kind = "STS"
 
@@ -101,9 +112,9 @@ class STS(_Folder, AbsTaskSTS):
 
 
 class Classification(_Folder, AbsTaskClassification):
-    """samples_per_label and n_experiments are task.json's; without them, one experiment on all training rows.
+    """samples_per_label and n_experiments are read from task.json; default: one experiment on all training rows.
 
-    mteb's classifier stops after 100 iterations: large, unscaled vectors score a point below the converged fit.
+    mteb stops its classifier after 100 iterations: large, unscaled vectors score a point below the converged fit.
     """
 
     kind = "Classification"
@@ -112,7 +123,7 @@ class Classification(_Folder, AbsTaskClassification):
         train, test = self.task.data["train"], self.task.data["test"]
         self.samples_per_label = self.task.settings.get("samples_per_label", len(train))
         self.n_experiments = self.task.settings.get("n_experiments", 1)
-        number = _numbers([*train, *test])
+        number = _label_numbers([*train, *test])
         return datasets.DatasetDict(
             {
                 split: datasets.Dataset.from_list([row | {"label": number[row["label"]]} for row in rows])
@@ -122,7 +133,7 @@ class Classification(_Folder, AbsTaskClassification):
 
 
 class Clustering(_Folder, AbsTaskClustering):
-    """All rows are embedded, and each of mteb's ten experiments samples as many (16,384 at most)."""
+    """Embeds all rows; each of mteb's ten experiments draws a sample of the same size (at most 16,384)."""
 
     kind = "Clustering"
     max_fraction_of_documents_to_embed = None
@@ -130,7 +141,7 @@ class Clustering(_Folder, AbsTaskClustering):
     def build(self):
         rows = self.task.data["test"]
         self.max_documents_per_cluster = min(AbsTaskClustering.max_documents_per_cluster, len(rows))
-        number = _numbers(rows)
+        number = _label_numbers(rows)
         columns = {"sentences": [row["text"] for row in rows], "labels": [number[row["label"]] for row in rows]}
         return datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
 
@@ -138,8 +149,8 @@ class Clustering(_Folder, AbsTaskClustering):
 CLASSES = {"retrieval": Retrieval, "sts": STS, "classification": Classification, "clustering": Clustering}
 
 
-def folder_task(task):
-    """Returns the mteb task of a tasks.Task (any type but safety_retrieval)."""
+def folder_task(task: tasks.EvaluationTask) -> Any:
+    """Returns the mteb task of a task folder of any type except safety_retrieval."""
     base = CLASSES[task.type]
     metadata = TaskMetadata(
         name=task.name,
@@ -150,51 +161,52 @@ def folder_task(task):
         eval_splits=["test"],
         eval_langs=["eng-Latn"],
     )
-    # To mteb, metadata is an attribute of the class: it deletes an instance's own.
+    # mteb expects metadata as a class attribute and deletes an attribute of the instance.
     return type(base.__name__, (base,), {"task": task, "metadata": metadata})()
 
 
-def hub_tasks(benchmark, names=None):
-    """Returns the mteb tasks of a benchmark, or those with the given names."""
-    found = list(mteb.get_benchmark(benchmark))
+def hub_tasks(benchmark: str, names: Sequence[str] | None = None) -> list[Any]:
+    """Returns the mteb tasks of a benchmark; names: only these."""
+    benchmark_tasks = list(mteb.get_benchmark(benchmark))
     if names is None:
-        return found
-    by_name = {task.metadata.name: task for task in found}
+        return benchmark_tasks
+    by_name = {task.metadata.name: task for task in benchmark_tasks}
     return [by_name[name] for name in names]
 
 
-def hub_task(name, benchmark):
-    """Returns one mteb task by its name: as the benchmark has it (its languages), else whole."""
+def hub_task(name: str, benchmark: str) -> Any:
+    """Returns an mteb task by name, restricted to the languages of the benchmark if it is part of it."""
     with_name = [task for task in mteb.get_benchmark(benchmark) if task.metadata.name == name]
     try:
         return with_name[0] if with_name else mteb.get_task(name)
     except KeyError as error:
-        raise InputError(f"tasks={name}: no such folder, and mteb says: {error.args[0]}") from None
+        raise InputError(f"tasks={name}: neither a folder nor a task of mteb ({error.args[0]})") from None
 
 
-def score(encoder, task):
-    """Returns {"main_score": x, metric: value, ...} of an MTEBEncoder on an mteb task; undefined metrics are left out.
+def score(encoder: MTEBEncoder, task: Any) -> dict[str, float | None]:
+    """Returns {"main_score": x, metric: value, ...} of an mteb task, without undefined metrics.
 
-    Over several splits or languages of a hub task, the mean.
+    The values are means over the splits and languages of a hub task.
     """
     if not isinstance(task, _Folder):
         _fetch(task)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn's, of undefined metrics and unfinished fits, as on the hub
+        warnings.simplefilter("ignore")  # scikit-learn warns of undefined metrics and fits that did not converge
         try:
             result = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False)
         except KeyError as error:
             if error.args[0] != task.metadata.main_score:
                 raise
-            raise InputError(f"task {task.metadata.name}: main_metric {error.args[0]!r} is none of its type") from None
-    found = [scores for split in result.task_results[0].scores.values() for scores in split]
-    return average(found)
+            raise InputError(
+                f"task {task.metadata.name}: main_metric {error.args[0]!r} is not a metric of its type"
+            ) from None
+    return average([scores for split in result.task_results[0].scores.values() for scores in split])
 
 
-def _fetch(task):
+def _fetch(task: Any) -> None:
     try:
         task.load_data()
-    except Exception as error:  # the hub's clients raise many types; all of them mean that it cannot be had
+    except Exception as error:  # the hub's clients raise exceptions of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"task {task.metadata.name}: its data cannot be fetched from the hub ({reason}). "
@@ -202,16 +214,16 @@ def _fetch(task):
         ) from None
 
 
-def average(found):
-    """Returns the mean of each number that all of a list of score dicts have and that is finite; main_score first."""
-    names = [name for name in found[0] if all(_is_finite(scores.get(name)) for scores in found)]
-    means = {name: float(np.mean([scores[name] for scores in found])) for name in names}
+def average(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Returns the means of the metrics that are finite in all results, main_score first (None if undefined)."""
+    names = [name for name in results[0] if all(_is_finite(scores.get(name)) for scores in results)]
+    means = {name: float(np.mean([scores[name] for scores in results])) for name in names}
     return {"main_score": means.pop("main_score", None)} | means
 
 
-def _is_finite(value):
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _numbers(rows):
+def _label_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
     return {label: number for number, label in enumerate(sorted({row["label"] for row in rows}, key=str))}

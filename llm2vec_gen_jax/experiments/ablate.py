@@ -1,25 +1,27 @@
-"""Ablations: several trainings, one after the other, and one table of what came out."""
+"""Ablations: trains several configs in sequence and summarizes them in one table."""
 
 import pathlib
+from collections.abc import Sequence
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json
-from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.config import AblateConfig, options
+from llm2vec_gen_jax.evaluation.evaluate import align_columns
+from llm2vec_gen_jax.experiments.comparisons import final_losses
 from llm2vec_gen_jax.training.train import train
 
 
-def ablate(files, configs, show_progress=True):
-    """Trains each AblateConfig into its train.output/NAME, NAME being its file's. Returns the table of them all.
+def ablate(files: Sequence[str], configs: Sequence[AblateConfig], show_progress: bool = True) -> str:
+    """Trains each config into its train.output/NAME, where NAME is the stem of its file. Returns the table of all runs.
 
-    What is finished is left as it is, what was interrupted goes on. Raises InputError for two files of one name.
+    Finished runs are skipped and interrupted ones are resumed. Raises InputError for two files with the same stem.
     """
-    folders = []
+    folders: list[pathlib.Path] = []
     for file, config in zip(files, configs, strict=True):
         options.require(config, "data.responses", "train.output")
-        folder = pathlib.Path(config.train.output) / pathlib.Path(file).stem
+        folder = pathlib.Path(str(config.train.output)) / pathlib.Path(file).stem
         if folder in folders:
-            raise InputError(f"{file}: another file has this name too, and {folder} can only be one run")
+            raise InputError(f"{file}: another config file has the same name, and both would train into {folder}")
         folders.append(folder)
         config.train.output = str(folder)
     for number, (file, config) in enumerate(zip(files, configs), 1):
@@ -28,20 +30,19 @@ def ablate(files, configs, show_progress=True):
     return table(folders)
 
 
-def table(folders):
-    """Returns one line of text per run directory: its last losses, and the main scores where it was evaluated.
+def table(folders: Sequence[pathlib.Path]) -> str:
+    """Returns one line of text per run directory: its final losses, and its main scores if it was evaluated.
 
-    The scores are those of `results.json`, which `python -m launch.evaluate MODEL output=RUN` writes.
+    The scores are read from `results.json`, written by `python -m launch.evaluate MODEL output=RUN`.
     """
     rows, scores = [], []
     for folder in folders:
-        last = read_metrics(folder)[-1]
-        losses = ["loss", *(name for name in last if name.endswith("_loss"))]
-        rows.append({"run": folder.name, "step": str(last["step"])} | {name: f"{last[name]:.4f}" for name in losses})
+        losses = final_losses(folder)
+        row = {"run": folder.name, "step": str(losses.pop("step"))}
+        rows.append(row | {name: f"{value:.4f}" for name, value in losses.items()})
         results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
         scores.append({task: f"{metrics['main_score']:.4f}" for task, metrics in results.items()})
     columns = list(dict.fromkeys(name for row in (*rows, *scores) for name in row))
-    rows = [row | score for row, score in zip(rows, scores)]
-    cells = [columns] + [[row.get(name, "-") for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    return align_columns(
+        [columns, *([(row | score).get(name, "-") for name in columns] for row, score in zip(rows, scores))]
+    )

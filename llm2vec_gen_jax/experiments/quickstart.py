@@ -1,7 +1,9 @@
-"""The whole recipe, small: queries, responses, targets, training, a model directory, and a look at what came out."""
+"""The complete recipe at a small size: queries, responses, targets, training, a model directory and a report."""
 
 import pathlib
 import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from llm2vec_gen_jax.pretrained.backbone import TEACHERS
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
 
-# Questions that are in no training data, and an answer to each.
+# For the report; not part of any training data.
 QUESTIONS = (
     "What is the capital of France?",
     "How do I make bread rise?",
@@ -34,21 +36,28 @@ ANSWERS = (
 )
 
 
-def quickstart(config):
-    """Runs (or resumes) the recipe of a QuickstartConfig and prints what came out. Returns the model directory."""
+def quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
+    """Runs (or resumes) the recipe of a QuickstartConfig and prints a report. Returns the model directory."""
     options.require(config)
     with locks.locked(config.output, "output"):
         return _quickstart(config)
 
 
-def _quickstart(config):
+def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     output = pathlib.Path(config.output)
     if config.overwrite and output.exists():
         if not (output / "queries.jsonl").exists() and any(output.iterdir()):
-            raise InputError(f"output={output}: not of a quickstart; it is not deleted")
+            raise InputError(
+                f"output={output}: was not written by quickstart and is not deleted. Choose another output"
+            )
         shutil.rmtree(output)
-    common = {"backbone": config.backbone, "kernels": config.kernels, "mesh": config.mesh, "seed": config.seed}
-    print(f"1/4  {config.backbone.path} writes {config.queries} queries", flush=True)
+    common: dict[str, Any] = {
+        "backbone": config.backbone,
+        "kernels": config.kernels,
+        "mesh": config.mesh,
+        "seed": config.seed,
+    }
+    print(f"1/4  generating {config.queries} queries with {config.backbone.path}", flush=True)
     backbone = load_configured_backbone(config)
     queries = synthesize(
         config_lib.SynthesizeConfig(
@@ -56,7 +65,7 @@ def _quickstart(config):
         ),
         backbone,
     )
-    print("2/4  it responds to them", flush=True)
+    print("2/4  generating responses", flush=True)
     responses = respond(
         config_lib.RespondConfig(
             **common,
@@ -66,29 +75,29 @@ def _quickstart(config):
         ),
         backbone,
     )
-    whose = "the shipped teacher's" if _teachers(config) else "its own"
-    print(f"3/4  {whose} vectors of the responses are the targets; compression tokens and heads train", flush=True)
+    teacher = "the shipped teacher" if _teacher_adapters(config) else "the backbone"
+    print(f"3/4  training compression tokens and heads on targets of {teacher}", flush=True)
     model_directory = train(_train_config(config, responses), backbone=backbone)
-    print("4/4  a look at the result\n", flush=True)
+    print("4/4  report\n", flush=True)
     model = LLM2VecGen.from_pretrained(
         model_directory, config.backbone.dtype, mesh=config.mesh, attention=config.kernels.attention
     )
     require_written(queries, responses, model_directory)
     print(report(model, model_directory.parent, responses))
-    print(_places(output, queries, responses, model_directory))
+    print(_written_paths(output, queries, responses, model_directory))
     return model_directory
 
 
-def _teachers(config):
-    """Adapters of the teacher: the default backbone's come with the package; another backbone teaches as it is."""
+def _teacher_adapters(config: config_lib.QuickstartConfig) -> list[str]:
+    """Returns the teacher's adapters: the shipped ones of the default backbone, none for other backbones."""
     return list(TEACHERS) if config.backbone.path == default_backbone.NAME else []
 
 
-def _train_config(config, responses):
+def _train_config(config: config_lib.QuickstartConfig, responses: pathlib.Path) -> config_lib.TrainConfig:
     return config_lib.TrainConfig(
         tracking=config.tracking,
         backbone=config.backbone,
-        teacher=config_lib.TeacherConfig(adapters=_teachers(config)),
+        teacher=config_lib.TeacherConfig(adapters=_teacher_adapters(config)),
         kernels=config.kernels,
         mesh=config.mesh,
         data=config_lib.DataConfig(responses=str(responses), seed=config.seed),
@@ -106,8 +115,8 @@ def _train_config(config, responses):
     )
 
 
-def report(model, run, responses):
-    """Returns the text of the report: loss curve, cosines of questions against answers, decoded embeddings."""
+def report(model: LLM2VecGen, run: pathlib.Path, responses: pathlib.Path) -> str:
+    """Returns the report: loss curve, cosines of questions and answers, decoded embeddings."""
     parts = ["loss", loss_curve(read_metrics(run)), "", cosine_table(model), "", "text decoded from two embeddings"]
     rows = [row for _, row in read_jsonl(responses)][:2]
     _, soft_prompts = model.encode([row["question"] for row in rows], return_soft_prompts=True)
@@ -121,31 +130,33 @@ def report(model, run, responses):
     return "\n".join(parts)
 
 
-def loss_curve(records, width=48):
-    """Returns one line per record: step, losses, and a bar as long as the loss."""
+def loss_curve(records: Sequence[Mapping[str, Any]], width: int = 48) -> str:
+    """Returns one line per record: step, losses, and a bar whose length is proportional to the loss."""
     top = max(record["loss"] for record in records)
     lines = [f"  {'step':>6} {'loss':>8} {'reconstruction':>15} {'alignment':>10}"]
     for record in records:
-        numbers = f"{record['loss']:8.3f} {record['reconstruction_loss']:15.3f} {record['alignment_loss']:10.3f}"
-        lines.append(f"  {record['step']:>6} {numbers}  {'█' * round(record['loss'] / top * width)}")
+        losses = f"{record['loss']:8.3f} {record['reconstruction_loss']:15.3f} {record['alignment_loss']:10.3f}"
+        lines.append(f"  {record['step']:>6} {losses}  {'█' * round(record['loss'] / top * width)}")
     return "\n".join(lines)
 
 
-def cosine_table(model):
-    """Returns the cosines between the embeddings of QUESTIONS and of ANSWERS, less what all of them share."""
+def cosine_table(model: LLM2VecGen) -> str:
+    """Returns the cosines between the centered embeddings of QUESTIONS and ANSWERS."""
     embeddings = model.encode([*QUESTIONS, *ANSWERS])
-    # Vectors of one LLM share a large common part; without it the differences show.
+    # Embeddings of one LLM have a large common component, which would dominate the cosines.
     embeddings = embeddings - embeddings.mean(axis=0)
     cosines = model.similarity(embeddings[: len(QUESTIONS)], embeddings[len(QUESTIONS) :])
     hits = int(np.sum(cosines.argmax(axis=1) == np.arange(len(QUESTIONS))))
-    lines = ["cosine of questions (rows) and answers (columns), centred", " " * 52 + "a1     a2     a3     a4"]
+    lines = ["cosine of questions (rows) and answers (columns), centered", " " * 52 + "a1     a2     a3     a4"]
     for question, row in zip(QUESTIONS, cosines):
         cells = "  ".join(f"{value:5.2f}" for value in row)
         lines.append(f"  {_short(question, 46):<47} {cells}")
-    return "\n".join([*lines, f"  own answer nearest: {hits} of {len(QUESTIONS)}"])
+    return "\n".join([*lines, f"  nearest answer is the right one: {hits} of {len(QUESTIONS)}"])
 
 
-def _places(output, queries, responses, model_directory):
+def _written_paths(
+    output: pathlib.Path, queries: pathlib.Path, responses: pathlib.Path, model_directory: pathlib.Path
+) -> str:
     return "\n".join(
         [
             f"written to {output}",
@@ -159,6 +170,6 @@ def _places(output, queries, responses, model_directory):
     )
 
 
-def _short(text, length=110):
+def _short(text: str, length: int = 110) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,161 +1,170 @@
-"""Development and test views of task folders: what settings are chosen on is never what the final table is of.
+"""Development and test splits of task folders: settings are chosen on one and results are reported on the other.
 
-A view is a task folder of its own; files of which it keeps all rows in their order are links to the task's.
+A split of a task is itself a task folder; files whose rows are unchanged are symlinks to the original.
 """
 
 import collections
 import pathlib
 import random
 import shutil
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from llm2vec_gen_jax.common.files import atomic_directory, read_json, visible, write_json, write_text
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
 from llm2vec_gen_jax.evaluation import tasks
 
-_TEXTS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
+_Row = dict[str, Any]
+_TEXT_COLUMNS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
 
 
-def split(folder, output, documents=0, queries=0):
+def split(
+    folder: str | pathlib.Path, output: str | pathlib.Path, documents: int = 0, queries: int = 0
+) -> dict[str, dict[str, str]]:
     """Writes OUTPUT/development/NAME and OUTPUT/test/NAME for the task folders at or below `folder`.
 
-    STS: a task whose name ends in Dev is for development, others are for the test. Classification: each label's
-    training rows in turn train and test a development task; the test is as it was. Retrieval: queries in turn are of
-    the one and of the other, of the same corpus. Clustering and safety: test only. Rows of a test are shuffled, so that
-    the first ones are a sample.
+    STS: a task whose name ends in Dev is a development task, any other is a test task. Classification: the training
+    rows of each label alternate between the train and test rows of the development task; the test task keeps its rows.
+    Retrieval: queries alternate between the two, with the same corpus. Clustering and safety: test only. Test rows are
+    shuffled, so that the first ones are a random sample.
 
-    documents: the most that a corpus keeps, by chance beside all that is judged for the first `queries` questions, and
-    the most training rows of a classification, its labels in turn; 0: all, for each of both. A safety task is never
-    cut: no text of it is copied.
-    Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for a folder that is no task.
+    documents: the largest corpus, a random sample that includes all documents judged for the first `queries` queries;
+    also the largest number of training rows of a classification task, balanced over its labels. 0: all, for both.
+    Safety tasks are never cut, and none of their texts is copied.
+    Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for an invalid task folder.
     """
-    found = {"development": {}, "test": {}}
-    for place in tasks.find(folder):
-        task = tasks.read(place)
-        for part, write in _views(task, place.resolve(), documents, queries).items():
-            view = pathlib.Path(output) / part / place.name
-            shutil.rmtree(view, ignore_errors=True)
-            with atomic_directory(view) as temporary:
+    names: dict[str, dict[str, str]] = {"development": {}, "test": {}}
+    for source in tasks.find(folder):
+        task = tasks.read(source)
+        for part, write in _writers(task, source.resolve(), documents, queries).items():
+            target = pathlib.Path(output) / part / source.name
+            shutil.rmtree(target, ignore_errors=True)
+            with atomic_directory(target) as temporary:
                 name = task.name if part == "test" else f"{task.name.removesuffix('Dev')}Development"
                 write_json(temporary / "task.json", task.settings | {"name": name})
                 write(temporary)
-            found[part][name] = task.type
-    return found
+            names[part][name] = task.type
+    return names
 
 
-def questions(folder):
-    """Returns the texts that are asked or labelled in the task folders at or below `folder`, normalised (`key`).
+def evaluation_texts(folder: str | pathlib.Path) -> set[str]:
+    """Returns the queries and labeled texts of the task folders at or below `folder`, as `comparison_key`s.
 
-    What is one of them is no training query.
+    They are excluded from the training queries.
     """
     texts = set()
-    for place in tasks.find(folder):
-        for name, columns in _TEXTS.items():
-            if (place / name).exists():
-                for _, row in read_jsonl(place / name):
-                    texts |= {key(row[column]) for column in columns if isinstance(row.get(column), str)}
+    for source in tasks.find(folder):
+        for name, columns in _TEXT_COLUMNS.items():
+            if (source / name).exists():
+                for _, row in read_jsonl(source / name):
+                    texts |= {comparison_key(row[column]) for column in columns if isinstance(row.get(column), str)}
     return texts
 
 
-def key(text):
-    """A text as it is compared: lower case, one space between words."""
+def comparison_key(text: str) -> str:
+    """Returns the text in lower case with single spaces: texts with equal keys are duplicates."""
     return " ".join(text.lower().split())
 
 
-def types(folder):
-    """Returns {name: type} of the views that `split` wrote to a folder; {} where there are none."""
+def types(folder: str | pathlib.Path) -> dict[str, str]:
+    """Returns {name: type} of the tasks that `split` wrote to a folder; {} if there are none."""
     settings = [read_json(file) for file in visible(folder, "task.json")]
     return {values["name"]: values["type"] for values in settings}
 
 
-def _views(task, place, documents, queries):
-    """Returns {part: what writes its files into a folder}."""
+def _writers(
+    task: tasks.EvaluationTask, source: pathlib.Path, documents: int, queries: int
+) -> dict[str, Callable[[pathlib.Path], None]]:
+    """Returns {part: function that writes the files of this part of the task to a folder}."""
 
-    def shuffled(folder):
-        rows = _rows(place / "test.jsonl")
+    def write_shuffled(folder):
+        rows = _rows(source / "test.jsonl")
         random.Random(0).shuffle(rows)
         write_jsonl(folder / "test.jsonl", rows)
         if task.type == "classification":
-            _keep(folder, place / "train.jsonl", lambda rows: _in_turn(rows, documents))
+            _write_subset(folder, source / "train.jsonl", lambda rows: _balanced(rows, documents))
 
-    def halved(folder):
-        train, test = _halve(_rows(place / "train.jsonl"))
+    def write_training_halves(folder):
+        train, test = _halve(_rows(source / "train.jsonl"))
         random.Random(0).shuffle(test)
-        write_jsonl(folder / "train.jsonl", _in_turn(train, documents))
+        write_jsonl(folder / "train.jsonl", _balanced(train, documents))
         write_jsonl(folder / "test.jsonl", test)
 
-    def asked(first):
+    def every_other_query(first):
         def write(folder):
             qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::2]}
             leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
             judged = {name for query in leading for name in qrels[query]}
-            corpus = _keep(folder, place / "corpus.jsonl", lambda rows: _sample(rows, documents, judged))
-            known = {row["_id"] for row in corpus}
+            corpus = _write_subset(folder, source / "corpus.jsonl", lambda rows: _sample(rows, documents, judged))
+            in_corpus = {row["_id"] for row in corpus}
             lines = ["query-id\tcorpus-id\tscore"]
             for query, grades in qrels.items():
-                lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in known]
-            _link(folder, place, "queries.jsonl")
+                lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in in_corpus]
+            _link(folder, source, "queries.jsonl")
             write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
 
         return write
 
     if task.type == "sts":
-        return {"development" if task.name.endswith("Dev") else "test": shuffled}
+        return {"development" if task.name.endswith("Dev") else "test": write_shuffled}
     if task.type == "classification":
-        return {"development": halved, "test": shuffled}
+        return {"development": write_training_halves, "test": write_shuffled}
     if task.type == "retrieval":
-        return {"development": asked(0), "test": asked(1)}
+        return {"development": every_other_query(0), "test": every_other_query(1)}
     if task.type == "clustering":
-        return {"test": shuffled}
-    return {"test": lambda folder: _link(folder, place, "corpus.jsonl", "queries.jsonl", "qrels.tsv")}
+        return {"test": write_shuffled}
+    return {"test": lambda folder: _link(folder, source, "corpus.jsonl", "queries.jsonl", "qrels.tsv")}
 
 
-def _halve(rows):
-    """Returns two halves of rows, of each label in turn."""
-    halves = ([], [])
-    for turn, row in _turns(rows):
-        halves[turn % 2].append(row)
+def _halve(rows: Iterable[_Row]) -> tuple[list[_Row], list[_Row]]:
+    """Returns two halves of rows; the rows of each label alternate between them."""
+    halves: tuple[list[_Row], list[_Row]] = ([], [])
+    for rank, row in _ranks_within_label(rows):
+        halves[rank % 2].append(row)
     return halves
 
 
-def _in_turn(rows, most):
-    """Returns at most so many rows (0: all as they are), each label's first, then each one's second."""
-    return [row for _, row in sorted(_turns(rows), key=lambda pair: pair[0])][:most] if most else rows
+def _balanced(rows: list[_Row], limit: int) -> list[_Row]:
+    """Returns at most `limit` rows (0: all), the first row of each label, then the second of each, and so on."""
+    ranked = sorted(_ranks_within_label(rows), key=lambda pair: pair[0])
+    return [row for _, row in ranked][:limit] if limit else rows
 
 
-def _turns(rows):
-    """Returns [(how many rows of its label came before, row)]."""
-    seen, turns = collections.Counter(), []
+def _ranks_within_label(rows: Iterable[_Row]) -> list[tuple[int, _Row]]:
+    """Returns [(number of earlier rows with the same label, row)]."""
+    seen: collections.Counter = collections.Counter()
+    ranked = []
     for row in rows:
-        turns.append((seen[row["label"]], row))
+        ranked.append((seen[row["label"]], row))
         seen[row["label"]] += 1
-    return turns
+    return ranked
 
 
-def _sample(rows, most, judged):
-    """Returns, in their order, the rows whose _id is judged and others by chance, `most` in all (0: all rows)."""
+def _sample(rows: list[_Row], limit: int, judged: set[str]) -> list[_Row]:
+    """Returns, in their order, the judged rows and a random sample of the others, `limit` in total (0: all rows)."""
     others = [row["_id"] for row in rows if row["_id"] not in judged]
-    wanted = max(most - len(judged), 0)
-    if not most or wanted >= len(others):
+    count = max(limit - len(judged), 0)
+    if not limit or count >= len(others):
         return rows
-    chosen = judged.union(random.Random(0).sample(others, wanted))
+    chosen = judged.union(random.Random(0).sample(others, count))
     return [row for row in rows if row["_id"] in chosen]
 
 
-def _link(folder, place, *names):
+def _link(folder: pathlib.Path, source: pathlib.Path, *names: str) -> None:
     for name in names:
-        (folder / name).symlink_to(place / name)
+        (folder / name).symlink_to(source / name)
 
 
-def _keep(folder, source, choose):
-    """Links a file of rows into a folder, or writes there the fewer rows that choose(rows) returns. Returns those."""
+def _write_subset(folder: pathlib.Path, source: pathlib.Path, choose: Callable[[list[_Row]], list[_Row]]) -> list[_Row]:
+    """Writes choose(rows) of a file to `folder`, or a symlink to the file if it is all rows. Returns the subset."""
     rows = _rows(source)
-    kept = choose(rows)
-    if len(kept) == len(rows):
+    subset = choose(rows)
+    if len(subset) == len(rows):
         (folder / source.name).symlink_to(source)
     else:
-        write_jsonl(folder / source.name, kept)
-    return kept
+        write_jsonl(folder / source.name, subset)
+    return subset
 
 
-def _rows(file):
+def _rows(file: pathlib.Path) -> list[_Row]:
     return [row for _, row in read_jsonl(file)]

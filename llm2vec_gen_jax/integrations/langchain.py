@@ -1,24 +1,28 @@
-"""An embedder for LangChain: `LLM2VecGenEmbeddings(model)` wherever an `Embeddings` goes.
+"""LangChain embeddings: `LLM2VecGenEmbeddings(model)`.
 
-What that is: https://docs.langchain.com/oss/python/integrations/embeddings
+See https://docs.langchain.com/oss/python/integrations/embeddings
 """
+
+from typing import Any
 
 from langchain_core.embeddings import Embeddings
 
+from llm2vec_gen_jax.api import LLM2VecGen
+
 
 class LLM2VecGenEmbeddings(Embeddings):
-    """Vectors of an LLM2VecGen, as lists. The asynchronous methods are LangChain's own: these in a thread.
+    """Embeddings of an LLM2VecGen as lists. The inherited asynchronous methods run the synchronous ones in a thread.
 
-    options: of LLM2VecGen.encode_query and encode_document, such as batch_size, truncate_dim, normalize_embeddings.
+    options: for LLM2VecGen.encode_query and encode_document, for example truncate_dim and normalize_embeddings.
     """
 
-    def __init__(self, model, **options):
+    def __init__(self, model: LLM2VecGen, **options: Any) -> None:
         self.model, self.options = model, options
 
-    def embed_documents(self, texts):
-        """Returns a list of E numbers for each text, with the model's prompt for documents, if it has one."""
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Returns the embedding (E,) of each text, with the model's document prompt, if any."""
         return self.model.encode_document(list(texts), **self.options).tolist()
 
-    def embed_query(self, text):
-        """Returns the E numbers of a text, with the model's prompt for queries, if it has one."""
+    def embed_query(self, text: str) -> list[float]:
+        """Returns the embedding (E,) of a text, with the model's query prompt, if any."""
         return self.model.encode_query(text, **self.options).tolist()

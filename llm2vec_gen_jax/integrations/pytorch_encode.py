@@ -1,11 +1,11 @@
-"""Reads a model directory with PyTorch: the other side of `launch.convert verify`. A script, never imported.
+"""Encodes and decodes with a model directory in PyTorch, for `launch.convert verify`. A script, never imported.
 
-    PYTHON encode.py MODEL_DIR REQUEST.json OUT.npz
+    PYTHON pytorch_encode.py MODEL_DIR REQUEST.json OUT.npz
 
-It may run in an environment that knows nothing of JAX. With the published package (`llm2vec-gen`) there, that
-encodes; otherwise transformers and peft do, by the package's recipe. REQUEST.json: batches of texts, decode (how
-many of them to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of
-the decoded texts. Prints a line of JSON: the versions that it used.
+It runs in an environment that may lack JAX. If the published package (`llm2vec-gen`) is installed there, it is used;
+otherwise transformers and peft with the package's recipe. REQUEST.json: batches of texts, decode (the number of texts
+to decode), max_length, max_new_tokens. OUT.npz: embeddings (n, E), soft_prompts (n, K, D), ids_<i> of the decoded
+texts. Prints the package versions as a line of JSON.
 """
 
 import importlib.metadata
@@ -14,9 +14,11 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers compared are those of the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compare on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -27,15 +29,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 class PlainReader:
-    """The published recipe on transformers and peft alone, of any version."""
+    """The published recipe with any version of transformers and peft."""
 
-    def __init__(self, directory):
+    def __init__(self, directory: Path) -> None:
         run = yaml.safe_load((directory / "run_config.yml").read_text())
         backbone, dtype = run["model_name_or_path"], getattr(torch, run["torch_dtype"])
         self.count = int(re.fullmatch(r"last_(\d+)_tokens", run["encoding_mode"])[1])
         self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.special = run["special_tokens"]
-        # The decoder first: adapters are put into the encoder in place.
+        # The decoder first: peft modifies the encoder in place.
         self.decoder = AutoModelForCausalLM.from_pretrained(backbone, trust_remote_code=False).to(dtype).eval()
         encoder = AutoModel.from_pretrained(backbone, trust_remote_code=False).to(dtype)
         encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
@@ -43,12 +45,12 @@ class PlainReader:
         self.heads = [self._head(directory / f"{name}_mlp") for name in ("reconstruction", "alignment")]
 
     @staticmethod
-    def _head(path):
+    def _head(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         state = torch.load(path, weights_only=True)["state_dict"]
         return lambda x: torch.nn.functional.linear(x, state["projection.weight"], state["projection.bias"])
 
-    def encode(self, texts, max_length):
-        """Returns (embeddings (n, E), soft prompts (n, K, D)) of texts that are padded together."""
+    def encode(self, texts: list[str], max_length: int) -> Any:
+        """Returns (embeddings (n, E), soft prompts (n, K, D)) of one batch of texts."""
         texts = [text + "".join(self.special) for text in texts]
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         ids = batch["input_ids"]
@@ -59,8 +61,8 @@ class PlainReader:
         soft_prompts = self.heads[0](hidden[:, -self.count :])
         return self.heads[1](soft_prompts).mean(dim=1), soft_prompts
 
-    def decode(self, soft_prompt, max_new_tokens):
-        """Greedy ids; without a cache, as the published package decodes."""
+    def decode(self, soft_prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
+        """Returns greedily decoded ids of a soft prompt (K, D), without a cache, as the published package."""
         embeds, table, ids = soft_prompt[None], self.decoder.get_input_embeddings(), []
         for _ in range(max_new_tokens):
             ids.append(int(self.decoder(inputs_embeds=embeds).logits[0, -1].argmax()))
@@ -69,30 +71,30 @@ class PlainReader:
 
 
 class PublishedReader:
-    """The published package itself."""
+    """The published package."""
 
-    def __init__(self, directory):
+    def __init__(self, directory: Path) -> None:
         from llm2vec_gen.models import LLM2VecGenModel
 
         self.model = LLM2VecGenModel.from_pretrained(str(directory))
         self.model.model.eval()
 
-    def encode(self, texts, max_length):
-        """Returns (embeddings (n, E), soft prompts (n, K, D)) of texts that are padded together."""
+    def encode(self, texts: list[str], max_length: int) -> Any:
+        """Returns (embeddings (n, E), soft prompts (n, K, D)) of one batch of texts."""
         return self.model.encode(texts, max_length=max_length, get_recon_hidden_states=True)
 
-    def decode(self, soft_prompt, max_new_tokens):
-        """Greedy ids of a soft prompt (K, D)."""
-        unread = torch.ones(1, 1, dtype=torch.long)  # generate() wants ids, but given soft prompts ignores them
+    def decode(self, soft_prompt: torch.Tensor, max_new_tokens: int) -> list[int]:
+        """Returns greedily decoded ids of a soft prompt (K, D)."""
+        unused = torch.ones(1, 1, dtype=torch.long)  # generate() requires ids, and ignores them for soft prompts
         ids = self.model.model.generate(
-            unread, unread, max_new_tokens=max_new_tokens, decoder_inputs_embeds=soft_prompt[None]
+            unused, unused, max_new_tokens=max_new_tokens, decoder_inputs_embeds=soft_prompt[None]
         )
         return ids[0].tolist()
 
 
 @torch.no_grad()
-def main(directory, request_path, out_path):
-    """Reads the directory, and writes what the request asks for."""
+def main(directory: str, request_path: str, out_path: str) -> None:
+    """Encodes and decodes the texts of the request with the model directory, and writes the results."""
     request = json.loads(Path(request_path).read_text())
     published = importlib.util.find_spec("llm2vec_gen") is not None
     reader = (PublishedReader if published else PlainReader)(Path(directory))

@@ -1,9 +1,10 @@
-"""An embedder as a module of sentence-transformers: `SentenceTransformer(modules=[LLM2VecGenModule(model)])`.
+"""A sentence-transformers module: `SentenceTransformer(modules=[LLM2VecGenModule(model)])`.
 
-What such a module is: https://sbert.net/docs/sentence_transformer/usage/custom_models.html
+See https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
 
 import pathlib
+from typing import Any
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -12,67 +13,64 @@ from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.data.batches import pad
 
-_ROWS = 32  # of 256 tokens in a pass, as of LLM2VecGen.encode
+_BATCH_SIZE = 32  # as the default of LLM2VecGen.encode
 
 
 class LLM2VecGenModule(InputModule):
-    """Texts to ids to embeddings, which JAX computes on its own devices. PyTorch finds nothing in it to train.
-
-    model: an LLM2VecGen.
-    """
+    """Tokenizer and encoder of an LLM2VecGen. JAX computes on its own devices; there are no PyTorch parameters."""
 
     save_in_root = False
 
-    def __init__(self, model):
+    def __init__(self, model: LLM2VecGen) -> None:
         super().__init__()
         self.model = model
 
     @property
-    def prompts(self):
-        """The model's prompts as that library takes them: it puts no space between a prompt and a text."""
+    def prompts(self) -> dict[str, str]:
+        """The model's prompts with a trailing space, which sentence-transformers does not insert."""
         return {name: f"{text} " if text else "" for name, text in self.model.prompts.items()}
 
     @property
-    def max_seq_length(self):
-        """Tokens of a text, the compression tokens included."""
+    def max_seq_length(self) -> int:
+        """Tokens per text, including the compression tokens."""
         return self.model.max_seq_length
 
     @max_seq_length.setter
-    def max_seq_length(self, value):
+    def max_seq_length(self, value: int) -> None:
         self.model.max_seq_length = value
 
     @property
-    def tokenizer(self):
-        """The backbone's, of transformers."""
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer of the backbone."""
         return self.model.backbone.tokenizer.hf
 
-    def get_embedding_dimension(self):
-        """Returns E."""
+    def get_embedding_dimension(self) -> int:
+        """Returns the embedding size E."""
         return self.model.get_embedding_dimension()
 
-    def preprocess(self, inputs, prompt=None, **_):
-        """Returns input_ids and attention_mask (B, T) of B texts, right-padded, without the compression tokens."""
+    def preprocess(self, inputs: list[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Returns right-padded input_ids and attention_mask (B, T) of the texts, without the compression tokens."""
         ids = self.model.tokenize([f"{prompt or ''}{text}" for text in inputs])
         lengths_B = torch.tensor([len(row) for row in ids])
         mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
         return {"input_ids": torch.from_numpy(pad(ids, mask_BT.shape[1])), "attention_mask": mask_BT.int()}
 
-    def forward(self, features, **_):
-        """Adds sentence_embedding (B, E), float32, where the ids are."""
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds sentence_embedding (B, E), float32, on the device of the ids."""
         ids_BT, lengths_B = features["input_ids"], features["attention_mask"].sum(dim=1).tolist()
         ids = [row[:length] for row, length in zip(ids_BT.numpy(force=True), lengths_B)]
         bar = progress.bar(len(ids), "text", "encode", enabled=False)
-        [(_, embeddings_BE, _)] = self.model.encode_windows([(0, ids)], _ROWS, False, bar)
+        [(_, embeddings_BE, _)] = self.model.encode_windows([(0, ids)], _BATCH_SIZE, False, bar)
         features["sentence_embedding"] = torch.from_numpy(embeddings_BE).to(ids_BT.device)
         return features
 
-    def save(self, output_path, *_, **__):
-        """Writes a model directory into the module's own folder."""
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Writes a model directory to the module's folder."""
         self.model.save_pretrained(pathlib.Path(output_path) / "model")
 
     @classmethod
-    def load(cls, model_name_or_path, subfolder="", **options):
-        """Reads what `save` wrote. That library asks to be told to trust a module that is not its own."""
+    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> "LLM2VecGenModule":
+        """Loads a module written by `save`. sentence-transformers requires trust_remote_code=True for it."""
         hub = {name: options.get(name) for name in ("token", "cache_folder", "revision")}
         folder = cls.load_dir_path(
             model_name_or_path, subfolder, **hub, local_files_only=options.get("local_files_only", False)

@@ -1,48 +1,61 @@
-"""The one count of FLOPs of the method, by lengths in tokens, and what devices can do by their data sheets."""
+"""FLOPs of the method, and bytes read by decoding, as functions of lengths in tokens."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from llm2vec_gen_jax.model.architecture import Architecture
 
-def reading_flops(architecture, lengths):
+
+def forward_flops(architecture: Architecture, lengths: Sequence[int] | np.ndarray) -> float:
     """Returns the FLOPs of one causal forward pass over texts of these lengths, without the output matrix.
 
-    2 for each weight and token; attention: 4 for each pair of tokens, head and head dimension, half of it causal.
+    2 per weight and token, and half of 4 per pair of tokens, head and head dimension for causal attention.
     """
     a, T = architecture, np.asarray(lengths, np.float64)
-    return float(np.sum(2 * layer_weights(a) * T + _pair(a) * T * T / 2))
+    return float(np.sum(2 * layer_weights(a) * T + _flops_per_pair(a) * T * T / 2))
 
 
-def training_flops(architecture, queries, answers, num_tokens, num_thought_tokens=0, lora=False):
-    """Returns the FLOPs of training on queries and answers of these lengths, recomputation not counted.
+def training_flops(
+    architecture: Architecture,
+    queries: Sequence[int] | np.ndarray,
+    answers: Sequence[int] | np.ndarray,
+    num_tokens: int,
+    num_thought_tokens: int = 0,
+    lora: bool = False,
+) -> float:
+    """Returns the FLOPs of one training step on queries and answers of these lengths, without recomputation.
 
-    As `reading_flops`, and 2 more backward (the frozen weights get no gradient): queries forward (with a LoRA both),
-    appended tokens and answers both. Attention three times that with its backward pass. The output matrix twice for
-    answer tokens.
+    A backward pass adds 2 per weight and token (frozen weights have no gradient) and triples those of attention. The
+    queries have a backward pass only with LoRA; appended tokens and answers always do. The output matrix is applied
+    twice to answer tokens.
     """
     a, T, S = architecture, np.asarray(queries, np.float64), np.asarray(answers, np.float64)
     K, M = num_tokens, num_tokens + num_thought_tokens
-    weights, pair = layer_weights(a), _pair(a)
+    weights, pair = layer_weights(a), _flops_per_pair(a)
     compressing = 4 * weights * M + 3 * pair * M * (T + M / 2)
     answering = 4 * weights * (K + S) + 3 * pair * (K + S) ** 2 / 2 + 4 * a.vocab_size * a.hidden_size * S
-    return (2 if lora else 1) * reading_flops(a, T) + float(np.sum(compressing + answering))
+    return (2 if lora else 1) * forward_flops(a, T) + float(np.sum(compressing + answering))
 
 
-def decoding_bytes(architecture, prompts, new_tokens, itemsize):
-    """Returns the bytes that decoding reads at least: all weights in every step, and the keys and values so far.
+def decoding_bytes(
+    architecture: Architecture, prompts: Sequence[int] | np.ndarray, new_tokens: int, itemsize: int
+) -> float:
+    """Returns the least number of bytes that decoding a batch reads: in each step, all weights and the KV cache.
 
-    prompts: lengths of one batch, decoded together; new_tokens of each. itemsize: bytes of a number.
+    prompts: lengths of the prompts; new_tokens: per prompt; itemsize: bytes per number.
     """
     a, T, N = architecture, np.asarray(prompts, np.float64), new_tokens
-    tables = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size  # of the input table, only the tokens' rows
+    tables = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size  # only the rows of the tokens are read
     cached = float(np.sum(N * T + N * (N - 1) / 2)) * 2 * a.num_layers * a.num_kv_heads * a.head_dim
     return itemsize * (N * (a.num_parameters - tables) + cached)
 
 
-def layer_weights(architecture):
-    """Number of weights that every token is multiplied with: all but the tables."""
+def layer_weights(architecture: Architecture) -> int:
+    """Returns the number of parameters without the embedding tables."""
     a = architecture
     return a.num_parameters - (1 if a.tied_embeddings else 2) * a.vocab_size * a.hidden_size
 
 
-def _pair(architecture):
+def _flops_per_pair(architecture: Architecture) -> int:
     return 4 * architecture.num_layers * architecture.num_heads * architecture.head_dim

@@ -1,20 +1,24 @@
-"""Measured time and memory of the planned programs, on attached devices."""
+"""Measured memory of the planned programs on attached devices."""
 
 import ctypes
 import pathlib
 import re
 import threading
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm2vec_gen_jax.config import PlanConfig
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.parallel.chips import GIB
 from llm2vec_gen_jax.planning.programs import abstract_inputs, compile_programs
 
 
-def measure(config, architecture, execution):
-    """Runs everything once on random weights; prints the peak of memory beside the arguments, and the estimate."""
+def measure(config: PlanConfig, architecture: Architecture, execution: Execution) -> None:
+    """Runs each program once on constant weights; prints its peak memory without the arguments, and the estimate."""
     model, inputs = abstract_inputs(config, architecture, execution)
     programs = compile_programs(config, model, inputs)
 
@@ -22,52 +26,52 @@ def measure(config, architecture, execution):
         value = 1 if x.dtype == jnp.int32 else 0.01
         return jax.jit(lambda: jnp.full(x.shape, value, x.dtype), out_shardings=x.sharding)()
 
-    given = jax.block_until_ready(jax.tree.map(fill, inputs))
-    state, cache = given["state"], None
+    values = jax.block_until_ready(jax.tree.map(fill, inputs))
+    state, cache = values["state"], None
     for name, program in programs.items():
-        with _Peak(execution.mesh) as peak:
+        with _Peak(inputs["ids"].sharding.mesh) as peak:
             if name == "prefix":
-                cache = jax.block_until_ready(program.compiled(given["frozen"], given["ids"]))
+                cache = jax.block_until_ready(program.compiled(values["frozen"], values["ids"]))
             elif name == "step":
-                state, _ = jax.block_until_ready(program.compiled(state, given["frozen"], cache, given["batch"]))
+                state, _ = jax.block_until_ready(program.compiled(state, values["frozen"], cache, values["batch"]))
             elif name == "encode":
-                jax.block_until_ready(program.compiled(given["trainable"], given["frozen"], given["packed"]))
+                jax.block_until_ready(program.compiled(values["trainable"], values["frozen"], values["packed"]))
             else:
-                lengths = given["batch"]["query_lengths"]
-                jax.block_until_ready(program.compiled(given["frozen"], given["ids"], lengths, lengths, np.uint32(0)))
-        print(f"    {name:<8} measured {peak.bytes / GIB:.3f} GiB, estimated {program.beside / GIB:.3f}", flush=True)
+                lengths = values["batch"]["query_lengths"]
+                jax.block_until_ready(program.compiled(values["frozen"], values["ids"], lengths, lengths, np.uint32(0)))
+        print(f"    {name:<8} measured {peak.bytes / GIB:.3f} GiB, estimated {program.allocated / GIB:.3f}", flush=True)
 
 
 class _Peak:
-    """The most memory that a device has in use inside the block, over what it had before: `bytes`.
+    """Measures the increase of the peak memory of a device inside the block, as `bytes`.
 
-    On a CPU it is the process's, sampled, by number of devices.
+    On a CPU, that of the process divided by the number of devices, sampled.
     """
 
-    def __init__(self, mesh):
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.devices = list(mesh.devices.flat)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.devices[0].platform == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would count as before
-        self.before, self.most, self.done = self._now("bytes_in_use"), 0, threading.Event()
+            ctypes.CDLL(None).malloc_trim(0)  # free memory not yet returned to the system
+        self.before, self.peak, self.done = self._bytes("bytes_in_use"), 0.0, threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.done.set()
         self.thread.join()
         if self.devices[0].platform != "cpu":
-            self.most = self._now("peak_bytes_in_use")
-        self.bytes = self.most - self.before
+            self.peak = self._bytes("peak_bytes_in_use")
+        self.bytes = self.peak - self.before
 
-    def _watch(self):
+    def _watch(self) -> None:
         while not self.done.wait(0.002):
-            self.most = max(self.most, self._now("bytes_in_use"))
+            self.peak = max(self.peak, self._bytes("bytes_in_use"))
 
-    def _now(self, key):
+    def _bytes(self, key: str) -> float:
         if self.devices[0].platform == "cpu":
             status = pathlib.Path("/proc/self/status").read_text()
-            return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024 / len(self.devices)
+            return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) * 1024 / len(self.devices)
         return max(device.memory_stats()[key] for device in self.devices)

@@ -1,34 +1,36 @@
-"""What training and encoding cost on devices that need not be here: compiled for them, never run."""
+"""Costs of training and encoding on devices that need not be attached, from compiled programs."""
 
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json, shipped
-from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.config import PlanConfig, options
 from llm2vec_gen_jax.model import architecture as architecture_lib
 from llm2vec_gen_jax.model import quantization
 from llm2vec_gen_jax.model.execution import REMAT, Execution
 from llm2vec_gen_jax.parallel import memory, sharding
-from llm2vec_gen_jax.parallel.chips import GIB, chip_of
+from llm2vec_gen_jax.parallel.chips import GIB, Chip, chip_of
 from llm2vec_gen_jax.planning.measure import measure
 from llm2vec_gen_jax.planning.programs import abstract_inputs, compile_programs, flops, lower_for_cuda, weight_dtype
 from llm2vec_gen_jax.planning.topologies import ESTIMATE, compiling_for, described_devices, install_hint, is_described
 from llm2vec_gen_jax.pretrained.backbone import default_dtype, open_checkpoint
 
 
-def estimate(config):
-    """Prints, and returns as dicts, a row for each mesh and remat policy of a PlanConfig that was compiled."""
+def estimate(config: PlanConfig) -> list[dict[str, Any]]:
+    """Compiles each mesh and remat policy of a PlanConfig. Prints one row for each and returns the rows as dicts."""
     options.require(config)
     architecture = _architecture(config)
     devices, chip, compiler = _devices(config.topology)
     if config.measure and is_described(devices[0]):
         raise InputError(
-            f"topology={config.topology}: measure=true runs programs, on devices that are here; leave it out"
+            f"topology={config.topology}: measure=true runs programs on attached devices. Remove measure or topology"
         )
     if config.backbone.dtype == "auto" and is_described(devices[0]):
         backbone = dataclasses.replace(config.backbone, dtype=default_dtype(devices[0]))
@@ -37,21 +39,28 @@ def estimate(config):
         return _plan(config, architecture, devices, chip, compiler)
 
 
-def _plan(config, architecture, devices, chip, compiler):
+def _plan(
+    config: PlanConfig,
+    architecture: architecture_lib.Architecture,
+    devices: Sequence[Any],
+    chip: Chip | None,
+    compiler: str,
+) -> list[dict[str, Any]]:
     policies = REMAT[1:] if config.train.remat == "auto" else (config.train.remat,)
     limit = memory.limit(sharding.make_mesh(config_lib.MeshConfig(), devices), chip)
     if config.search:
         meshes = _candidates(config, architecture, len(devices), limit)
-    else:  # where there is no limit, the policy that training takes
+    else:  # without a memory limit, the policy that training would choose
         meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
-    where = config.topology or f"{len(devices)} x {devices[0].device_kind}"
+    devices_name = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
     print(
-        f"{architecture.num_parameters / 1e9:.2f} B parameters, {weight_dtype(config).name}; {where}; "
-        f"batch {B}, queries of {T} and answers of {S} tokens\n{_about(compiler, limit, devices[0].platform)}\n\n"
+        f"{architecture.num_parameters / 1e9:.2f} B parameters, {weight_dtype(config).name}; {devices_name}; "
+        f"batch {B}, queries of {T} and answers of {S} tokens\n"
+        f"{_describe_compiler(compiler, limit, devices[0].platform)}\n\n"
         f"per device, GiB:\n{'mesh (data, fsdp, tensor), remat':<34}"
         f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}"
-        "   a training step: FLOPs, bytes moved, at least; compiler",
+        "   training step: FLOPs, bytes moved, least time; compiler",
         flush=True,
     )
     rows = []
@@ -59,9 +68,9 @@ def _plan(config, architecture, devices, chip, compiler):
         mesh = sharding.make_mesh(mesh_config, devices)
         execution = Execution(mesh, config.kernels.attention, remat)
         execution.check(architecture.head_dim, quantization.product_dtype(weight_dtype(config)))
-        row = _row(config, architecture, execution, chip, {"devices": where, "compiler": compiler})
+        row = _row(config, architecture, execution, chip, {"devices": devices_name, "compiler": compiler})
         if compiler == ESTIMATE and row["fits"] is not None:
-            # cuDNN's attention cannot be asked for where there is none.
+            # cuDNN's attention cannot be lowered without cuDNN.
             lower_for_cuda(config, architecture, Execution(mesh, "xla", remat, platform="gpu"))
         rows.append(row)
         print(_line(row), flush=True)
@@ -79,29 +88,29 @@ def _plan(config, architecture, devices, chip, compiler):
             break
     else:
         if len(meshes) > 1:
-            print("\nnothing that was tried fits: more devices, a smaller batch, or shorter texts are needed")
+            print("\nno configuration fits: use more devices, a smaller batch or shorter texts")
     return rows
 
 
-def _about(compiler, limit, platform):
-    """Returns lines that say which compiler the figures come from, and what "fits" means."""
+def _describe_compiler(compiler: str, limit: float | None, platform: str) -> str:
+    """Returns lines that name the compiler and define "fits"."""
     text = f"compiled by {compiler}"
     if compiler == ESTIMATE:
-        text += f", whose programs need more memory than a GPU's; for the GPU's own compiler: {install_hint()}"
+        text += f", which overestimates the memory on a GPU; to install the GPU compiler: {install_hint()}"
     if limit:
-        text += f"\nfits: below {limit / GIB:.2f} GiB a device, 92 % of what JAX may take"
+        text += f"\nfits: below {limit / GIB:.2f} GiB per device, 92 % of the memory available to JAX"
         if platform == "gpu" or compiler == ESTIMATE:
-            text += f", {memory.pool_share():.0%} of its memory by XLA_PYTHON_CLIENT_MEM_FRACTION"
+            text += f", which is {memory.pool_share():.0%} of the device's (XLA_PYTHON_CLIENT_MEM_FRACTION)"
     return text
 
 
-def _architecture(config):
+def _architecture(config: PlanConfig) -> architecture_lib.Architecture:
     if config.architecture:
         return architecture_lib.from_hf_config(read_json(shipped(config.architecture)), config.architecture)
     return open_checkpoint(config.backbone.path, Execution())[0].architecture
 
 
-def _devices(topology):
+def _devices(topology: str | None) -> tuple[Sequence[Any], Chip | None, str]:
     """Returns (devices, their Chip or None, name of the compiler) of a topology setting."""
     if topology:
         return described_devices(topology)
@@ -109,34 +118,43 @@ def _devices(topology):
     return devices, chip_of(devices[0].device_kind), f"XLA:{devices[0].platform.upper()}"
 
 
-def _candidates(config, architecture, count, limit):
-    """Returns [(MeshConfig, remat)] to try: as few pieces of the weights as can fit, the rest of the devices to data.
+def _candidates(
+    config: PlanConfig, architecture: architecture_lib.Architecture, count: int, limit: float | None
+) -> list[tuple[config_lib.MeshConfig, str]]:
+    """Returns the meshes and remat policies to try, those with the fewest shards of the weights first.
 
-    The backbone is frozen, so data parallel costs no more than a sum of small gradients.
+    The backbone is frozen, so data parallelism only adds an all-reduce of small gradients.
     """
     weights = architecture.num_parameters * weight_dtype(config).itemsize
-    found = []
+    candidates = []
     for pieces in (pieces for pieces in range(1, count + 1) if count % pieces == 0):
         for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
             fsdp, data = pieces // tensor, count // pieces
             divides = config.train.batch_size % (data * fsdp) == 0 and architecture.num_kv_heads % tensor == 0
             if divides and (limit is None or weights / pieces < limit):
-                found += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
-    if not found:
+                candidates += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
+    if not candidates:
         raise InputError(f"train.batch_size={config.train.batch_size}: no mesh of {count} devices divides it and fits")
-    return found
+    return candidates
 
 
-def _row(config, architecture, execution, chip, head):
-    """Returns what a mesh and a remat policy cost, as a JSON-like dict; bytes are per device.
+def _row(
+    config: PlanConfig,
+    architecture: architecture_lib.Architecture,
+    execution: Execution,
+    chip: Chip | None,
+    common: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the costs of a mesh and a remat policy as JSON values; bytes are per device.
 
-    head: what the rows of a plan have in common. limit: what training may take; compiled_flops: null where the compiler
-    does not count.
+    common: the values that all rows share. limit: memory available to training; compiled_flops: null if the compiler
+    does not report it.
     """
-    started, mesh = time.perf_counter(), execution.mesh
+    started = time.perf_counter()
+    mesh: Any = execution.mesh
     model, inputs = abstract_inputs(config, architecture, execution)
     limit = memory.limit(mesh, chip)
-    row = head | {"mesh": dict(mesh.shape), "remat": execution.remat, "fits": None, "limit": limit}
+    row: dict[str, Any] = common | {"mesh": dict(mesh.shape), "remat": execution.remat, "fits": None, "limit": limit}
     row |= {"weights": memory.bytes_per_device(inputs["frozen"]), "state": memory.bytes_per_device(inputs["state"])}
     try:
         programs = compile_programs(config, model, inputs)
@@ -146,19 +164,19 @@ def _row(config, architecture, execution, chip, head):
         return row | {"fits": False, "reason": str(error).strip().splitlines()[0][:200]}
     training = [programs[name] for name in ("prefix", "step") if name in programs]
     row["train"] = programs["step"].peak
-    if "prefix" in programs:  # which runs beside the state
+    if "prefix" in programs:  # the state is in memory, too
         row["train"] = max(row["train"], programs["prefix"].peak + row["state"])
     row["encode"], row["generate"] = programs["encode"].peak, programs["generate"].peak
     row["moved"], row["encode_moved"] = sum(program.moved for program in training), programs["encode"].moved
     row["flops"], row["encode_flops"] = flops(config, architecture)
-    analyses = [program.compiled.cost_analysis() for program in training]  # the GPU compiler has none
-    row["compiled_flops"] = sum(found["flops"] for found in analyses) if all(analyses) else None
+    analyses = [program.compiled.cost_analysis() for program in training]  # empty for the GPU compiler
+    row["compiled_flops"] = sum(analysis["flops"] for analysis in analyses) if all(analyses) else None
     row["seconds_to_compile"] = round(time.perf_counter() - started, 1)
     if limit:
         row["fits"] = max(row["train"], row["encode"]) < limit
     if chip:
         count = mesh.devices.size
-        # A device reads all of its tensor shard's weights in each of five passes, whoever keeps them.
+        # Each of five passes reads all weights of the tensor shard, including those gathered from other devices.
         read = 5 * architecture.num_parameters * weight_dtype(config).itemsize / mesh.shape["tensor"]
         row["bounds"] = {
             "compute": row["flops"] / count / chip.flops,
@@ -168,7 +186,7 @@ def _row(config, architecture, execution, chip, head):
     return row
 
 
-def _line(row):
+def _line(row: dict[str, Any]) -> str:
     size = row["mesh"]
     text = f"{size['data']:>4} x{size['fsdp']:>4} x{size['tensor']:>3}  {row['remat']:<16}"
     text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"

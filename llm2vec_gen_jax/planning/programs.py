@@ -1,7 +1,8 @@
-"""The programs of training, encoding and generation, compiled from shapes alone."""
+"""Compiles the programs of training, encoding and generation from abstract inputs."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import PlanConfig
 from llm2vec_gen_jax.inference.generate import Sampling, continue_prompts, unrolls
 from llm2vec_gen_jax.model import quantization
+from llm2vec_gen_jax.model.architecture import Architecture
 from llm2vec_gen_jax.model.backbone import Backbone, abstract_params
+from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel, Packed
 from llm2vec_gen_jax.parallel import memory, sharding
-from llm2vec_gen_jax.planning.flops import reading_flops, training_flops
+from llm2vec_gen_jax.planning.flops import forward_flops, training_flops
 from llm2vec_gen_jax.planning.hlo import moved_bytes
 from llm2vec_gen_jax.pretrained.backbone import resolve_dtype
 from llm2vec_gen_jax.training.optimizer import make_optimizer
@@ -23,28 +27,33 @@ from llm2vec_gen_jax.training.step import abstract_cache, jit_prefill, jit_step,
 
 @dataclasses.dataclass
 class Program:
-    """A compiled program. arguments, beside: bytes per device, of what it is given and of all that it makes (what is
-    donated counts once); moved: bytes that a device receives from others."""
+    """A compiled program; all sizes are bytes per device.
+
+    arguments: its arguments. allocated: outputs and temporaries, without donated arguments. moved: received from other
+    devices.
+    """
 
     compiled: Any
     arguments: int
-    beside: int
+    allocated: int
     moved: float
 
     @property
-    def peak(self):
-        """Bytes per device while it runs."""
-        return self.arguments + self.beside
+    def peak(self) -> int:
+        """Memory in use while the program runs."""
+        return self.arguments + self.allocated
 
 
-def weight_dtype(config):
-    """The dtype of most weights."""
+def weight_dtype(config: PlanConfig) -> jnp.dtype:
+    """Returns the dtype of most weights."""
     name = config.backbone.dtype
     return jnp.dtype("bfloat16" if name == "auto" and config.topology else resolve_dtype(name))
 
 
-def abstract_inputs(config, architecture, execution):
-    """Returns (Model, abstract arguments by name) of everything that runs."""
+def abstract_inputs(
+    config: PlanConfig, architecture: Architecture, execution: Execution
+) -> tuple[LLM2VecGenModel, dict[str, Any]]:
+    """Returns the model and the abstract arguments of its programs by name."""
     mesh = execution.mesh
     a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
@@ -58,13 +67,15 @@ def abstract_inputs(config, architecture, execution):
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.batch_sharding(mesh))
 
-    def whole(tree):
-        put = sharding.replicated(mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), tree)
+    def replicated(tree):
+        placement = sharding.replicated(mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
 
     boxed, quantized = abstract_params(a), weight_dtype(config) == jnp.int8
     frozen = jax.tree.map(
-        lambda x, put: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if quantized else weight_dtype(config), sharding=put),
+        lambda x, placement: jax.ShapeDtypeStruct(
+            x.shape, jnp.bfloat16 if quantized else weight_dtype(config), sharding=placement
+        ),
         nn.unbox(boxed),
         sharding.param_shardings(boxed, mesh),
     )
@@ -80,16 +91,16 @@ def abstract_inputs(config, architecture, execution):
     ids = rows(jnp.int32, T)
     return model, {
         "frozen": frozen,
-        "trainable": whole(trainable),
-        "state": whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)),
+        "trainable": replicated(trainable),
+        "state": replicated(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)),
         "ids": ids,
         "batch": batch,
         "packed": Packed(ids, ids, ids, rows(jnp.int32, max(T // model.num_appended, 1))),
     }
 
 
-def _jitted(config, model, frozen):
-    """Returns the jitted functions by name, new ones: what was traced for one platform is not taken for another."""
+def _jit_functions(config: PlanConfig, model: LLM2VecGenModel, frozen: Any) -> dict[str, Any]:
+    """Returns newly jitted functions by name; a trace for one platform cannot be reused for another."""
     backbone = Backbone(model.architecture, model.execution)
     unroll = unrolls(backbone, frozen, config.train.batch_size, config.query_length + config.answer_length)
     sampling, options = Sampling(config.answer_length), model.execution.compiler_options
@@ -103,22 +114,26 @@ def _jitted(config, model, frozen):
     }
 
 
-def compile_programs(config, model, inputs):
-    """Returns the Programs by name: the prefix (none with a LoRA), the step, the encoding pass, a generated batch."""
-    functions, programs = _jitted(config, model, inputs["frozen"]), {}
+def compile_programs(config: PlanConfig, model: LLM2VecGenModel, inputs: Mapping[str, Any]) -> dict[str, Program]:
+    """Returns the compiled programs by name: prefix (the prefill of queries, absent with LoRA), step, encode, generate.
 
-    def compile_one(name, *arguments):
-        compiled = functions[name].lower(*arguments).compile()
-        programs[name] = Program(compiled, *memory.taken(compiled), moved_bytes(compiled.as_text()))
-
+    inputs: see abstract_inputs.
+    """
+    functions = _jit_functions(config, model, inputs["frozen"])
+    programs = {}
     for name, arguments in _arguments(config, functions, inputs, model.execution.mesh).items():
-        compile_one(name, *arguments)
+        compiled = functions[name].lower(*arguments).compile()
+        size, allocated = memory.taken(compiled)
+        programs[name] = Program(compiled, size, allocated, moved_bytes(compiled.as_text()))
     return programs
 
 
-def _arguments(config, functions, inputs, mesh):
-    """Returns the abstract arguments of each function that runs, by name."""
-    frozen, arguments, query = inputs["frozen"], {}, inputs["ids"]
+def _arguments(
+    config: PlanConfig, functions: Mapping[str, Any], inputs: Mapping[str, Any], mesh: jax.sharding.Mesh | None
+) -> dict[str, tuple[Any, ...]]:
+    """Returns the abstract arguments of each function by name."""
+    frozen, query = inputs["frozen"], inputs["ids"]
+    arguments: dict[str, tuple[Any, ...]] = {}
     if not config.lora.rank:
         arguments["prefix"] = frozen, inputs["ids"]
         query = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
@@ -129,16 +144,16 @@ def _arguments(config, functions, inputs, mesh):
     return arguments
 
 
-def lower_for_cuda(config, architecture, execution):
-    """Raises where something cannot be lowered for NVIDIA's GPUs."""
+def lower_for_cuda(config: PlanConfig, architecture: Architecture, execution: Execution) -> None:
+    """Raises if a program cannot be lowered for NVIDIA GPUs."""
     model, inputs = abstract_inputs(config, architecture, execution)
-    functions = _jitted(config, model, inputs["frozen"])
+    functions = _jit_functions(config, model, inputs["frozen"])
     for name, arguments in _arguments(config, functions, inputs, execution.mesh).items():
         jax.export.export(functions[name], platforms=["cuda"])(*arguments)
 
 
-def flops(config, architecture):
-    """Returns the FLOPs of (a training step, an encoding pass), on full rows of the longest texts."""
+def flops(config: PlanConfig, architecture: Architecture) -> tuple[float, float]:
+    """Returns the FLOPs of a training step and of an encoding pass on batches of the longest texts."""
     B, compression = config.train.batch_size, config.compression
     queries, answers = [config.query_length] * B, [config.answer_length] * B
     return (
@@ -150,5 +165,5 @@ def flops(config, architecture):
             compression.num_thought_tokens,
             bool(config.lora.rank),
         ),
-        reading_flops(architecture, queries),
+        forward_flops(architecture, queries),
     )

@@ -1,45 +1,54 @@
-"""Dynamic batching: what many threads ask for at the same time is computed together, by one thread."""
+"""Dynamic batching: concurrent requests are computed together in one thread."""
 
 import collections
 import dataclasses
 import threading
 import time
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 
 class QueueFull(Exception):
-    """As much waits as may wait."""
+    """The queue has no room for the request."""
 
 
 @dataclasses.dataclass
-class _Job:
-    """The items of one request. left: numbers of those that no batch has taken. missing: how many have no result."""
+class _Request:
+    """The items of one request. queued: indices of the items not yet in a batch. missing: number without a result."""
 
-    kind: Any
-    items: list
+    items: list[Any]
     future: Future
     arrived: float
-    left: collections.deque
-    results: list
+    queued: collections.deque[int]
+    results: list[Any]
     missing: int
 
 
 class Batcher:
-    """Calls `compute(kind, items)`, which returns a result for each item, with the items of whoever waits.
+    """Calls `compute(kind, items)`, which returns one result per item, with the queued items of all requests.
 
-    kind: items of one kind (any hashable value) can be computed together; kinds take turns. budget(kind): the cost of
-    a batch, which ends with the first item that reaches it. cost(kind, item): of an item. Requests of a kind give an
-    item each in turn, so that a short one does not wait for the whole of a long one.
+    kind: items of the same kind (any hashable value) can be computed together; kinds take turns. A batch ends with the
+    item at which the sum of cost(kind, item) reaches budget(kind). Items are taken round-robin from the requests of a
+    kind, so that a short request does not wait for all of a long one.
 
-    max_wait: seconds that a request waits for others while nothing is computed. limit: items that may wait.
-    observe(kind, seconds that the oldest request waited, number of requests, items, seconds of compute): after a batch.
+    max_wait: seconds that a request waits for others while nothing is computed. limit: items in the queue.
+    observe: called after each batch with kind, seconds in the queue of the oldest request, number of requests, number
+    of items, seconds of computation.
     """
 
-    def __init__(self, compute, cost, budget, max_wait, limit, observe):
+    def __init__(
+        self,
+        compute: Callable[[Any, list[Any]], list[Any]],
+        cost: Callable[[Any, Any], int],
+        budget: Callable[[Any], int],
+        max_wait: float,
+        limit: int,
+        observe: Callable[[Any, float, int, int, float], None],
+    ) -> None:
         self._compute, self._cost, self._budget, self._observe = compute, cost, budget, observe
         self._max_wait, self._limit = max_wait, limit
-        self._jobs = {}  # kind -> deque of jobs; the first kind is next
+        self._requests: dict[Hashable, collections.deque[_Request]] = {}  # by kind; the first kind is next
         self._waiting = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -47,113 +56,114 @@ class Batcher:
         self._thread.start()
 
     @property
-    def waiting(self):
-        """The number of items that wait."""
+    def waiting(self) -> int:
+        """Number of items in the queue."""
         return self._waiting
 
-    def submit(self, kind, items):
-        """Returns a Future of the results of a list of items, in their order; cancel it, and what waits is dropped.
+    def submit(self, kind: Hashable, items: list[Any]) -> Future:
+        """Returns a Future of the list of results. Cancelling it removes the items from the queue.
 
-        Raises Full where they would exceed the limit. A request is taken when nothing waits, however long it is.
+        Raises QueueFull if the queue would exceed its limit; a request of any length is accepted by an empty queue.
         """
-        future = Future()
-        job = _Job(kind, items, future, time.monotonic(), collections.deque(range(len(items))), [None] * len(items), 0)
-        job.missing = len(items)
+        future: Future = Future()
+        count = len(items)
+        request = _Request(items, future, time.monotonic(), collections.deque(range(count)), [None] * count, count)
         if not items:
             future.set_result([])
             return future
         with self._changed:
             if self._closing:
                 raise QueueFull("the server is stopping")
-            if self._waiting and self._waiting + len(items) > self._limit:
-                raise QueueFull(f"{self._waiting} inputs wait already, at most {self._limit} may")
-            self._jobs.setdefault(kind, collections.deque()).append(job)
-            self._waiting += len(items)
+            if self._waiting and self._waiting + count > self._limit:
+                raise QueueFull(f"{self._waiting} inputs are waiting, the limit is {self._limit}")
+            self._requests.setdefault(kind, collections.deque()).append(request)
+            self._waiting += count
             self._changed.notify()
-        future.add_done_callback(lambda done: done.cancelled() and self._drop(job))
+        future.add_done_callback(lambda done: self._drop(request) if done.cancelled() else None)
         return future
 
     @property
-    def busy(self):
-        """Whether the thread still runs."""
+    def busy(self) -> bool:
+        """Whether the thread is still running."""
         return self._thread.is_alive()
 
-    def close(self, timeout=None):
-        """Computes what still waits, then ends the thread. timeout: seconds after which it is left alone."""
+    def close(self, timeout: float | None = None) -> None:
+        """Computes the queued items and ends the thread. timeout: the longest time to wait for it, in seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout)
 
-    def _drop(self, job):
+    def _drop(self, request: _Request) -> None:
         with self._changed:
-            self._waiting -= len(job.left)
-            job.left.clear()
+            self._waiting -= len(request.queued)
+            request.queued.clear()
 
-    def _run(self):
-        while batch := self._next():
-            kind, taken, arrived = batch
+    def _run(self) -> None:
+        while next_batch := self._next_batch():
+            kind, batch, arrived = next_batch
             started = time.monotonic()
             try:
-                results = self._compute(kind, [job.items[number] for job, number in taken])
+                results = self._compute(kind, [request.items[index] for request, index in batch])
             except Exception as error:
-                for job in {id(job): job for job, _ in taken}.values():
-                    _settle(job.future.set_exception, error)
-                    self._drop(job)
+                for request in {id(request): request for request, _ in batch}.values():
+                    _settle(request.future.set_exception, error)
+                    self._drop(request)
                 continue
-            for (job, number), result in zip(taken, results):
-                job.results[number] = result
-                job.missing -= 1
-                if not job.missing:
-                    _settle(job.future.set_result, job.results)
-            requests = len({id(job) for job, _ in taken})
-            self._observe(kind, started - arrived, requests, len(taken), time.monotonic() - started)
+            for (request, index), result in zip(batch, results):
+                request.results[index] = result
+                request.missing -= 1
+                if not request.missing:
+                    _settle(request.future.set_result, request.results)
+            count = len({id(request) for request, _ in batch})
+            self._observe(kind, started - arrived, count, len(batch), time.monotonic() - started)
 
-    def _next(self):
-        """Waits for a batch. Returns (kind, [(job, number of the item)], when the oldest came); None at the end."""
+    def _next_batch(self) -> tuple[Hashable, list[tuple[_Request, int]], float] | None:
+        """Waits for a batch. Returns (kind, [(request, index of the item)], oldest arrival); None when closed."""
         with self._changed:
             while True:
                 while not self._waiting and not self._closing:
                     self._changed.wait()
                 if not self._waiting:
                     return None
-                kind, jobs = next(iter(self._jobs.items()))
-                patience = min(job.arrived for job in jobs) + self._max_wait - time.monotonic()
-                if patience <= 0 or self._closing or self._enough(kind, jobs):
-                    taken = self._take(kind)
-                    if taken:  # all that waited of this kind may have been dropped
-                        return kind, taken, min(job.arrived for job, _ in taken)
+                kind, requests = next(iter(self._requests.items()))
+                remaining = min(request.arrived for request in requests) + self._max_wait - time.monotonic()
+                if remaining <= 0 or self._closing or self._fills_batch(kind, requests):
+                    batch = self._take(kind)
+                    if batch:  # empty if all requests of this kind were cancelled
+                        return kind, batch, min(request.arrived for request, _ in batch)
                 else:
-                    self._changed.wait(patience)
+                    self._changed.wait(remaining)
 
-    def _enough(self, kind, jobs):
+    def _fills_batch(self, kind: Hashable, requests: collections.deque[_Request]) -> bool:
         budget = self._budget(kind)
-        for job in jobs:
-            for number in job.left:
-                budget -= self._cost(kind, job.items[number])
+        for request in requests:
+            for index in request.queued:
+                budget -= self._cost(kind, request.items[index])
                 if budget <= 0:
                     return True
         return False
 
-    def _take(self, kind):
-        jobs, budget, taken = self._jobs.pop(kind), self._budget(kind), []
-        while jobs and budget > 0:
-            job = jobs.popleft()
-            if not job.left:
+    def _take(self, kind: Hashable) -> list[tuple[_Request, int]]:
+        requests, budget = self._requests.pop(kind), self._budget(kind)
+        batch = []
+        while requests and budget > 0:
+            request = requests.popleft()
+            if not request.queued:
                 continue
-            number = job.left.popleft()
-            taken.append((job, number))
-            budget -= self._cost(kind, job.items[number])
-            if job.left:
-                jobs.append(job)
-        self._waiting -= len(taken)
-        if jobs:
-            self._jobs[kind] = jobs  # after the other kinds
-        return taken
+            index = request.queued.popleft()
+            batch.append((request, index))
+            budget -= self._cost(kind, request.items[index])
+            if request.queued:
+                requests.append(request)
+        self._waiting -= len(batch)
+        if requests:
+            self._requests[kind] = requests  # after the other kinds
+        return batch
 
 
-def _settle(settle, value):
+def _settle(settle: Callable[[Any], None], value: Any) -> None:
     try:
         settle(value)
     except InvalidStateError:
-        pass  # whoever asked has gone
+        pass  # the request was cancelled

@@ -1,10 +1,12 @@
-"""The encode command's work: any number of texts to shards of vectors on disk, resumable, a share for each process."""
+"""Encodes a corpus into shards of vectors on disk: resumable, and divided between independent processes."""
 
 import contextlib
 import hashlib
 import itertools
 import pathlib
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -15,35 +17,35 @@ from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.common.files import atomic_path, diff, read_array, read_json, removed, sha256_file, write_json
 from llm2vec_gen_jax.common.jsonl import JsonlAppender
-from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.data.texts import Corpus
+from llm2vec_gen_jax.config import EncodeConfig, options
+from llm2vec_gen_jax.data.texts import Corpus, Row
 from llm2vec_gen_jax.inference import postprocess, shards
 from llm2vec_gen_jax.inference.encode import WINDOW
 from llm2vec_gen_jax.parallel import sharding
 
-CALIBRATION = 1024  # texts whose vectors give the ranges of int8
+CALIBRATION = 1024  # first texts, whose vectors determine the int8 ranges
 
 
-def encode_corpus(path, config, check=lambda: None):
-    """Writes the vectors of an EncodeConfig with the model at `path`, as its docstring says. Returns the manifest.
+def encode_corpus(path: str, config: EncodeConfig, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Encodes the corpus of an EncodeConfig with the model at `path`. Returns the manifest.
 
-    check: called now and then; what it raises ends the work, which a repeated call goes on with.
+    check: called regularly; it may raise to interrupt the run, which a repeated call resumes.
 
-    A shard is its texts alone: which texts share a pass, and so every bit of its vectors, follows from their lengths.
-    Raises InputError for bad input, and where the output holds another run, naming the difference.
+    The vectors of a shard depend bit for bit on its texts alone, because texts are batched within shards.
+    Raises InputError for bad input, and if the output holds another run, naming the difference.
     """
     options.require(config, "input", "output")
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
-    output = pathlib.Path(config.output)
+    output = pathlib.Path(str(config.output))
     files = _Files(output, config)
-    with locks.locked(files.share, "output"):  # what cannot be written fails before the work, not after it
+    with locks.locked(files.share, "output"):  # fails before any work if the output cannot be written
         return _encode_corpus(path, config, files, check)
 
 
-def _encode_corpus(path, config, files, check):
-    corpus = Corpus(config.input, config.field, config.id_field, config.stdin, check)
+def _encode_corpus(path: str, config: EncodeConfig, files: "_Files", check: Callable[[], None]) -> dict[str, Any]:
+    corpus = Corpus(str(config.input), config.field, config.id_field, config.stdin, check)
     files.check()
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
@@ -52,8 +54,8 @@ def _encode_corpus(path, config, files, check):
     return job.finished_manifest() or job.run()
 
 
-def _run_record(model, identity, config):
-    """What the bytes of the output follow from; a run is continued only with the same."""
+def _run_record(model: LLM2VecGen, identity: dict[str, Any], config: EncodeConfig) -> dict[str, Any]:
+    """Returns everything that the bytes of the output depend on; a run is resumed only with an equal record."""
     settings = options.to_dict(config)
     for key in ("input", "output", "warmup", "shard", *vars(config_lib.DistributedConfig())):
         del settings[key]
@@ -68,26 +70,26 @@ def _run_record(model, identity, config):
 
 
 class _Files:
-    """The names of what one share writes into the output folder."""
+    """Paths of the files that one share of the work writes to the output folder."""
 
-    def __init__(self, output, config):
+    def __init__(self, output: pathlib.Path, config: EncodeConfig) -> None:
         self.output, self.config = output, config
         index, count = config.shard.index, config.shard.count
         suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
-        self.share = output.with_name(f"{output.name}{suffix}")  # what is locked: shares do not wait for one another
+        self.share = output.with_name(f"{output.name}{suffix}")  # locked, so that shares do not block each other
         self.manifest = output / f"manifest{suffix}.json"
         self.journal = output / f"progress{suffix}.jsonl"
         self.journal_record, self.journal_sums = JsonlAppender.sidecars(self.journal)
         self.ranges = output / "ranges.npy"
 
-    def shard(self, number):
+    def shard(self, number: int) -> pathlib.Path:
         return self.output / f"embeddings-{number:05}.{self.config.format}"
 
-    def soft_prompts(self, number):
+    def soft_prompts(self, number: int) -> pathlib.Path:
         return self.output / f"soft_prompts-{number:05}.npy"
 
-    def check(self):
-        """Raises InputError where the output is a file, or a folder that encode did not begin."""
+    def check(self) -> None:
+        """Raises InputError if the output is a file, or a folder that was not written by encode."""
         ours = re.compile(r"\.?(manifest|progress|embeddings|soft_prompts|ranges)\b")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output={self.output}: exists and is not a folder")
@@ -99,37 +101,47 @@ class _Files:
             if count != self.config.shard.count:
                 raise InputError(
                     f"output={self.output}: exists and holds another run (shard.count: {count} -> "
-                    f"{self.config.shard.count}). Repeat its settings to go on with it, or choose another output"
+                    f"{self.config.shard.count}). Repeat its settings to resume it, or choose another output"
                 )
 
-    def remove_if_empty(self):
-        """Removes the folder when it holds no more than ranges."""
+    def remove_if_empty(self) -> None:
+        """Removes the folder if it holds at most the int8 ranges."""
         if self.output.exists() and {path.name for path in self.output.iterdir()} <= {self.ranges.name}:
             self.ranges.unlink(missing_ok=True)
             self.output.rmdir()
 
-    def remove_torn(self):
-        """Removes what a kill left of this share's unfinished writes."""
+    def remove_temporary(self) -> None:
+        """Removes the temporary files that this share left when it was killed."""
         for path in self.output.glob(".*"):
             shard = re.match(r"\.(?:embeddings|soft_prompts)-(\d+)\.", path.name)
-            mine = int(shard[1]) % self.config.shard.count == self.config.shard.index if shard else False
-            if mine or path.name.startswith((f".{self.manifest.name}.", f".{self.journal.name}.", ".ranges.")):
+            ours = int(shard[1]) % self.config.shard.count == self.config.shard.index if shard else False
+            if ours or path.name.startswith((f".{self.manifest.name}.", f".{self.journal.name}.", ".ranges.")):
                 locks.remove_unlocked(path)
 
 
 class _Job:
-    """One share of an encode command. record: see _run_record."""
+    """One share of the work. record: see _run_record. check: see encode_corpus."""
 
-    def __init__(self, model, corpus, config, files, record, check):
+    def __init__(
+        self,
+        model: LLM2VecGen,
+        corpus: Corpus,
+        config: EncodeConfig,
+        files: _Files,
+        record: dict[str, Any],
+        check: Callable[[], None],
+    ) -> None:
         self.model, self.corpus, self.config, self.files, self.record = model, corpus, config, files, record
-        self.check, self.sizes = check, {}
+        self.check = check
+        self.sizes: dict[pathlib.Path, int] = {}  # of the files in bytes
+        self.done: dict[int, dict[str, Any]] = {}  # shard number -> its entry in the manifest
         self.size, self.share = config.shard_size, config.shard
         self.limit = model.text_length(config.max_length)
         if config.truncate_dim is not None and config.truncate_dim > model.get_embedding_dimension():
             raise InputError(f"truncate_dim={config.truncate_dim}: the vectors have {model.get_embedding_dimension()}")
 
-    def finished_manifest(self):
-        """Returns the manifest of a finished run, or None. Raises InputError when the output is of another run."""
+    def finished_manifest(self) -> dict[str, Any] | None:
+        """Returns the manifest of a finished run, or None. Raises InputError if the output holds another run."""
         files, record = self.files, None
         if files.manifest.exists():
             manifest = shards.read_manifest(files.manifest)
@@ -138,31 +150,31 @@ class _Job:
             record = read_json(files.journal_record)
         if record is not None and (differing := diff(record, self.record)):
             raise InputError(
-                f"output={files.output}: exists and holds another run ({differing}). Repeat its settings to go on "
-                "with it, choose another output, or remove it"
+                f"output={files.output}: exists and holds another run ({differing}). Repeat its settings to resume "
+                "it, choose another output, or remove it"
             )
         if not files.manifest.exists():
             return None
         if self.corpus.streamed:
             raise InputError(f"output={files.output}: exists and is complete. Choose another, or remove it")
-        whole = self._whole(manifest["shards"])
-        if len(whole) < len(manifest["shards"]):  # then it is as if the run had not come to its end
+        intact = self._intact(manifest["shards"])
+        if len(intact) < len(manifest["shards"]):  # continue as with an unfinished run
             with JsonlAppender(files.journal, self.record, overwrite=True) as journal:
-                journal.append(whole)
+                journal.append(intact)
             files.manifest.unlink()
             return None
         for path in (files.journal, files.journal_record, files.journal_sums):
-            path.unlink(missing_ok=True)  # what a kill at the very end left
-        files.remove_torn()
+            path.unlink(missing_ok=True)  # left by a kill after the manifest was written
+        files.remove_temporary()
         return manifest
 
-    def run(self):
-        """Encodes what is not there yet; returns the manifest."""
+    def run(self) -> dict[str, Any]:
+        """Encodes the missing shards. Returns the manifest."""
         with JsonlAppender(self.files.journal, self.record) as journal:
-            self.files.remove_torn()
-            self.done = {row["shard"]: row for row in self._whole(journal.rows)}
+            self.files.remove_temporary()
+            self.done = {row["shard"]: row for row in self._intact(journal.rows)}
             try:
-                self.files.check()  # again: another run that divides the texts otherwise may have begun meanwhile
+                self.files.check()  # again: a run with another number of shares may have started meanwhile
                 self._encode(journal)
                 manifest = self._manifest()
                 journal.check()
@@ -170,70 +182,70 @@ class _Job:
                 write_json(self.files.manifest, manifest)
                 journal.remove()
             finally:
-                if not self.done:  # an error in the first texts leaves nothing behind
+                if not self.done:  # leave nothing behind after an error in the first texts
                     journal.remove()
                     self.files.remove_if_empty()
         return manifest
 
-    def _require_files(self):
-        """Raises OSError where a file of this share is not as long as it was when it was written or checked."""
+    def _require_files(self) -> None:
+        """Raises OSError if the size of a file of this share changed since it was written or checked."""
         for path, size in self.sizes.items():
             if not path.is_file() or path.stat().st_size != size:
                 raise removed(path)
 
-    def _whole(self, entries):
-        """Returns the entries of a journal or manifest whose files are what was written."""
-        whole = []
+    def _intact(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the entries of a journal or manifest whose files match their checksums."""
+        intact = []
         with progress.bar(len(entries), "shard", "check", enabled=bool(entries)) as bar:
             for entry in entries:
-                whole += [entry] if self._is_whole(entry) else []
+                intact += [entry] if self._is_intact(entry) else []
                 bar.update(1)
-        return whole
+        return intact
 
-    def _is_whole(self, entry):
+    def _is_intact(self, entry: dict[str, Any]) -> bool:
         if not shards.is_shard(entry) or entry["file"] != self.files.shard(entry["shard"]).name:
-            print(f"{self.files.output}: a shard is not noted as it was written; made again", flush=True)
+            print(f"{self.files.output}: a shard has an invalid record; encoding it again", flush=True)
             return False
         digests = {"file": "sha256", "soft_prompts": "soft_prompts_sha256", "ranges": "ranges_sha256"}
         for name, digest in digests.items():
             path = self.files.output / entry.get(name, "")
             if name in entry and not (path.is_file() and sha256_file(path) == entry.get(digest)):
-                print(f"{path}: missing, or not what was written; made again", flush=True)
+                print(f"{path}: missing or damaged; encoding its shard again", flush=True)
                 return False
             if name in entry:
                 self.sizes[path] = path.stat().st_size
         return True
 
-    def _mine(self, shard):
+    def _in_share(self, shard: int) -> bool:
         return shard % self.share.count == self.share.index
 
-    def _encode(self, journal):
+    def _encode(self, journal: JsonlAppender) -> None:
         config = self.config
         if config.warmup:
             self.model.warmup(config.batch_size, config.max_length, config.save_soft_prompts)
         calibrate = config.precision == "int8" and not (self.done and self.files.ranges.exists())
 
-        def wanted(first, count):
+        def needed(first, count):
             shards = range(first // self.size, (first + count - 1) // self.size + 1)
-            mine = any(self._mine(shard) and (self.corpus.streamed or shard not in self.done) for shard in shards)
-            return mine or (calibrate and first < CALIBRATION)
+            missing = any(self._in_share(n) and (self.corpus.streamed or n not in self.done) for n in shards)
+            return missing or (calibrate and first < CALIBRATION)
 
-        texts, ranges = self.corpus.read(wanted), None
+        texts, ranges = self.corpus.read(needed), None
         if calibrate:
-            head = list(itertools.islice(texts, CALIBRATION))
-            self._write_ranges(head)
-            texts = itertools.chain(head, texts)
+            first_rows = list(itertools.islice(texts, CALIBRATION))
+            self._write_ranges(first_rows)
+            texts = itertools.chain(first_rows, texts)
         if config.precision == "int8":
             ranges = read_array(self.files.ranges, "ranges")
         count = self.corpus.count()
         numbers = range(self.share.index, -(-(count or 0) // self.size), self.share.count)
         total = count and sum(min(self.size, count - number * self.size) for number in numbers)
-        already = sum(row["rows"][1] - row["rows"][0] for row in self.done.values())
-        parts = []
-        with progress.bar(total, "text", "encode", initial=already) as bar:
-            more = config.batch_size, config.save_soft_prompts, bar, self._refuse
-            stream = self.model.encode_windows(self._windows(texts), *more)
-            with contextlib.closing(stream):  # an interruption ends its thread
+        already_done = sum(row["rows"][1] - row["rows"][0] for row in self.done.values())
+        parts: list[tuple[Any, ...]] = []
+        with progress.bar(total, "text", "encode", initial=already_done) as bar:
+            arguments = config.batch_size, config.save_soft_prompts, bar, self._raise_not_finite
+            stream: Any = self.model.encode_windows(self._windows(texts), *arguments)
+            with contextlib.closing(stream):  # its thread ends even if this one is interrupted
                 for (rows, cut), embeddings, soft_prompts in stream:
                     self.check()
                     embeddings = postprocess.finish(embeddings, config.truncate_dim, config.normalize)
@@ -248,14 +260,15 @@ class _Job:
             if parts:
                 self._write(journal, parts)
 
-    def _windows(self, texts):
-        """Yields `_tokenize` of consecutive rows of one shard that is to be written."""
-        done, window = {shard: hashlib.sha256() for shard in self.done}, []
+    def _windows(self, texts: Iterable[Row]) -> Iterator[tuple[Any, list[np.ndarray]]]:
+        """Yields `_tokenize(rows)` for consecutive rows of each shard to be written."""
+        digests = {shard: hashlib.sha256() for shard in self.done}
+        window: list[Row] = []
         for row in texts:
             shard = row.number // self.size
-            if shard in done and self.corpus.streamed:
-                self._compare(done[shard], shard, row)
-            if shard in done or not self._mine(shard):
+            if shard in digests and self.corpus.streamed:
+                self._check_unchanged(digests[shard], shard, row)
+            if shard in digests or not self._in_share(shard):
                 continue
             if window and (len(window) == WINDOW or window[0].number // self.size != shard):
                 yield self._tokenize(window)
@@ -264,30 +277,30 @@ class _Job:
         if window:
             yield self._tokenize(window)
 
-    def _compare(self, digest, shard, row):
-        """Raises InputError where standard input is not what a finished shard was made of."""
+    def _check_unchanged(self, digest: Any, shard: int, row: Row) -> None:
+        """Raises InputError if standard input differs from the texts of a finished shard."""
         _update(digest, row)
         first, end = self.done[shard]["rows"]
         if row.number >= end or (row.number == end - 1 and digest.hexdigest() != self.done[shard]["texts_sha256"]):
             raise InputError(
-                f"standard input: texts {first} to {end} are not those that {self.files.output} was begun with. "
+                f"standard input: texts {first} to {end} differ from those encoded in {self.files.output}. "
                 "Give the same input, or choose another output"
             )
 
-    def _tokenize(self, rows):
-        """Returns ((rows, how many of their texts are too long), their ids, cut)."""
+    def _tokenize(self, rows: list[Row]) -> tuple[tuple[list[Row], int], list[np.ndarray]]:
+        """Returns ((rows, number of truncated texts), truncated token ids)."""
         texts = [row.text for row in rows]
         ids = self.model.tokenize(texts, self.config.instruction, self.limit + 1, rows[0].number)
         return (rows, sum(len(text) > self.limit for text in ids)), [text[: self.limit] for text in ids]
 
-    def _refuse(self, tag, number):
+    def _raise_not_finite(self, tag: tuple[list[Row], int], number: int) -> NoReturn:
         row = tag[0][number]
         id_ = "" if row.id == row.number else f" of id {row.id!r}"
         name = f"input={self.config.input}: text {row.number} (from 0){id_}, {quote(row.text)}"
         raise not_finite(name, self.model.backbone.dtype)
 
-    def _write(self, journal, parts):
-        """Writes a shard and notes it in the journal."""
+    def _write(self, journal: JsonlAppender, parts: Sequence[tuple[Any, ...]]) -> None:
+        """Writes a shard and its entry in the journal."""
         rows = [row for part in parts for row in part[0]]
         number, digest = rows[0].number // self.size, hashlib.sha256()
         for row in rows:
@@ -296,7 +309,7 @@ class _Job:
         with atomic_path(path) as temporary:
             shards.write_shard(temporary, [row.id for row in rows], np.concatenate([part[1] for part in parts]))
             self.sizes[path] = temporary.stat().st_size
-        entry = {"shard": number, "file": path.name, "rows": [rows[0].number, rows[-1].number + 1]}
+        entry: dict[str, Any] = {"shard": number, "file": path.name, "rows": [rows[0].number, rows[-1].number + 1]}
         entry |= {"sha256": sha256_file(path), "texts_sha256": digest.hexdigest()}
         entry |= {"cut": sum(part[3] for part in parts), "empty": sum(not row.text.strip() for row in rows)}
         if self.config.save_soft_prompts:
@@ -310,20 +323,21 @@ class _Job:
         journal.append([entry])
         self.done[number] = entry
 
-    def _write_ranges(self, rows):
-        """Writes the int8 ranges (2, E) of the first texts; every share comes to the same."""
+    def _write_ranges(self, rows: list[Row]) -> None:
+        """Writes the int8 ranges (2, E) of the first texts, which are the same in all shares."""
         with progress.bar(len(rows), "text", "int8 ranges") as bar:
-            windows = [self._tokenize(rows)]
-            more = self.config.batch_size, False, bar, self._refuse
-            [(_, embeddings, _)] = self.model.encode_windows(windows, *more)
+            arguments = self.config.batch_size, False, bar, self._raise_not_finite
+            [(_, embeddings, _)] = self.model.encode_windows([self._tokenize(rows)], *arguments)
         ranges = postprocess.ranges_of(postprocess.finish(embeddings, self.config.truncate_dim, self.config.normalize))
         with atomic_path(self.files.ranges) as temporary:
             np.save(temporary, ranges)
 
-    def _manifest(self):
+    def _manifest(self) -> dict[str, Any]:
         shards = [self.done[number] for number in sorted(self.done)]
         if shards and shards[-1]["rows"][1] > self.corpus.rows:
-            raise InputError(f"input={self.config.input}: has fewer texts than {self.files.output} was begun with")
+            raise InputError(
+                f"input={self.config.input}: has fewer texts than {self.files.output}. Choose another output"
+            )
         dimension = self.config.truncate_dim or self.model.get_embedding_dimension()
         manifest = {**self.record, "rows": self.corpus.rows, "dimension": dimension, "shards": shards}
         if self.config.precision == "int8":
@@ -331,7 +345,7 @@ class _Job:
         return manifest
 
 
-def _update(digest, row):
-    """Adds a row to a hash so that no other rows give the same."""
+def _update(digest: Any, row: Row) -> None:
+    """Adds a row to a hash, unambiguously."""
     text = row.text.encode()
     digest.update(f"{row.id} {len(text)} ".encode() + text)

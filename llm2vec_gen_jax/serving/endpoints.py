@@ -1,0 +1,246 @@
+"""The HTTP endpoints of the server: OpenAI's embeddings API, decoding, health and metrics.
+
+Requests and errors have the shape of https://platform.openai.com/docs/api-reference/embeddings.
+"""
+
+import asyncio
+import hmac
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.common.errors import InputError, one_line, quote
+from llm2vec_gen_jax.config import ServeConfig
+from llm2vec_gen_jax.inference import postprocess
+from llm2vec_gen_jax.serving import openai_api
+from llm2vec_gen_jax.serving.batcher import QueueFull
+from llm2vec_gen_jax.serving.engine import Engine
+from llm2vec_gen_jax.serving.openai_api import RequestError, to_response
+from llm2vec_gen_jax.serving.telemetry import Telemetry
+
+_LONG_BODY = 1 << 16  # bytes; longer bodies are parsed in a thread
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Endpoints:
+    """Request handlers of a model. name: the model's name in requests; key: the required API key, if any.
+
+    in_flight: the number of requests being read or answered. ready: whether all programs are compiled. cancelled:
+    whether cancel_requests was called.
+    """
+
+    def __init__(self, model: LLM2VecGen, config: ServeConfig, name: str, key: str | None) -> None:
+        self.model, self.config, self.name, self.key = model, config, name, key
+        self.created, self.in_flight, self.ready = int(time.time()), 0, False
+        self.telemetry = Telemetry(
+            waiting=lambda: self.engine.batcher.waiting, in_flight=lambda: self.in_flight, ready=lambda: self.ready
+        )
+        self.engine = Engine(model, config, self.telemetry.batch)
+        self._tasks: set[asyncio.Task] = set()
+        self.cancelled = False
+
+    def app(self, lifespan: Any = None) -> Starlette:
+        """Returns the ASGI application. lifespan: an asynchronous context manager around its lifetime."""
+        routes = [
+            Route("/v1/embeddings", self._endpoint(self.embeddings), methods=["POST"]),
+            Route("/v1/models", self._endpoint(self.models)),
+            Route("/v1/models/{name:path}", self._endpoint(self.models)),
+            Route("/health", self.health),
+            Route("/metrics", self.telemetry.page),
+        ]
+        if self.config.decode.enabled:
+            routes.append(Route("/v1/decode", self._endpoint(self.decode), methods=["POST"]))
+        return Starlette(routes=routes, exception_handlers={HTTPException: _not_found}, lifespan=lifespan)
+
+    def cancel_requests(self) -> None:
+        """Ends all requests that are being read or answered with status 503."""
+        self.cancelled = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: OpenAI's API, extended by `instruction` and `soft_prompts`."""
+        body = await self._read(request, openai_api.EMBEDDING_KEYS)
+        size, largest = body.get("dimensions"), self.model.get_embedding_dimension()
+        if size is not None and not 1 <= size <= largest:
+            raise RequestError(400, f"'dimensions' must be within 1 and {largest}, found {size}", param="dimensions")
+        encoding, soft = body.get("encoding_format", "float"), body.get("soft_prompts", False)
+        if encoding not in ("float", "base64"):
+            message = f"'encoding_format' must be float or base64, not {quote(encoding)}"
+            raise RequestError(400, message, param="encoding_format")
+        if soft and not self.config.decode.enabled:
+            raise RequestError(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
+        limit = min(self.config.max_inputs, self.config.decode.max_inputs) if soft else self.config.max_inputs
+        ids = await self._tokenize(openai_api.texts_of(body.get("input"), limit), body)
+        results = await self._result(request, "input", self.engine.embed(ids, soft))
+        encode = openai_api.to_base64 if encoding == "base64" else np.ascontiguousarray
+        return await asyncio.to_thread(self._embeddings_response, ids, results, size, encode, soft)
+
+    def _embeddings_response(
+        self,
+        ids: Sequence[np.ndarray],
+        results: Sequence[Any],
+        size: int | None,
+        encode: Callable[[np.ndarray], Any],
+        soft: bool,
+    ) -> Response:
+        embeddings = np.stack([row[0] if soft else row for row in results])
+        data: list[dict[str, Any]] = [
+            {"object": "embedding", "index": number, "embedding": encode(row)}
+            for number, row in enumerate(postprocess.finish(embeddings, size, self.config.normalize))
+        ]
+        if soft:
+            for item, (_, prompts) in zip(data, results):
+                item["soft_prompts"] = encode(prompts)
+        tokens = sum(map(len, ids))
+        self.telemetry.embedded(len(ids), tokens)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        content = {"object": "list", "data": openai_api.to_fragments(data), "model": self.name, "usage": usage}
+        return to_response(content)
+
+    async def decode(self, request: Request) -> Response:
+        """POST /v1/decode: the text decoded from the soft prompts of texts, or from soft prompts."""
+        body = await self._read(request, openai_api.DECODING_KEYS)
+        settings = self.config.decode
+        if ("input" in body) == ("soft_prompts" in body):
+            raise RequestError(
+                400,
+                "give one of 'input' (texts) and 'soft_prompts' (from /v1/embeddings with \"soft_prompts\": true); "
+                "embeddings, which are means over the soft prompts, cannot be decoded",
+            )
+        max_tokens = body.get("max_tokens", settings.max_new_tokens)
+        if not 1 <= max_tokens <= settings.max_new_tokens:
+            raise RequestError(400, f"'max_tokens' must be within 1 and {settings.max_new_tokens}", param="max_tokens")
+        prompt_tokens, key = 0, "input" if "input" in body else "soft_prompts"
+        if key == "input":
+            ids = await self._tokenize(openai_api.texts_of(body["input"], settings.max_inputs), body)
+            prompt_tokens = sum(map(len, ids))
+            prompts = [prompts for _, prompts in await self._result(request, key, self.engine.embed(ids, True))]
+        else:
+            openai_api.check_count(body["soft_prompts"], settings.max_inputs, "soft_prompts")
+            shape = self.model.model.num_tokens, self.model.model.architecture.hidden_size
+            prompts = await asyncio.to_thread(openai_api.soft_prompts_of, body["soft_prompts"], shape)
+        rows = await self._result(request, key, self.engine.decode(prompts, max_tokens, body.get("seed", 0)))
+        rows = [row[:max_tokens] for row in rows]
+        texts = [self.model.backbone.tokenizer.decode(row) for row in rows]
+        data = [{"object": "decoding", "index": number, "text": text} for number, text in enumerate(texts)]
+        new_tokens = sum(map(len, rows))
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": new_tokens,
+            "total_tokens": prompt_tokens + new_tokens,
+        }
+        return to_response({"object": "list", "data": data, "model": self.name, "usage": usage})
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models and /v1/models/NAME."""
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm2vec_gen_jax"}
+        name = request.path_params.get("name")
+        if name is None:
+            return to_response({"object": "list", "data": [model]})
+        if name != self.name:
+            raise openai_api.unknown_model(name, self.name)
+        return to_response(model)
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 503 until all programs are compiled, then 200."""
+        return to_response({"status": "ok" if self.ready else "compiling"}, 200 if self.ready else 503)
+
+    def _endpoint(self, handler: _Handler) -> _Handler:
+        async def respond(request: Request) -> Response:
+            started, self.in_flight = time.monotonic(), self.in_flight + 1
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            try:
+                self._check_admission(request)
+                response = await handler(request)
+            except RequestError as error:
+                response = error.response()
+            except InputError as error:
+                response = RequestError(400, str(error)).response()
+            except QueueFull as error:
+                response = RequestError(429, f"too busy: {error}", "rate_limit_exceeded").response()
+            except ClientDisconnect:
+                response = Response(status_code=499)  # only counted
+            except asyncio.CancelledError:
+                if not self.cancelled:
+                    raise
+                task.uncancel()
+                message = f"the server is stopping: the request took longer than {self.config.shutdown_timeout} s"
+                response = RequestError(503, message, "stopping").response()
+            except Exception:
+                traceback.print_exc()
+                response = RequestError(500, "internal error; see the log of the server").response()
+            finally:
+                self.in_flight -= 1
+                self._tasks.discard(task)
+            self.telemetry.request(handler.__name__, response.status_code, time.monotonic() - started)
+            return response
+
+        return respond
+
+    def _check_admission(self, request: Request) -> None:
+        if self.key is not None:
+            scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(credentials.strip().encode(), self.key.encode()):
+                raise RequestError(401, "no valid API key: send `Authorization: Bearer KEY`", "invalid_api_key")
+        if request.method == "POST" and not self.ready:
+            raise RequestError(503, "the model is being compiled; /health returns 200 when it is ready", "not_ready")
+        if self.in_flight > self.config.max_requests:
+            raise RequestError(429, f"more than {self.config.max_requests} concurrent requests", "rate_limit_exceeded")
+
+    async def _read(self, request: Request, keys: Mapping[str, type]) -> dict[str, Any]:
+        """Returns the JSON object in the body of a request, checked against `keys` (name -> type)."""
+        too_large = RequestError(
+            413, f"a request must not exceed {self.config.max_body_bytes} bytes", "request_too_large"
+        )
+        if int(request.headers.get("content-length", 0)) > self.config.max_body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.config.client_timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.config.max_body_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise RequestError(408, f"the request was not received within {self.config.client_timeout:g} s") from None
+        if len(body) < _LONG_BODY:
+            return openai_api.parse(body, keys, self.name)
+        return await asyncio.to_thread(openai_api.parse, body, keys, self.name)
+
+    async def _tokenize(self, texts: Sequence[str], body: Mapping[str, Any]) -> list[np.ndarray]:
+        instruction = body.get("instruction", self.config.instruction)
+        return await asyncio.to_thread(self.engine.tokenize, texts, instruction)
+
+    async def _result(self, request: Request, key: str, future: Future) -> Any:
+        """Waits for the results of the inputs in `key`. Raises if the client disconnects or the time limit passes."""
+        work = asyncio.wrap_future(future)
+        disconnected = asyncio.ensure_future(request.receive())  # the body was read: the next message is a disconnect
+        try:
+            timeout = self.config.request_timeout
+            await asyncio.wait({work, disconnected}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return self.engine.require_finite(work.result(), key)
+            if disconnected.done():
+                raise ClientDisconnect
+            raise RequestError(503, f"no result within {timeout:g} s", "timeout")
+        finally:
+            disconnected.cancel()
+            work.cancel()
+
+
+async def _not_found(request: Request, error: Any) -> Response:
+    message = f"{request.method} {one_line(request.url.path, 200)}: {error.detail}"
+    return RequestError(error.status_code, message, "unknown_url").response()
