@@ -1,6 +1,7 @@
 """Text lengths for benchmarks, in tokens: of real queries from a file, otherwise from a similar distribution."""
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class LogNormal:
     least: int
     most: int
 
-    def sample(self, random, count):
+    def sample(self, random: np.random.Generator, count: int) -> np.ndarray:
         lengths = np.rint(random.lognormal(self.mean_of_log, self.deviation, count))
         return np.clip(lengths, self.least, self.most).astype(int)
 
@@ -31,7 +32,9 @@ PASSAGES = LogNormal(5.631, 0.6, 32, QUERY_LIMIT)  # mean 298
 PASSAGE_SHARE = 1 / 3  # of the texts of a mixed corpus; the others are queries
 
 
-def queries(random, count, path=None):
+def queries(
+    random: np.random.Generator, count: int, path: str | os.PathLike[str] | None = None
+) -> tuple[np.ndarray, str]:
     """Returns (lengths of queries, description of their source).
 
     path: a .jsonl[.gz] with `question` keys; `count` are sampled and tokenized with the default backbone's tokenizer.
@@ -47,7 +50,9 @@ def queries(random, count, path=None):
     return np.array([max(len(row), 1) for row in ids]), f"queries drawn from {len(texts):,} real ones"
 
 
-def mixed(random, count, path=None):
+def mixed(
+    random: np.random.Generator, count: int, path: str | os.PathLike[str] | None = None
+) -> tuple[np.ndarray, str]:
     """Returns (lengths of a corpus of queries and passages, description of their source)."""
     lengths, where = queries(random, count, path)
     passages = random.random(count) < PASSAGE_SHARE

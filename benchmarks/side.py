@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +27,11 @@ SHAPES = HERE.parent / "configs" / "architectures"
 NUM_TOKENS = 10  # compression tokens
 
 
-def parse(doc, defaults, add=lambda parser: None):
+def parse(
+    doc: str,
+    defaults: Mapping[str, Mapping[str, Any]],
+    add: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+) -> argparse.Namespace:
     """Parses a benchmark's command line.
 
     defaults: {preset: {option: value}}. add(parser) adds the benchmark's own options.
@@ -53,7 +59,7 @@ def parse(doc, defaults, add=lambda parser: None):
     return arguments
 
 
-def run(main):
+def run(main: Callable[[], Any]) -> None:
     """Runs a benchmark; InputError exits with its message."""
     try:
         main()
@@ -61,7 +67,7 @@ def run(main):
         sys.exit(f"error: {error}")
 
 
-def shapes(arguments):
+def shapes(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], architecture.Architecture]]:
     """Yields (name, config.json as a dict, Architecture) of the selected models."""
     files = arguments.architecture or [SHAPES / f"{name}.json" for name in arguments.model]
     for path in map(pathlib.Path, files):
@@ -80,14 +86,23 @@ class Side:
     restarted for every round. warmup: a command that is run first without being counted, and compiles everything.
     """
 
-    def __init__(self, name, spec, warmup, arguments, ours=False):
+    def __init__(
+        self,
+        name: str,
+        spec: dict[str, Any],
+        warmup: dict[str, Any],
+        arguments: argparse.Namespace,
+        ours: bool = False,
+    ) -> None:
         self.name, self.spec, self.warmup, self.ours = name, spec, warmup, ours
         self.alone, self.cpu = not arguments.together, arguments.preset == "cpu"
-        self.process, self.failed, self.ready = None, None, {}
-        self.compile_seconds, self.peak_bytes, self.results = 0.0, 0, []
+        self.process, self.failed = None, None
+        self.compile_seconds, self.peak_bytes = 0.0, 0
+        self.ready: dict[str, Any] = {}
+        self.results: list[dict[str, Any]] = []
         self.folder = tempfile.TemporaryDirectory()
 
-    def run(self, command):
+    def run(self, command: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the answer to a command, or None if it or an earlier one failed, with the reason in `failed`."""
         if self.failed:
             return None
@@ -98,7 +113,7 @@ class Side:
             self.quit()
         return answer
 
-    def quit(self):
+    def quit(self) -> None:
         """Ends the worker."""
         if self.process:
             self.process.stdin.close()
@@ -135,7 +150,7 @@ class Side:
         return None if self.failed else answer
 
 
-def take_turns(sides, rounds):
+def take_turns(sides: Sequence[Side], rounds: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Runs rounds, lists of one command per side, so that a slow period of the machine affects all sides."""
     for number, commands in enumerate(rounds):
         turn = list(zip(sides, commands))
@@ -146,12 +161,12 @@ def take_turns(sides, rounds):
         side.quit()
 
 
-def of_peer(arguments):
+def of_peer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the part of a peer's specification that describes the machine."""
     return {"device": "cpu" if arguments.preset == "cpu" else "cuda", "threads": arguments.threads}
 
 
-def peak_flops(sides):
+def peak_flops(sides: Sequence[Side]) -> tuple[float, str]:
     """Returns (peak FLOPs per second of the device, description of the source)."""
     ready = [side.ready for side in sides if side.ready]
     chip = next((chip for worker in ready if (chip := chips.chip_of(worker["device"]))), None)
@@ -161,27 +176,33 @@ def peak_flops(sides):
     return best, "measured in this dtype: the best large matrix product timed in the processes"
 
 
-def describe_peak(peak):
+def describe_peak(peak: tuple[float, str]) -> str:
     """Returns the description of a peak."""
     return f"the device's {peak[0] / 1e12:,.3f} TFLOP/s {peak[1]}"
 
 
-def ratio(ours, theirs, more=0.0, seconds=lambda answer: answer["seconds"]):
+def ratio(ours: Side, theirs: Side, more: float = 0.0) -> float | None:
     """Returns the speedup over the peer, the median over rounds; None if either failed.
 
     more: seconds that are added to every round of this package.
     """
     if ours.failed or theirs.failed:
         return None
-    return statistics.median(seconds(b) / (seconds(a) + more) for a, b in zip(ours.results, theirs.results))
+    return statistics.median(b["seconds"] / (a["seconds"] + more) for a, b in zip(ours.results, theirs.results))
 
 
-def speed_row(side, works, peak, ours, hours_of=None):
+def speed_row(
+    side: Side,
+    works: Sequence[Mapping[str, float]],
+    peak: tuple[float, str],
+    ours: Side,
+    hours_of: int | None = None,
+) -> dict[str, Any]:
     """Returns the table row of a side. works: a dict of samples, tokens, computed_tokens and flops per round.
 
     peak: from peak_flops. ours: the side of this package. hours_of: samples of a run whose duration is reported.
     """
-    row = {"side": side.name}
+    row: dict[str, Any] = {"side": side.name}
     if side.failed:
         return row | {"error": side.failed}
 
@@ -222,7 +243,13 @@ SPEED = {
 OURS_IS = {"ours_is": ("ours is", "{:.2f}x")}
 
 
-def show(title, columns, rows, notes, arguments):
+def show(
+    title: str,
+    columns: Mapping[str, tuple[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    notes: Sequence[str],
+    arguments: argparse.Namespace,
+) -> None:
     """Prints a Markdown table and appends its rows to arguments.output. columns: {key: (header, format)}."""
     command = " ".join(["python -m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
     host = f"{platform.machine()}, {os.cpu_count()} cores"

@@ -44,7 +44,7 @@ this page from the schema in `llm2vec_gen_jax/config/`.
 """
 
 
-def commands():
+def commands() -> dict[str, type]:
     """Returns {command: schema}: `train` first, because others share its groups, then by name."""
     found = {}
     for name in config.__all__:
@@ -54,7 +54,7 @@ def commands():
     return dict(sorted(found.items(), key=lambda item: (item[0] != "train", item[0])))
 
 
-def page():
+def page() -> str:
     """Returns the text of the page."""
     places = {group: _anchor(name) for group, name in SHARED.items()}
     parts = [HEAD, "## Shared groups\n"]

@@ -20,7 +20,9 @@ QUERY = ["What", "is", "the", "capital", "of", "France", "?"]
 ANSWER = ["The", "capital", "is", "Paris", "."]
 
 
-def text(x, y, words, size=15, color=INK, anchor="middle", style=""):
+def text(
+    x: float, y: float, words: str, size: int = 15, color: str = INK, anchor: str = "middle", style: str = ""
+) -> str:
     """Returns a line of text around x on the baseline y, in pixels."""
     more = f" {style}" if style else ""
     return (
@@ -28,7 +30,7 @@ def text(x, y, words, size=15, color=INK, anchor="middle", style=""):
     )
 
 
-def box(x, y, width, height, kind, *lines, size=15):
+def box(x: float, y: float, width: float, height: float, kind: tuple[str, str], *lines: str, size: int = 15) -> str:
     """Returns a rectangle with centered lines of text; x, y is the upper left corner."""
     fill, border = kind
     parts = [
@@ -42,7 +44,7 @@ def box(x, y, width, height, kind, *lines, size=15):
     return "\n".join(parts)
 
 
-def arrow(*points, color=INK, dashed=False):
+def arrow(*points: tuple[float, float], color: str = INK, dashed: bool = False) -> str:
     """Returns a polyline through points (x, y) with an arrowhead at its end."""
     path = " ".join(f"{x},{y}" for x, y in points)
     dash = ' stroke-dasharray="5 4"' if dashed else ""
@@ -52,14 +54,16 @@ def arrow(*points, color=INK, dashed=False):
     )
 
 
-def row(x, y, words, kind, width, gap=4, size=13):
+def row(
+    x: float, y: float, words: list[str], kind: tuple[str, str], width: float, gap: float = 4, size: int = 13
+) -> tuple[list[str], list[float]]:
     """Returns adjacent boxes of equal width, and their horizontal centers."""
     step = width + gap
     boxes = [box(x + number * step, y, width, 26, kind, word, size=size) for number, word in enumerate(words)]
     return boxes, [x + number * step + width / 2 for number in range(len(words))]
 
 
-def encoder():
+def encoder() -> list[str]:
     """Left half: query and compression tokens, frozen LLM, two heads, embedding."""
     query, query_x = row(30, 440, QUERY, DATA, 50)
     tokens, tokens_x = row(412, 440, ["c₁", "⋯", "cₖ"], TRAINED, 34)
@@ -80,7 +84,7 @@ def encoder():
     return parts
 
 
-def reconstruction():
+def reconstruction() -> list[str]:
     """Middle: conditioned on the soft prompts, the frozen LLM predicts each next token of the response."""
     prompts, prompts_x = row(600, 440, ["r₁", "⋯", "rₖ"], DATA, 30)
     answer, answer_x = row(706, 440, ["a₁", "a₂", "⋯"], DATA, 30)
@@ -94,7 +98,7 @@ def reconstruction():
     return parts
 
 
-def alignment():
+def alignment() -> list[str]:
     """Right: the teacher's vector of the response, and the loss between it and the embedding."""
     parts = [box(868, 366, 104, 44, FROZEN, "teacher", "frozen", size=14), box(868, 80, 104, 32, RESULT, "target t")]
     parts += [arrow((920, 364), (920, 116))]
@@ -108,7 +112,7 @@ def alignment():
     return parts
 
 
-def legend():
+def legend() -> list[str]:
     """Color legend."""
     parts, x = [], 30
     for kind, words, width in ((TRAINED, "trained", 86), (FROZEN, "frozen", 82), (DATA, "data and states", 138)):
@@ -117,7 +121,7 @@ def legend():
     return parts
 
 
-def picture():
+def picture() -> str:
     """Returns the SVG."""
     marker = (
         '<marker id="{0}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
