@@ -56,7 +56,7 @@ def compile_step(layers, hidden_size=128, B=8, length=64):
         "target": jax.ShapeDtypeStruct((B, hidden_size), jnp.float32),
     }
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    batch["query"] = jax.eval_shape(lambda frozen, ids: model.prefill(frozen, ids, T), frozen, ids_BT)
+    batch["query"] = jax.eval_shape(lambda *texts: model.prefill(*texts, T), frozen, ids_BT, batch["query_lengths"])
     loss_config = config.LossConfig()
 
     def step(state, frozen, batch):  # a new function each time: nothing is remembered

@@ -118,13 +118,13 @@ class Programs:
         return Packed(ids, ids, ids, self.rows(max(self.T // self.model.num_appended, 1)))
 
     def prefix(self):
-        return jit_prefill(self.model, self.T), (self.frozen, self.rows(self.T))
+        return jit_prefill(self.model, self.T), (self.frozen, self.rows(self.T), self.rows())
 
-    def prefilled(self, ids):
+    def prefilled(self, ids, lengths):
         """Keys and values of ids; with a LoRA the ids."""
         if self.lora_rank:
             return ids
-        return abstract_cache(jit_prefill(self.model, self.T), self.mesh, self.frozen, ids)
+        return abstract_cache(jit_prefill(self.model, self.T), self.mesh, self.frozen, ids, lengths)
 
     def step(self, loss=None):
         settings = config.TrainConfig()
@@ -132,10 +132,10 @@ class Programs:
         a, X = self.architecture, len(supervised.texts(settings.loss))
         batch = {"query_lengths": self.rows(), "answer": self.rows(self.S), "answer_lengths": self.rows()}
         batch["target"] = self.rows(a.hidden_size, dtype=jnp.float32)
-        batch["query"] = self.prefilled(self.rows(self.T))
+        batch["query"] = self.prefilled(self.rows(self.T), self.rows())
         if X:
             batch |= {"extra_lengths": self.rows(X), "negative_target": batch["target"]}
-            batch["extra"] = self.prefilled(self.rows(X, self.T))
+            batch["extra"] = self.prefilled(self.rows(X, self.T), batch["extra_lengths"])
         optimizer = make_optimizer(settings.optimizer)
         state = self.whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), self.trainable))
         return jit_step(settings, self.model), (state, self.frozen, batch)
@@ -202,7 +202,7 @@ class Programs:
     def ridge(self):
         D = self.architecture.hidden_size
         batch = {"query_lengths": self.rows(), "target": self.rows(D, dtype=jnp.float32)}
-        batch["query"] = self.prefilled(self.rows(self.T))
+        batch["query"] = self.prefilled(self.rows(self.T), self.rows())
         sums = self.whole(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, ridge._nothing(D, D))))
         origin = self.whole((jax.ShapeDtypeStruct((D,), jnp.float32),) * 2)
         jitted = jax.jit(functools.partial(ridge._add, self.model), out_shardings=sharding.replicated(self.mesh))

@@ -132,7 +132,9 @@ def test_the_switch_reaches_every_pass(smollm2):
         model = LLM2VecGenModel(smollm2.architecture, 4, 0, 576, execution=Execution(one_device_mesh(), attention))
         calls = {
             "encode": lambda t, frozen: model.encode(t, frozen, ids, lengths)[0],
-            "compress": lambda t, frozen: model.compress(t, frozen, model.prefill(frozen, ids, 32), lengths)[0],
+            "compress": lambda t, frozen: model.compress(t, frozen, model.prefill(frozen, ids, lengths, 32), lengths)[
+                0
+            ],
             "mean_pool": lambda t, frozen: model.mean_pool(frozen, ids, lengths, causal=False),
         }
         arguments = trainable, smollm2.frozen

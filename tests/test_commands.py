@@ -12,6 +12,7 @@ from llm2vec_gen_jax import LLM2VecGen, config
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.config import options
 
+from . import commands
 from .commands import rows_of
 from .conftest import check_error, write_jsonl
 from .embedders import K
@@ -183,6 +184,21 @@ def test_an_existing_output_is_named_and_left_as_it_is(command, model_folder, ta
     check_error(command("train", *words), "train.output=folder: exists and is not a run directory")
     assert sorted(os.listdir()) == ["folder", "mine.jsonl"] and os.listdir("folder") == ["mine"]
     assert mine.read_text() == "mine"
+
+
+def test_what_a_system_puts_into_a_folder_does_not_make_it_anothers(command, model_folder, tiny_folder):
+    for folder in ("out", "run"):
+        os.mkdir(folder)
+        for name in (".DS_Store", "._out", "Thumbs.db", ".nfs0000000000000001"):
+            pathlib.Path(folder, name).touch()
+    commands.succeed(commands.encode(command, model_folder, ["a"]))
+    for _ in range(2):
+        commands.succeed(commands.train(command, tiny_folder("llama"), commands.RESPONSES))
+        pathlib.Path("run/checkpoints/.DS_Store").touch()
+    os.mkdir("mine")
+    pathlib.Path("mine", "notes.txt").touch()
+    check_error(commands.encode(command, model_folder, ["a"], "output=mine"), "holds other files")
+    check_error(commands.train(command, tiny_folder("llama"), commands.RESPONSES, "train.output=mine"), "mine")
 
 
 def test_a_loss_that_is_not_finite_is_a_failure_with_one_line(command, talker_folder, tmp_path):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from llm2vec_gen_jax import config
+from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig, options
 from llm2vec_gen_jax.data.texts import Corpus
@@ -72,6 +74,26 @@ def test_the_config_of_the_shipped_teacher_is_read():
 
 
 # Mistakes
+
+
+@pytest.mark.parametrize(
+    "key, text, expected",
+    [
+        ("train.steps", "lots", "a whole number, not 'lots'"),
+        ("train.steps", "1.5", "a whole number, not '1.5'"),
+        ("train.steps", "", "a whole number, not ''"),
+        ("num_processes", "two", "a whole number, not 'two'"),
+        ("optimizer.learning_rate", "fast", "a number, not 'fast'"),
+        ("train.overwrite", "maybe", "true or false, not 'maybe'"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_what_is_expected(tmp_path, key, text, expected):
+    with pytest.raises(InputError, match=f"^command line: {key}: expected {expected}$"):
+        options.load(TrainConfig, None, [f"{key}={text}"])
+    section, _, name = key.rpartition(".")
+    line = f'{name}: "{text}"'
+    with pytest.raises(InputError, match=f"config.yaml: {key}: expected {expected}$"):
+        load_yaml(tmp_path, f"{section}: {{{line}}}" if section else line)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +219,14 @@ def test_text_of_a_file_is_what_is_written(tmp_path, text, monkeypatch):
     assert [loaded.train.output, loaded.data.split, loaded.data.answer_suffix] == [text] * 3
     loaded = load_yaml(tmp_path, f"teacher:\n  adapters:\n  - {text}\n  - [{text}]".replace("[", "").replace("]", ""))
     assert loaded.teacher.adapters == [text] * 2
+
+
+@pytest.mark.parametrize("text", [*WRITTEN, "1e5", "on", "0123", "null", "~", "true", ""])
+def test_text_that_is_written_is_text_to_every_reader(text):
+    written = files.to_yaml({text: [text], "number": 1e-5})
+    assert OmegaConf.create(written) == {text: [text], "number": 1e-5}  # a reader of YAML 1.2
+    for loader in (yaml.SafeLoader, files._TextLoader, yaml.BaseLoader):
+        assert yaml.load(written, loader)[text] == [text]
 
 
 @pytest.mark.parametrize("text", ["yes", "No", "on", "OFF", "true", "False", "!!int 5", "!!float 1", "!!binary aGk="])

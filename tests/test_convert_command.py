@@ -1,6 +1,10 @@
 """The command `convert`: folders are converted there and back, and `verify` finds each difference."""
 
 import json
+import os
+import pathlib
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +15,10 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import published
 from llm2vec_gen_jax.integrations.verify import verify
 
+from .conftest import check_error
 from .conversion import load, new_model, same_trees
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +97,30 @@ def test_from_and_to_pytorch(launch, model_folder, tmp_path):
     assert code == 2 and "did you mean 'verify'" in err
     code, out, _ = wait(launch(tmp_path, "convert", "--help"))
     assert code == 0 and all(f"convert {name} MODEL" in out for name in ("from_pytorch", "to_pytorch", "verify"))
+
+
+@pytest.mark.parametrize("after", ["save_backbone", "save_merged"])
+def test_a_conversion_that_was_killed_between_two_folders_is_repeated(model_folder, tmp_path, command, after):
+    words = ["output=there", "merged=merged", "backbone_output=llm"]
+    code = f"""if True:
+        import os, runpy, signal, sys
+        from llm2vec_gen_jax import export
+        write = export.{after}
+        def write_and_die(*more, **named):
+            write(*more, **named)
+            os.kill(os.getpid(), signal.SIGKILL)
+        export.{after} = write_and_die
+        sys.argv = ["launch.convert", "to_pytorch", *sys.argv[1:]]
+        runpy.run_module("launch.convert", run_name="__main__")
+        """
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code, model_folder, *words], env=environment)
+    assert killed.returncode == -9 and os.path.exists("llm") and not os.path.exists("there")
+    os.mkdir("mine")  # what is not of such a conversion stays
+    check_error(command("convert to_pytorch", model_folder, *words[:2], "backbone_output=mine"), "mine: exists already")
+    assert command("convert to_pytorch", model_folder, *words)[0] == 0
+    assert sorted(os.listdir()) == ["llm", "merged", "mine", "there"]
+    assert not [*pathlib.Path().glob("*/.*")] and load("there").backbone.name == str(pathlib.Path("llm").resolve())
+    for folder in ("llm", "merged"):  # a finished conversion is not made again
+        check_error(command("convert to_pytorch", model_folder, *words), f"={folder}: exists already")
+        shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """Hugging Face folders: what transformers loads is loaded as the same numbers, and what is saved loads there."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -9,9 +10,11 @@ from safetensors.numpy import load_file, save_file
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import hf
 from llm2vec_gen_jax.model import architecture as architecture_lib
+from llm2vec_gen_jax.pretrained import model_directory
 from tests.conftest import FAMILIES, tiny_tokenizer, tiny_torch_model, torch_outputs
 
 from .backbones import ROWS, assert_same_outputs, assert_same_weights, load, outputs, save_folder
+from .embedders import embedder_on
 
 
 def test_many_files_equal_one(tiny, tmp_path):
@@ -47,6 +50,23 @@ def head_alone(arrays):
 
 def same_head(arrays):
     return arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"].copy()}
+
+
+def test_every_row_of_an_untied_head_is_in_the_identity(tiny, tiny_folder, tmp_path):
+    def other_row(arrays):
+        arrays["lm_head.weight"][200] += 1
+        return arrays
+
+    found, before = load(rewritten(tmp_path / "changed", tiny_folder("llama"), other_row)), tiny("llama")
+    assert found.identity != before.identity and found.former_identity == before.former_identity
+    assert tiny("qwen3").identity == tiny("qwen3").former_identity  # a tied one is as it was
+    model = embedder_on(before)
+    model_directory.save(tmp_path / "model", model.model, model.trainable, before, {})
+    record = model_directory.read_model_directory(tmp_path / "model")
+    with pytest.raises(InputError, match="another backbone"):
+        model_directory.to_model(record, found, "model")
+    for identity in (before.identity, before.former_identity):
+        model_directory.to_model(dataclasses.replace(record, extra={"backbone_identity": identity}), before, "model")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

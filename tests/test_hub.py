@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -74,10 +75,14 @@ def test_push_to_hub_uploads_what_loads_elsewhere(tiny, tiny_folder, tmp_path, m
     with pytest.raises(InputError, match="which nobody else has"):
         model.push_to_hub("someone/embedder")
     model.backbone.name, name = "someone/llm", model.backbone.name
+    left = tmp_path / "temporary" / ".llm2vec-gen-upload.tmp-abcd1234"  # by a process that was killed
+    left.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(left.parent))
     try:
         assert model.push_to_hub("someone/embedder") == "https://huggingface.co/someone/embedder"
     finally:
         model.backbone.name = name
+    assert not list(left.parent.iterdir())
     again = LLM2VecGen.from_pretrained(tmp_path / "uploaded", "float32", tiny_folder("llama"), one_device_mesh())
     same_trees(again.trainable, model.trainable)
     card = (tmp_path / "uploaded" / "README.md").read_text()

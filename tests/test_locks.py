@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -319,3 +320,53 @@ def test_a_killed_convert_leaves_nothing_to_a_repeated_one(model_folder, tmp_pat
     (tmp_path / f".{out.name}.lock").touch()
     commands.succeed(command("convert from_pytorch", model_folder, f"output={out}"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "here"]
+
+
+GONE = {  # command: (what is called last before its end, the words of the command behind MODEL)
+    "lens logit": ("llm2vec_gen_jax.common.files.write_text", ["text=a", "output=out"]),
+    "lens build_index": ("llm2vec_gen_jax.lens.index._build_index", ["input=corpus.txt", "output=out", "layers=3"]),
+    "lens report": ("llm2vec_gen_jax.lens.report.write_report", ["input=corpus.txt", "output=out"]),
+    "convert from_pytorch": ("llm2vec_gen_jax.LLM2VecGen.save_pretrained", ["output=out"]),
+    "convert to_pytorch": ("llm2vec_gen_jax.pretrained.export.save_merged", ["merged=out"]),
+    "evaluate": ("llm2vec_gen_jax.evaluation.evaluate._Book.add", ["tasks=task", "output=out"]),
+}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_a_command_whose_output_is_removed_fails(name, model_folder, command, monkeypatch):
+    if name == "evaluate":
+        pytest.importorskip("mteb")
+        commands.write_task(pathlib.Path("task"))
+    pathlib.Path("corpus.txt").write_text("one text\nanother text\n")
+    function, words = GONE[name]
+    _remove_after(function, monkeypatch, "out")
+    check_error(command(name, model_folder, *words), "was removed or replaced while it was written", code=1)
+
+
+def test_a_training_of_teachers_whose_output_is_removed_fails(tiny_folder, command, monkeypatch):
+    pathlib.Path("corpus.txt").write_text("".join(f"{number} is a number\n" for number in range(40)))
+    _remove_after("llm2vec_gen_jax.formats.peft.merge", monkeypatch, "out")
+    words = ["corpus.path=corpus.txt", "mntp.steps=1", "simcse.steps=0", "mntp.batch_size=8", "mntp.max_length=8"]
+    result = command("train_teacher", f"backbone.path={tiny_folder('llama')}", *words, "train.output=out")
+    check_error(result, "out/config.yaml: was removed or replaced", code=1)
+
+
+def test_a_study_whose_output_is_removed_fails(task_folders, command, monkeypatch):
+    from llm2vec_gen_jax.experiments.reproduce import Study
+
+    monkeypatch.setattr(Study, "run", lambda study: study.output / "report.md")
+    _remove_after("llm2vec_gen_jax.experiments.reproduce.Study.run", monkeypatch, "out")
+    result = command("reproduce", f"tasks={task_folders}", "output=out")
+    check_error(result, "out/study.json: was removed or replaced", code=1)
+
+
+def _remove_after(function, monkeypatch, output):
+    """Makes a function remove the output of the command that calls it."""
+    real = pkgutil.resolve_name(function)
+
+    def removing(*more, **named):
+        result = real(*more, **named)
+        shutil.rmtree(output) if os.path.isdir(output) else os.unlink(output)
+        return result
+
+    monkeypatch.setattr(function, removing)

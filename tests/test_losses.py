@@ -181,12 +181,12 @@ def test_last_soft_prompt_predicts_the_first_answer_token(parts):
 def test_predictions_see_only_earlier_answer_tokens(parts):
     model, frozen, soft_prompts_BKD = parts
     predict = jax.jit(model.predict_answer)
-    answer_BS, _ = padded([[5, 9, 77, 31, 64, 2]] * 3)
-    expected = np.asarray(predict(frozen, soft_prompts_BKD, answer_BS))
+    answer_BS, lengths_B = padded([[5, 9, 77, 31, 64, 2]] * 3)
+    expected = np.asarray(predict(frozen, soft_prompts_BKD, answer_BS, lengths_B))
     assert expected.shape == (3, 8, 32)
     changed_BS = answer_BS.copy()
     changed_BS[:, 3] = 200
-    found = np.asarray(predict(frozen, soft_prompts_BKD, changed_BS))
+    found = np.asarray(predict(frozen, soft_prompts_BKD, changed_BS, lengths_B))
     differs_S = np.abs(found - expected).max(axis=(0, 2)) > 1e-4
     assert differs_S.tolist() == [False] * 4 + [True] * 4
 
@@ -262,7 +262,7 @@ def training(tiny):
         "answer_lengths": answer_lengths_B,
         "target": np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32),
     }
-    cache = jax.jit(model.prefill, static_argnums=2)(backbone.frozen, np.full((3, 8), 9), 8)
+    cache = jax.jit(model.prefill, static_argnums=3)(backbone.frozen, np.full((3, 8), 9), batch["query_lengths"], 8)
 
     @functools.cache
     def make(reconstruction, alignment):

@@ -70,7 +70,7 @@ def test_encode_equals_prefix_and_compress(family, tiny):
         return model.encode(trainable, backbone.frozen, ids_BT, lengths_B)
 
     def two_passes(trainable):
-        cache = model.prefill(backbone.frozen, ids_BT, slots=11)
+        cache = model.prefill(backbone.frozen, ids_BT, lengths_B, slots=11)
         return model.compress(trainable, backbone.frozen, cache, lengths_B)
 
     def evaluate(function):
@@ -251,8 +251,8 @@ def abstract_training(architecture, B, S, num_tokens):
         return new_state(trainable, optimizer)
 
     ids = jax.ShapeDtypeStruct((B, 11), jnp.int32)
-    cache = jax.eval_shape(functools.partial(model.prefill, slots=13), frozen, ids)
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+    cache = jax.eval_shape(functools.partial(model.prefill, slots=13), frozen, ids, lengths)
     batch = {
         "query_lengths": lengths,
         "answer": jax.ShapeDtypeStruct((B, S), jnp.int32),

@@ -235,6 +235,40 @@ def test_bad_words_are_named(cluster, words, message):
 # Joining
 
 
+AUTO = """if True:
+    import sys
+    import jax
+    from llm2vec_gen_jax import distributed
+    from llm2vec_gen_jax.config import TrainConfig
+    try:
+        distributed.start(TrainConfig(join_timeout=int(sys.argv[1])))
+    except distributed.PeerMissing as error:
+        sys.exit(str(error))
+    print(jax.process_index(), jax.process_count())
+    """
+
+
+@pytest.mark.parametrize("present", [(0,), (1,), (0, 1)])
+def test_processes_of_a_cluster_that_jax_detects_meet_as_others_do(present):
+    """JAX alone would end in C++ when one does not come."""
+    port = free_address().rpartition(":")[2]
+    environment = os.environ | {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    environment |= {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", AUTO, "60" if len(present) == 2 else "2"]
+    processes = []
+    for index in present:
+        own = environment | {"SLURM_PROCID": str(index), "SLURM_LOCALID": "0"}
+        processes.append(subprocess.Popen(command, env=own, **pipes))
+    for index, process in zip(present, processes):
+        out, errors = process.communicate(timeout=120)
+        if len(present) == 2:
+            assert (process.returncode, out.strip()) == (0, f"{index} 2"), errors
+        else:
+            assert process.returncode == 1 and errors.count("\n") == 1
+            assert f"distributed=auto: process {index} of 2 could not join (" in errors
+
+
 def test_a_process_that_does_not_come_is_said(cluster):
     for index in (0, 1):
         words = (f"distributed={free_address()}", "num_processes=2", f"process_id={index}", "join_timeout=2")

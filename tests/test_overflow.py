@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +100,25 @@ def test_padding_that_overflows_changes_nothing(half, model):
     np.testing.assert_array_equal(LLM2VecGen(model.model, model.trainable, padded).encode(GOOD), expected[0])
     assert generate.generate(padded, [[70] * 9, [80]], Sampling(4)) == expected[1]
     np.testing.assert_array_equal(Teacher(padded, frozen, False).encode(GOOD), pooled)
+
+
+def test_padding_that_overflows_changes_no_training_and_no_lens(half, model):
+    """As above, in the passes that have their own padding."""
+    core, trainable = model.model, model.trainable
+    ids_BT, lengths_B = np.array([[70, 71, 72, 0, 0, 0], [80, 81, 82, 83, 84, 85]]), np.array([3, 6])
+
+    @jax.jit
+    def passes(frozen):
+        cache = core.prefix(frozen, ids_BT, lengths_B, 8)
+        embedding_BE, soft_prompts_BKD = core.compress(trainable, frozen, cache, lengths_B)
+        encoded, _ = core.encode(trainable, frozen, ids_BT, lengths_B)
+        read_BSD = core.predict_answer(frozen, soft_prompts_BKD, ids_BT, lengths_B)[0, : core.num_tokens]
+        return embedding_BE, encoded, read_BSD, core.states_of_text(frozen, ids_BT, lengths_B[:, None] - 1, (1, 3))
+
+    loud = half.frozen | {"embedding": half.frozen["embedding"].at[0, 1].set(100)}
+    for found, expected in zip(passes(loud), passes(half.frozen), strict=True):
+        assert np.isfinite(expected).all()
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])

@@ -1,6 +1,8 @@
 """PEFT's patterns: the scale, the rank and the choice of every module are those of the installed peft."""
 
 import json
+import re
+import time
 
 import numpy as np
 import peft as their_peft
@@ -118,6 +120,41 @@ def test_the_rules_of_the_installed_peft():
         for patterns in ([pattern] for pattern in PATTERNS):
             theirs = dict.fromkeys(patterns, 5).get(get_pattern_key(patterns, name), 1)
             assert peft._pattern(dict.fromkeys(patterns, 5), name, 1) == theirs, (patterns, name)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(.*)*z", "(.+)+z", "((a|.)*)*z", "(.?){30}z", ".*" * 10 + "z", "(?=(.*)*z)q", "(?:.|.)*z", ".?" * 40 + "z"]
+    + [
+        "".join(f"({letter}|{letter}|{letter})" for letter in "layers.0.self_attn.q_proj") + "z",
+        "(" * 9999,
+        "(?i)q_proj",
+    ],
+)
+def test_patterns_that_take_for_ever_are_refused(tiny, tmp_path, pattern):
+    for key in ("alpha_pattern", "rank_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        if pattern == "(?i)q_proj" and "modules" in key:
+            continue  # flags may be at the start
+        value = {pattern: 4} if key.endswith("a_pattern") or key.startswith("rank") else pattern
+        settings = {"layers_to_transform": [0]} if key == "layers_pattern" else {}
+        adapter = write_adapter(tmp_path / key, LORA | settings | {key: value}, {(0, "self_attn.q_proj"): 4})
+        start = time.monotonic()
+        with pytest.raises(InputError, match=f"adapter_config.json: {key}"):
+            peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
+        assert time.monotonic() - start < 5
+
+
+def test_patterns_that_tools_write_are_matched():
+    """The first is that of unsloth."""
+    long = (
+        r"(?:.*?(?:vision|image|visual|patch|embed|img).*?(?:attn|self_attn|attention|mlp|feed_forward|ffn|dense)"
+        r".*?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
+        r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|up_proj)))"
+    )
+    for pattern in (long, r".*\.layers\.(\d+)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"):
+        config = peft.check(LORA | {"target_modules": pattern}, "adapter_config.json")
+        for name in NAMES:
+            assert peft.is_target(config, name) == bool(re.fullmatch(pattern, name))
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,17 @@ model_name_or_path: last/backbone
 """
 
 
+@pytest.mark.parametrize("name", ["2026_11_28", "1e5", "on", "0123", "2026-11-28"])
+def test_names_that_look_like_numbers_come_back(tmp_path, name):
+    model = random_model()
+    model = dataclasses.replace(model, backbone=name, special_tokens=[name, *model.special_tokens[1:]])
+    published.write(tmp_path / "model", model, tiny_tokenizer(), CONFIG, "")
+    found = published.read(tmp_path / "model")
+    assert (found.backbone, found.special_tokens) == (name, model.special_tokens)
+    run = yaml.safe_load((tmp_path / "model" / "run_config.yml").read_text())
+    assert (run["model_name_or_path"], run["special_tokens"]) == (name, model.special_tokens)
+
+
 def test_run_config_as_the_published_training_writes_it(directory, tmp_path):
     marker = tmp_path / "marker"
     (directory / "run_config.yml").unlink()

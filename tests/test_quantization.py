@@ -45,7 +45,7 @@ def loss_and_gradient(backbone, trainable):
 
     @jax.jit
     def total(trainable, frozen):
-        cache = model.prefill(frozen, ids[0], 16)
+        cache = model.prefill(frozen, ids[0], batch["query_lengths"], 16)
         return losses.loss_fn(trainable, model, frozen, batch | {"query": cache}, config.LossConfig())[0]
 
     return jax.value_and_grad(total)(trainable, backbone.frozen)

@@ -55,7 +55,7 @@ def loss_and_gradients(folder, shape, lora_rank):
     @jax.jit
     def run(trainable, frozen, batch):
         if not lora_rank:
-            batch = batch | {"query": model.prefill(frozen, batch["query"], T)}
+            batch = batch | {"query": model.prefill(frozen, batch["query"], batch["query_lengths"], T)}
         return jax.value_and_grad(losses.loss_fn, has_aux=True)(
             trainable, model, frozen, batch, config.LossConfig(chunk_tokens=16)
         )

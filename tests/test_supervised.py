@@ -232,7 +232,9 @@ def total(method, weights, batch, dropout=None):
     model, trainable, frozen = method
     if not model.lora_rank:
         ids = {name: batch[name] for name in ("query", "extra") if name in batch}
-        batch = batch | {name: model.prefill(frozen, x, x.shape[-1] + 8) for name, x in ids.items()}
+        batch = batch | {
+            name: model.prefill(frozen, x, batch[f"{name}_lengths"], x.shape[-1] + 8) for name, x in ids.items()
+        }
     return jax.jit(
         lambda trainable, batch: jax.value_and_grad(losses.loss_fn, has_aux=True)(
             trainable, model, frozen, batch, weights, dropout

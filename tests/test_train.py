@@ -336,7 +336,7 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing(tiny):
         "answer_lengths": np.array([8, 1], np.int32),
         "target": np.zeros((2, 6), np.float32),
     }
-    batch["query"] = model.prefill(backbone.frozen, np.full((2, 8), 7, np.int32), slots=8)
+    batch["query"] = model.prefill(backbone.frozen, np.full((2, 8), 7, np.int32), batch["query_lengths"], slots=8)
     step = functools.partial(train_step, model=model, optimizer=optimizer, loss_config=config.LossConfig())
     step = jax.jit(step)
     after, metrics = step(state, backbone.frozen, batch)

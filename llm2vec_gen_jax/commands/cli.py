@@ -10,12 +10,18 @@ import textwrap
 import traceback
 
 from llm2vec_gen_jax.common import locks
-from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
 from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, options
 from llm2vec_gen_jax.parallel import devices, preemption
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
 
+# What the system says of a path that cannot be what a command was told to read or write; a repeat changes nothing.
+_OF_PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _INTERRUPTED = "\ninterrupted; nothing is half written, repeat the command to go on"
 
 
@@ -46,8 +52,8 @@ def run(schema, command, positional="CONFIG", words=None):
         return
     try:
         arguments, config = _read(schema, positional, words)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {_of_system(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2)
     trains = isinstance(config, TrackingConfig | ReproduceConfig)
     # What comes while JAX is imported and the processes find one another is kept for later.
@@ -187,8 +193,8 @@ def _exit_codes():
     except OSError as error:
         if error.strerror is None:
             raise
-        of_the_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        end(f"error: {error.filename or 'writing'}: {error.strerror}", processes.IO_FAILED if of_the_disk else 1)
+        codes = dict.fromkeys(_OF_PATHS, processes.BAD_INPUT) | dict.fromkeys(_OF_THE_DISK, processes.IO_FAILED)
+        end(f"error: {_of_system(error)}", codes.get(error.errno, 1))
     except KeyboardInterrupt:
         end(_INTERRUPTED, 130)
     except Exception as error:
@@ -202,6 +208,11 @@ def _exit_codes():
             )
         traceback.print_exc()
         processes.exit_process(1)
+
+
+def _of_system(error):
+    """Returns the line that an OSError becomes."""
+    return one_line(f"{error.filename or 'writing'}: {error.strerror or error}")
 
 
 def _prepare():

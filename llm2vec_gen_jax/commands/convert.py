@@ -3,12 +3,13 @@
 python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]
 """
 
+import os
 import pathlib
 import sys
 
 from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import require_new
+from llm2vec_gen_jax.common.files import UNFINISHED, remove_unfinished, require_new
 from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, options
 
 
@@ -38,17 +39,24 @@ def to_pytorch(path, config):
     folder = config.backbone_output
     if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
         folder = f"{config.output}-backbone"  # PyTorch cannot run on a GGUF file
-    for key, target in targets.items() | ({"backbone_output": folder}.items() if folder else set()):
+    folders = {"backbone_output": folder, "merged": config.merged, "output": config.output}
+    folders = {key: target for key, target in folders.items() if target}
+    *parts, last = folders.values()  # written in this order: where the last is there, so are the others
+    if not os.path.lexists(last):
+        remove_unfinished(*parts)
+    for key, target in folders.items():
         require_new(target, key)
     if folder:
-        export.save_backbone(embedder.backbone, folder)
+        export.save_backbone(embedder.backbone, folder, unfinished=folder in parts)
         print(f"written: {folder} (the backbone, {embedder.backbone.architecture.num_parameters:,} weights)")
+    if config.merged:
+        export.save_merged(embedder, config.merged, unfinished=config.merged in parts)
+        print(f"written: {config.merged}")
     if config.output:
         embedder.save_pretrained(config.output, None if config.torch_dtype == "auto" else config.torch_dtype, folder)
         print(f"written: {config.output}")
-    if config.merged:
-        embedder.save_merged(config.merged)
-        print(f"written: {config.merged}")
+    for part in parts:
+        pathlib.Path(part, UNFINISHED).unlink(missing_ok=True)
 
 
 def verify(path, config):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import stat
 
 import numpy as np
@@ -17,7 +18,12 @@ from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 
 _LARGEST_JSON, LARGEST_YAML = 1 << 28, 1 << 20  # bytes of a file that is read whole
+_OF_SYSTEMS = re.compile(
+    r"\.(DS_Store|localized|Spotlight-V100|Trashes|fseventsd|directory)|\.(_|nfs|fuse_hidden).*"
+    r"|[Tt]humbs\.db|[Dd]esktop\.ini|lost\+found"
+)
 _MOST_YAML_NODES = 100_000
+UNFINISHED = ".unfinished"  # a file in a folder that is no use without another one that is still to be written
 _HERE = pathlib.Path(__file__).parent.parent  # the package
 SHIPPED = _HERE if (_HERE / "configs").is_dir() else _HERE.parent  # of an installed package, of a checkout
 
@@ -58,6 +64,13 @@ def atomic_directory(path):
                     os.fsync(handle.fileno())
         os.chmod(name, 0o755)
         os.rename(name, path)
+
+
+def remove_unfinished(*paths):
+    """Removes those folders that a killed command marked with the file UNFINISHED: it had others still to write."""
+    for path in paths:
+        if pathlib.Path(path, UNFINISHED).is_file():
+            shutil.rmtree(path)
 
 
 def require_written(*paths):
@@ -104,7 +117,8 @@ def shipped(path):
 
 
 def check_file(path, what="file", largest=None):
-    """Raises InputError where there is no regular file (or a link to one): a device or a pipe may have no end.
+    """Raises InputError where there is no regular file (or a link to one) that may be read: a device or a pipe may
+    have no end.
 
     largest: the bytes that it may have.
     """
@@ -117,6 +131,8 @@ def check_file(path, what="file", largest=None):
     if not stat.S_ISREG(status.st_mode):
         reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise InputError(f"{path}: not a readable {what} ({reason})")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: not a readable {what} ({os.strerror(errno.EACCES)})")
     if largest is not None and status.st_size > largest:
         raise InputError(f"{path}: not a readable {what} ({status.st_size} bytes, at most {largest} are read)")
 
@@ -183,6 +199,22 @@ _TextLoader.yaml_implicit_resolvers = {
 }
 
 
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes text that is a number to any version of YAML: 1e5 is one to 1.2, but not to PyYAML."""
+
+
+_QuotingDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|0o[0-7]+"),
+    list("-+.0123456789"),
+)
+
+
+def to_yaml(value):
+    """Returns YAML whose text is text to every reader, and whose keys keep their order."""
+    return yaml.dump(value, Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_yaml(stream, where, loader=_BoundedLoader):
     """Returns the value of YAML in a string or an open file; `where` is for errors."""
     try:
@@ -235,17 +267,27 @@ def require_new(path, key=None):
         raise InputError(f"{place}: exists already. Choose another, or remove it")
 
 
+def entries(folder):
+    """Returns the names in a folder, but for those that operating systems and file systems put there themselves."""
+    return [name for name in os.listdir(folder) if not _OF_SYSTEMS.fullmatch(name)]
+
+
 def visible(folder, pattern="*"):
     """Returns the files below a folder that match a pattern, sorted; what begins with a dot is skipped, folders too.
 
-    Editors and notebooks put copies of what they open into such places (.ipynb_checkpoints).
+    Editors and notebooks put copies of what they open into such places (.ipynb_checkpoints). Raises InputError for a
+    folder that may not be read.
     """
-    folder = pathlib.Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob(pattern)
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
-    )
+
+    def refuse(error):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.match(pattern) and path.is_file())
 
 
 def sha256_file(path):

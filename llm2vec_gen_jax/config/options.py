@@ -16,6 +16,7 @@ import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
+from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import has_lone_surrogate, read_yaml, shipped
 from llm2vec_gen_jax.config import TrainConfig
@@ -88,7 +89,7 @@ def to_dict(config):
 
 def to_yaml(config):
     """Returns the config as YAML, every key with its value."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return files.to_yaml(to_dict(config))
 
 
 def help_text(schema):
@@ -113,12 +114,18 @@ def _read_yaml(file):
 
 
 def _merge(config, values, source):
-    values = _known(OmegaConf.get_type(config), values, source)
+    schema = OmegaConf.get_type(config)
+    values = _known(schema, values, source)
     try:
         # create() parses numbers as OmegaConf does (1e-3 is a float), not as YAML 1.1 does (a string).
         return OmegaConf.merge(config, OmegaConf.create(values))
     except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None) or "?"
+        if key in _leaves(schema):
+            expected, value = _VALUES[_kinds(_field_of(schema, key).type)[0]][1], values
+            for part in key.split("."):
+                value = value[part]
+            raise InputError(f"{source}: {key}: expected {expected}, not {_shown(value)}") from None
         raise InputError(f"{source}: {key}: {first_line(error)}") from None
 
 

@@ -11,7 +11,7 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import require_written
+from llm2vec_gen_jax.common.files import entries, require_written
 from llm2vec_gen_jax.common.jsonl import read_jsonl
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.inference.respond import load_configured_backbone, respond
@@ -46,7 +46,7 @@ def quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
 def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     output = pathlib.Path(config.output)
     if config.overwrite and output.exists():
-        if not (output / "queries.jsonl").exists() and any(output.iterdir()):
+        if not (output / "queries.jsonl").exists() and entries(output):
             raise InputError(
                 f"output={output}: was not written by quickstart and is not deleted. Choose another output"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import diff, read_json, visible, write_json, write_text
+from llm2vec_gen_jax.common.files import diff, entries, read_json, require_written, visible, write_json, write_text
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
 from llm2vec_gen_jax.config import BUDGETS, options
 from llm2vec_gen_jax.data import records
@@ -40,7 +40,9 @@ def reproduce(config: config_lib.ReproduceConfig) -> pathlib.Path:
     output = pathlib.Path(config.output)
     with locks.locked(output, "output"):
         output.mkdir(parents=True, exist_ok=True)
-        return Study(config).run()
+        report = Study(config).run()
+        require_written(output / "study.json", report)
+        return report
 
 
 class Study:
@@ -259,7 +261,7 @@ class Study:
                     "choose another output"
                 )
         locks.remove_abandoned(file)
-        if not file.exists() and (others := [path.name for path in self.output.iterdir()]):
+        if not file.exists() and (others := entries(self.output)):
             raise InputError(
                 f"output={self.output}: holds {others[0]}, which is not part of a study. Choose another output"
             )

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llm2vec_gen_jax.common.errors import InputError, not_finite
-from llm2vec_gen_jax.common.files import atomic_directory, parse_yaml, read_json, write_json
+from llm2vec_gen_jax.common.files import atomic_directory, check_file, parse_yaml, read_json, write_json
 from llm2vec_gen_jax.formats import weights
 from llm2vec_gen_jax.model import architecture as architecture_lib
 
@@ -63,9 +63,8 @@ class SafetensorsSource:
     @staticmethod
     def _open(file):
         try:
+            check_file(file)
             return safe_open(file, framework="np")
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file; fetch the backbone again") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: damaged or truncated ({error}); fetch the backbone again") from None
 

@@ -1,7 +1,9 @@
 """PEFT's LoRA adapters: their tensors to our trees and back, and merged into a backbone's weights."""
 
+import math
 import pathlib
 import re
+from re import _parser  # type: ignore[attr-defined]
 
 import einops
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import atomic_directory, read_json, sha256_file, write_json
+from llm2vec_gen_jax.common.files import atomic_directory, check_file, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats.weights import TABLE, axes
 from llm2vec_gen_jax.model import lora
 
@@ -29,6 +31,8 @@ _NEUTRAL = set(
 )
 _KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.([0-9]{1,9})\.(.+))\.lora_([AB])\.weight")
 _SELECTING = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
+_OVERRIDE, _IN_LAYERS = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what peft makes of patterns
+_LONGEST_NAME, _MOST_WAYS = 60, 1e9  # characters; see `_ways`
 _MODULES = {
     name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)
     for path, (name, pattern) in TABLE.items()
@@ -92,23 +96,55 @@ def check(config, file, but=()):
     for key, kind in _SELECTING.items():
         value = config.get(key)
         patterns = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
-        if not _are_names(value, kind) or not all(map(_is_regex, patterns or [])):
+        form = _IN_LAYERS if key == "layers_pattern" else "{}"
+        if not _are_names(value, kind) or not all(_is_regex(form.format(pattern)) for pattern in patterns or []):
             raise InputError(f"{file}: {key}={value!r} is not of names or patterns that peft knows")
     return config
 
 
 def _are_patterns(value):
-    try:
-        return all(re.compile(key) and isinstance(number, (int, float)) for key, number in value.items())
-    except (AttributeError, re.error):
+    if not isinstance(value, dict) or not all(isinstance(number, (int, float)) for number in value.values()):
         return False
+    return all(_is_regex(_OVERRIDE.format(key)) for key in value)
 
 
 def _is_regex(value):
+    """Whether a text is a regular expression that is matched with a name of a module in a second at most."""
     try:
-        return bool(re.compile(value))
-    except re.error:
+        return bool(re.compile(value)) and _count(*_ways(_parser.parse(value))) < _MOST_WAYS
+    except (re.error, RecursionError, OverflowError):
         return False
+
+
+def _ways(tree):
+    """Returns (n, m) of a parsed pattern: Python tries at most m times the ways that n pieces of a name have."""
+    pieces, others = 0, 1.0
+    for operation, argument in tree:
+        match str(operation):
+            case "BRANCH":
+                parts = [_ways(part) for part in argument[1]]
+                more, times = max(part[0] for part in parts), sum(part[1] for part in parts)
+            case "SUBPATTERN" | "ASSERT" | "ASSERT_NOT":
+                more, times = _ways(argument[-1])
+            case "ATOMIC_GROUP":
+                more, times = _ways(argument)
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                least, most, item = argument
+                (more, times), (width, widest) = _ways(item), item.getwidth()
+                if (more, times) == (0, 1) and width == widest:  # as in .* and [0-9]+
+                    more, times = (1, 1) if most - least > 1 else (0, most - least + 1)
+                else:
+                    more, times = 0, (_count(more, times) + 1) ** min(int(most), 30)
+            case "GROUPREF_EXISTS":
+                more, times = 0, math.inf
+            case _:
+                continue
+        pieces, others = min(pieces + more, 60), min(others * times, 1e30)
+    return pieces, others
+
+
+def _count(pieces, others):
+    return min(math.comb(_LONGEST_NAME + pieces, pieces) * others, 1e10)
 
 
 def _are_names(value, kind=str):
@@ -163,10 +199,9 @@ def tensors_of(tree, prefix="base_model.model."):
 
 
 def _load(file):
+    check_file(file)
     try:
         return safetensors.numpy.load_file(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
     except SafetensorError as error:
         raise InputError(f"{file}: damaged or truncated ({error})") from None
 
@@ -218,7 +253,7 @@ def _stack(factors, config, layers, shape, folder, folded):
 def _pattern(patterns, name, default):
     """PEFT's per-module override: the first pattern that matches the module's name, or the end of it after a dot."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_OVERRIDE.format(pattern), name):
             return value
     return default
 
@@ -247,7 +282,7 @@ def _is_in_layers(config, name):
         return True
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
     # Without a pattern peft wants a name before that of the layers: model.layers.0, not layers.0.
-    found = [r".*?\.[^.]*"] if not patterns else [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
-    matches = filter(None, (re.match(rf"{pattern}\.(?P<idx>\d+)\.", name) for pattern in found))
+    found = [_IN_LAYERS.format(pattern) for pattern in patterns] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    matches = filter(None, (re.match(pattern, name) for pattern in found))
     match = next(matches, None)
     return match is not None and int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)

@@ -119,7 +119,7 @@ def write(directory, model, tokenizer, backbone_config, card):
             _write_head(folder / f"{name}_mlp", getattr(model, name), model.dtype)
         mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
         files.write_json(folder / "encoder_decoder_config.json", mode)
-        files.write_text(folder / "run_config.yml", yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+        files.write_text(folder / "run_config.yml", files.to_yaml(run))
         write_tokenizer(folder, tokenizer, model.special_tokens)
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
         files.write_text(folder / "README.md", card)
@@ -166,6 +166,7 @@ def _find(directory, name, required=False):
 
 
 def _read_safetensors(path):
+    files.check_file(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys() if not IGNORED_KEY.fullmatch(key)}
@@ -215,8 +216,9 @@ def _read_num_tokens(directory, run):
 
 def _token_ids(path, special_tokens):
     """Returns the id of each special token in tokenizer.json."""
+    fields = files.read_json(path)
     try:
-        ids = {token["content"]: int(token["id"]) for token in files.read_json(path)["added_tokens"]}
+        ids = {token["content"]: int(token["id"]) for token in fields["added_tokens"]}
     except (KeyError, TypeError, ValueError, OverflowError):  # the last: an id of 1e999
         raise InputError(f"{path}: added_tokens is not a list of tokens with content and id") from None
     for token in special_tokens:

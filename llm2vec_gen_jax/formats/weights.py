@@ -3,6 +3,7 @@
 A source of weights has `names()`, `shape(name)` and `read(name, slices)`; hf.py and gguf.py make them.
 """
 
+import hashlib
 import re
 
 import einops
@@ -116,6 +117,19 @@ def fingerprint_values(source, architecture):
     return np.concatenate(values)
 
 
+def head_digest(source):
+    """Returns the SHA-256 of the whole lm_head.weight, rounded as in `fingerprint_values`: it may differ anywhere."""
+    digest = hashlib.sha256()
+    for rows in _pieces(source, "lm_head.weight"):
+        digest.update(np.asarray(source.read("lm_head.weight", rows)).astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def _pieces(source, table):
+    count = source.shape(table)[0]
+    return [(slice(start, min(start + _ROWS, count)), slice(None)) for start in range(0, count, _ROWS)]
+
+
 def has_own_head(source):
     """Whether a source holds an lm_head.weight that is not the embeddings: that head runs, whatever a config says."""
     head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
@@ -123,9 +137,7 @@ def has_own_head(source):
         return False
     if tuple(source.shape(head)) != tuple(source.shape(embeddings)):
         return True
-    count = source.shape(head)[0]
-    for start in range(0, count, _ROWS):
-        rows = slice(start, min(start + _ROWS, count)), slice(None)
+    for rows in _pieces(source, head):
         if not np.array_equal(*(np.asarray(source.read(name, rows), np.float32) for name in (head, embeddings))):
             return True
     return False

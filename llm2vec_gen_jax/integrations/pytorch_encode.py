@@ -32,7 +32,7 @@ class PlainReader:
     """The published recipe with any version of transformers and peft."""
 
     def __init__(self, directory: Path) -> None:
-        run = yaml.safe_load((directory / "run_config.yml").read_text())
+        run = yaml.load((directory / "run_config.yml").read_text(), Loader=yaml.BaseLoader)  # every value is text
         backbone, dtype = run["model_name_or_path"], getattr(torch, run["torch_dtype"])
         self.count = int(re.fullmatch(r"last_(\d+)_tokens", run["encoding_mode"])[1])
         self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from llm2vec_gen_jax import api, config
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import write_json
+from llm2vec_gen_jax.common.files import to_yaml, write_json
 from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory
@@ -170,7 +169,7 @@ def _run_pytorch(
         where = folder / "backbone"
         export.save_backbone(embedder.backbone, where)
     with open(run_config, "a", encoding="utf-8") as file:  # the last value of a repeated key is used
-        file.write("\n" + yaml.safe_dump({"model_name_or_path": str(where.resolve())}))
+        file.write("\n" + to_yaml({"model_name_or_path": str(where.resolve())}))
     request = {"batches": BATCHES, "decode": DECODED, "max_length": MAX_LENGTH, "max_new_tokens": max_new_tokens}
     write_json(folder / "request.json", request)
     command = [python, SCRIPT, copy, folder / "request.json", folder / "out.npz"]

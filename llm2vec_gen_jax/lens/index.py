@@ -14,7 +14,15 @@ import numpy as np
 
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
-from llm2vec_gen_jax.common.files import new_array, read_json, require_new, require_same_run, sha256_file, write_json
+from llm2vec_gen_jax.common.files import (
+    new_array,
+    read_json,
+    require_new,
+    require_same_run,
+    require_written,
+    sha256_file,
+    write_json,
+)
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.data.batches import pad
 from llm2vec_gen_jax.data.buckets import bucket_length
@@ -55,7 +63,9 @@ def build_index(path, config):
     """
     options.require(config, "input", "output")
     with locks.locked(config.output, "output"):
-        return _build_index(path, config)
+        count = _build_index(path, config)
+        require_written(pathlib.Path(config.output, RECORD))
+        return count
 
 
 def _build_index(path, config):
@@ -76,7 +86,7 @@ def _build_index(path, config):
     _begin(partial, backbone, corpus, config, run)
     _fill(partial, backbone, config, run)
     count = len(np.load(partial / "contexts.npy", mmap_mode="r"))
-    names = sorted(file.name for file in partial.glob("*.npy"))
+    names = sorted([*_TEXTS, *map(layer_file, layers)])  # one that was removed meanwhile is an error
     hashes = {name: sha256_file(partial / name) for name in names}
     write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
     (partial / _PROGRESS).unlink(missing_ok=True)

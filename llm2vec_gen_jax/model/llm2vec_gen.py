@@ -85,6 +85,7 @@ class LLM2VecGenModel:
         offset_BT = jnp.arange(width) - lengths_B[:, None]
         appended_BTD = trainable["tokens"].astype(token_BT.dtype)[jnp.clip(offset_BT, 0, self.num_appended - 1)]
         x_BTD = jnp.where((offset_BT >= 0)[..., None], appended_BTD, token_BT)
+        x_BTD = jnp.where((offset_BT < self.num_appended)[..., None], x_BTD, 0)  # as in `_embed_real`
         updates = self._updates(trainable)
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, width), CAUSAL, None, updates, dropout)
         index_BK = lengths_B[:, None] + jnp.arange(self.num_thought_tokens, self.num_appended)
@@ -118,7 +119,7 @@ class LLM2VecGenModel:
 
     def states_of_text(self, frozen, ids_BT, index_BP, layers):
         """What the backbone makes of the slots index_BP of texts alone: states (len(layers), B, P, D)."""
-        x_BTD = self._embed(frozen, ids_BT)
+        x_BTD = self._embed_real(frozen, ids_BT, index_BP.max(axis=1) + 1)
         return self._states(frozen, x_BTD, _positions(*ids_BT.shape), CAUSAL, index_BP)[jnp.array(layers)]
 
     def _unpacked(self, trainable, frozen, packed):
@@ -126,20 +127,19 @@ class LLM2VecGenModel:
         token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
         appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
         x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
-        # An overflow in the padding would reach the texts: a weight of zero times NaN is NaN.
-        x_BTD = jnp.where((packed.segments_BT > 0)[..., None], x_BTD, 0)
+        x_BTD = jnp.where((packed.segments_BT > 0)[..., None], x_BTD, 0)  # as in `_embed_real`
         index_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
         mask = AttentionMask(causal=True, segments_BT=packed.segments_BT)
         return x_BTD, mask, index_BSK.reshape(len(index_BSK), -1)
 
-    def prefill(self, frozen, ids, slots):
-        """Keys and values of texts (..., T), padded to a fixed number of slots so that later passes have one shape.
+    def prefill(self, frozen, ids, lengths, slots):
+        """Keys and values of texts (..., T) of `lengths` (...), padded to `slots`, one shape for all later passes.
 
         Without a LoRA they do not depend on the trainable tree, so training computes them without gradient.
         """
         ids_BT = ids.reshape(-1, ids.shape[-1])
         B, T = ids_BT.shape
-        _, cache = self._run(frozen, self._embed(frozen, ids_BT), _positions(B, T), CAUSAL)
+        _, cache = self._run(frozen, self._embed_real(frozen, ids_BT, lengths.ravel()), _positions(B, T), CAUSAL)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))), cache)
 
     def embed(self, trainable, frozen, query, lengths_B, dropout=None):
@@ -166,7 +166,7 @@ class LLM2VecGenModel:
         """The two heads: (embedding_BE, soft_prompts_BKD) of last hidden states h_BKD."""
         return self.compressor.apply({"params": trainable}, h_BKD)
 
-    def predict_answer(self, frozen, soft_prompts_BKD, ids_BS):
+    def predict_answer(self, frozen, soft_prompts_BKD, ids_BS, lengths_B):
         """Teacher-forced reading of the answers by the frozen LLM, from soft prompts (section 3, "reconstruct").
 
         Returns hidden_BSD: position s predicts answer token s, so the last soft prompt predicts the first token.
@@ -174,7 +174,7 @@ class LLM2VecGenModel:
         B, S = ids_BS.shape
         # The last answer token predicts nothing, but with it the length K + S is even for even K: flash attention on
         # NVIDIA GPUs takes no odd lengths in training.
-        answer_BSD = self._embed(frozen, ids_BS)
+        answer_BSD = self._embed_real(frozen, ids_BS, lengths_B)
         x_BTD = jnp.concatenate([soft_prompts_BKD.astype(answer_BSD.dtype), answer_BSD], axis=1)
         hidden_BTD, _ = self._run(frozen, x_BTD, _positions(B, self.num_tokens + S), CAUSAL)
         return hidden_BTD[:, self.num_tokens - 1 : -1]
@@ -185,8 +185,7 @@ class LLM2VecGenModel:
         updates: a LoRA tree with its scale folded in. dropout: a layers.Dropout. Both are for teachers that train.
         """
         mask = AttentionMask(causal=causal, lengths_B=lengths_B)
-        real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        x_BTD = jnp.where(real_BT[..., None], self._embed(frozen, ids_BT), 0)  # as in `_unpacked`
+        x_BTD = self._embed_real(frozen, ids_BT, lengths_B)
         return self._run(frozen, x_BTD, _positions(*ids_BT.shape), mask, None, updates, dropout)[0]
 
     def mean_pool(self, frozen, ids_BT, lengths_B, causal, updates=None, dropout=None):
@@ -214,6 +213,11 @@ class LLM2VecGenModel:
 
     def _embed(self, frozen, ids):
         return self._backbone.apply({"params": frozen}, ids, method="embed")
+
+    def _embed_real(self, frozen, ids_BT, lengths_B):
+        """Embeddings, and zeros in the padding: an overflow there would reach real tokens, as zero times NaN is NaN."""
+        real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
+        return jnp.where(real_BT[..., None], self._embed(frozen, ids_BT), 0)
 
     def _updates(self, trainable):
         return lora.scaled(trainable["lora"], self.lora_scale) if self.lora_rank else None

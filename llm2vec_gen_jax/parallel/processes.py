@@ -48,8 +48,16 @@ def initialize(config, together=True):
         if count is not None or index is not None:
             raise InputError(f"num_processes and process_id need distributed=HOST:PORT, not distributed={address}")
         if address == "auto":
+            found = _detected(config.join_timeout)
             try:
+                if found is not None:
+                    rendezvous.meet(*found, config.join_timeout, preemption.asked)
                 jax.distributed.initialize(**timeouts)
+            except rendezvous.Missed as error:
+                if preemption.asked():
+                    raise Stopped("stopped as asked, before all processes had come") from None
+                reason = f"process {found[3]} of {found[2]} could not join ({error})"
+                raise PeerMissing(f"distributed=auto: {reason}") from None
             except ValueError as error:  # no cluster that JAX knows how to detect
                 if "coordinator_address" not in str(error):
                     raise InputError(f"distributed=auto: {error}. Pass distributed=HOST:PORT, or off") from None
@@ -75,6 +83,21 @@ def initialize(config, together=True):
                 raise Stopped("stopped as asked, before all processes had come") from None
             reason = f"process {index} of {count} could not join ({first_line(error)})"
             raise PeerMissing(f"distributed={address}: {reason}") from None
+
+
+def _detected(timeout):
+    """Returns (host, port, number of processes, this one) as JAX will detect them; None for one process, or where this
+    version of JAX does not say: then it joins without `rendezvous`, and may end in C++ when a process does not come."""
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, timeout
+        )
+        host, _, port = address.rpartition(":")
+        return (host, int(port), count, index) if count > 1 else None
+    except Exception:  # of a cluster that cannot be detected, JAX itself says what is wrong
+        return None
 
 
 def stop_requested():

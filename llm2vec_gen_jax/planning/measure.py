@@ -27,13 +27,16 @@ def measure(config: PlanConfig, architecture: Architecture, execution: Execution
         return jax.jit(lambda: jnp.full(x.shape, value, x.dtype), out_shardings=x.sharding)()
 
     values = jax.block_until_ready(jax.tree.map(fill, inputs))
-    state, cache = values["state"], None
+    state, query = values["state"], values["ids"]
     for name, program in programs.items():
         with _Peak(inputs["ids"].sharding.mesh) as peak:
             if name == "prefix":
-                cache = jax.block_until_ready(program.compiled(values["frozen"], values["ids"]))
+                queries = values["ids"], values["batch"]["query_lengths"]
+                query = jax.block_until_ready(program.compiled(values["frozen"], *queries))
             elif name == "step":
-                state, _ = jax.block_until_ready(program.compiled(state, values["frozen"], cache, values["batch"]))
+                state, _ = jax.block_until_ready(
+                    program.compiled(state, values["frozen"], values["batch"] | {"query": query})
+                )
             elif name == "encode":
                 jax.block_until_ready(program.compiled(values["trainable"], values["frozen"], values["packed"]))
             else:

@@ -135,7 +135,7 @@ def _arguments(
     frozen, query = inputs["frozen"], inputs["ids"]
     arguments: dict[str, tuple[Any, ...]] = {}
     if not config.lora.rank:
-        arguments["prefix"] = frozen, inputs["ids"]
+        arguments["prefix"] = frozen, inputs["ids"], inputs["batch"]["query_lengths"]
         query = abstract_cache(functions["prefix"], mesh, *arguments["prefix"])
     arguments["step"] = inputs["state"], frozen, inputs["batch"] | {"query": query}
     arguments["encode"] = inputs["trainable"], frozen, inputs["packed"]

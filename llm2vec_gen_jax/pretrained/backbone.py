@@ -32,7 +32,8 @@ class LoadedBackbone:
 
     frozen: parameter tree on the mesh; None while only its description is loaded. identity: 16 hex digits that are the
     same for the same weights, whatever file and dtype they came from. name: what the user called it. license: SPDX
-    id, where it is stated.
+    id, where it is stated. former_identity: what earlier model directories have in its place, with no more of an untied
+    head in it than the first row.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LoadedBackbone:
     identity: str
     execution: Execution
     license: str | None = None
+    former_identity: str | None = None
 
     @property
     def dtype(self):
@@ -118,8 +120,11 @@ def open_checkpoint(path, execution):
         license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)
     digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
-    identity = fingerprint([dataclasses.asdict(architecture), digest])
-    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license), source
+    parts = [dataclasses.asdict(architecture), digest]
+    former = identity = fingerprint(parts)
+    if not architecture.tied_embeddings:
+        identity = fingerprint([*parts, weights.head_digest(source)])
+    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license, former), source
 
 
 def resolve_path(path):

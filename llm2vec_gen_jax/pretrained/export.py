@@ -6,8 +6,9 @@ import tempfile
 import jax
 import numpy as np
 
+from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError, first_line
-from llm2vec_gen_jax.common.files import require_new, write_text
+from llm2vec_gen_jax.common.files import UNFINISHED, require_new, write_text
 from llm2vec_gen_jax.formats import hf, published
 from llm2vec_gen_jax.model import lora
 from llm2vec_gen_jax.pretrained import model_directory
@@ -54,21 +55,27 @@ def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
     )
 
 
-def save_backbone(backbone, folder):
-    """Writes a loaded backbone as a Hugging Face folder that transformers 4 and 5 read. `folder` must not exist."""
+def save_backbone(backbone, folder, unfinished=False):
+    """Writes a loaded backbone as a Hugging Face folder that transformers 4 and 5 read. `folder` must not exist.
+
+    unfinished: it is marked so (files.UNFINISHED); the caller removes the mark when what belongs to it is written.
+    """
     require_new(folder)
     tokenizer = backbone.tokenizer
 
     def also(temporary):
         published.write_tokenizer(temporary, tokenizer.hf)
+        if unfinished:
+            (temporary / UNFINISHED).touch()
 
     hf.save(folder, backbone.frozen, backbone.architecture, also, tokenizer.stop_ids)
 
 
-def save_merged(embedder, folder):
+def save_merged(embedder, folder, unfinished=False):
     """Writes the encoder as a plain Hugging Face folder: LoRA merged (in float32), trained tokens in the table.
 
     The backbone's dtype is kept. The heads lie beside the weights as safetensors. `folder` must not exist.
+    unfinished: as for save_backbone.
     """
     require_new(folder)
     model, trainable, backbone = embedder.model, embedder.trainable, embedder.backbone
@@ -94,6 +101,8 @@ def save_merged(embedder, folder):
             read=model.num_tokens,
         )
         write_text(temporary / "README.md", card)
+        if unfinished:
+            (temporary / UNFINISHED).touch()
 
     added = (ids, np.asarray(trainable["tokens"], np.float32))
     hf.save(folder, frozen, backbone.architecture, also, backbone.tokenizer.stop_ids, added)
@@ -113,8 +122,8 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
             f"the backbone is the local {name}, which nobody else has: load the model with backbone=HUB_ID first"
         )
     api = huggingface_hub.HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / repo_id.rpartition("/")[2]
+    with locks.temporary(pathlib.Path(tempfile.gettempdir(), "llm2vec-gen-upload"), folder=True) as temporary:
+        folder = temporary / repo_id.rpartition("/")[2]
         save_pretrained(embedder, folder, backbone=name, shown=repo_id)
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)

@@ -2,8 +2,7 @@
 
 import json
 
-import yaml
-
+from llm2vec_gen_jax.common.files import to_yaml
 from llm2vec_gen_jax.pretrained import default_backbone
 
 PAPER = "2603.10913"
@@ -32,7 +31,7 @@ def model_card(record, identifier, license=None):
     size, count = record.alignment["bias"].size, record.num_tokens
     lines = [
         "---",
-        *yaml.safe_dump(front, sort_keys=False).splitlines(),
+        *to_yaml(front).splitlines(),
         "---",
         "",
         f"# LLM2Vec-Gen embedder on {base or record.backbone}",
@@ -72,7 +71,7 @@ def model_card(record, identifier, license=None):
         "",
     ]
     if extra.get("config"):
-        settings = yaml.safe_dump(extra["config"], sort_keys=False, allow_unicode=True).splitlines()
+        settings = to_yaml(extra["config"]).splitlines()
         lines += ["Hyper-parameters:", "", "```yaml", *settings, "```", ""]
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ def to_model(record, backbone, source):
     """
     identity = record.extra.get("backbone_identity", backbone.identity)
     D = backbone.architecture.hidden_size
-    if identity != backbone.identity or record.tokens_MD.shape[1] != D:
+    if identity not in (backbone.identity, backbone.former_identity) or record.tokens_MD.shape[1] != D:
         raise InputError(
             f"{source}: was trained on another backbone than {backbone.name} (weights {identity}, hidden size "
             f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). It names {record.backbone}"

@@ -15,7 +15,16 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
-from llm2vec_gen_jax.common.files import atomic_path, diff, read_array, read_json, removed, sha256_file, write_json
+from llm2vec_gen_jax.common.files import (
+    atomic_path,
+    diff,
+    entries,
+    read_array,
+    read_json,
+    removed,
+    sha256_file,
+    write_json,
+)
 from llm2vec_gen_jax.common.jsonl import JsonlAppender
 from llm2vec_gen_jax.config import EncodeConfig, options
 from llm2vec_gen_jax.data.texts import Corpus, Row
@@ -93,7 +102,7 @@ class _Files:
         ours = re.compile(r"\.?(manifest|progress|embeddings|soft_prompts|ranges)\b")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output={self.output}: exists and is not a folder")
-        if self.output.is_dir() and any(not ours.match(path.name) for path in self.output.iterdir()):
+        if self.output.is_dir() and not all(map(ours.match, entries(self.output))):
             raise InputError(f"output={self.output}: exists and holds other files. Choose another, or remove it")
         for path in self.output.glob("[mp]*.json*"):
             share = re.match(r"(?:manifest|progress)(?:-\d+-of-(\d+))?\.json", path.name)

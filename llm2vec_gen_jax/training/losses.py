@@ -68,7 +68,7 @@ def reconstruction(model, frozen, soft_prompts_BKD, answer_BS, lengths_B, chunk_
     A batch without any answer token has loss 0. chunk_tokens: tokens whose logits are in memory at a time.
     """
     B, S = answer_BS.shape
-    hidden_BSD = model.predict_answer(frozen, soft_prompts_BKD, answer_BS)
+    hidden_BSD = model.predict_answer(frozen, soft_prompts_BKD, answer_BS, lengths_B)
     weights_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.float32)
     total = fused_cross_entropy(hidden_BSD, model.head_VD(frozen), answer_BS, weights_BS, -(-B * S // chunk_tokens))
     return total / jnp.maximum(lengths_B.sum(), 1)

@@ -4,7 +4,7 @@ import shutil
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import require_same_run, write_text
+from llm2vec_gen_jax.common.files import entries, require_same_run, write_text
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training import tracking
@@ -43,14 +43,14 @@ def _prepare(output, config, free):
     resuming = False
     if output.is_dir():
         locks.remove_abandoned(output / "config.yaml")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and not entries(output)):
         old = _config_of(output, type(config))
         if config.train.overwrite:
             shutil.rmtree(output)
         else:
             records = _fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)
             # A run that failed before its first step, often because of these settings, left only its config.
-            if any(path.name != "config.yaml" for path in output.iterdir()):
+            if entries(output) != ["config.yaml"]:
                 remedy = "choose another output, or pass train.overwrite=true"
                 require_same_run(f"train.output={output}", *records, remedy)
             resuming = records[0] == records[1]

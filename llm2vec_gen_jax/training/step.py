@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from llm2vec_gen_jax.config import LossConfig, TrainConfig
+from llm2vec_gen_jax.config import LossConfig, PlanConfig, TrainConfig
+from llm2vec_gen_jax.model.attention import KVCache
 from llm2vec_gen_jax.model.layers import Dropout
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
@@ -73,7 +74,7 @@ def train_step(
     return update(state, lambda t: loss_fn(t, model, frozen, batch, loss_config, dropout), optimizer)
 
 
-def jit_step(config: TrainConfig, model: LLM2VecGenModel) -> Callable[..., tuple[TrainState, Metrics]]:
+def jit_step(config: TrainConfig | PlanConfig, model: LLM2VecGenModel) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `train_step` of a config as a jitted function of (state, frozen, batch).
 
     The state is donated and replicated; the frozen backbone keeps its sharding.
@@ -96,8 +97,8 @@ def jit_step(config: TrainConfig, model: LLM2VecGenModel) -> Callable[..., tuple
     )
 
 
-def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[[Any, jax.Array], Any]:
-    """Returns `model.prefill`, padded to a number of slots, as a jitted function of (frozen, ids)."""
+def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[..., KVCache]:
+    """Returns `model.prefill`, padded to a number of slots, as a jitted function of (frozen, ids, lengths)."""
     execution = model.execution
     return jax.jit(
         functools.partial(model.prefill, slots=slots),
@@ -106,8 +107,8 @@ def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[[Any, jax.Array]
     )
 
 
-def abstract_cache(jitted: Callable[[Any, jax.Array], Any], mesh: jax.sharding.Mesh, frozen: Any, ids: Any) -> Any:
+def abstract_cache(jitted: Callable[..., KVCache], mesh: jax.sharding.Mesh | None, *arguments: Any) -> KVCache:
     """Returns the ShapeDtypeStructs of what a `jit_prefill` returns."""
     put = sharding.cache_sharding(mesh)
-    cache = jax.eval_shape(jitted, frozen, ids)
+    cache = jax.eval_shape(jitted, *arguments)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)

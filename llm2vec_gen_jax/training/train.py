@@ -166,8 +166,9 @@ class CompressionTrainer:
 
         With a LoRA, which the states of the query depend on, the ids stay.
         """
-        frozen = self.backbone.frozen
-        return dict(batch) | {name: run(frozen, batch[name]) for name, run in self.prefills.items() if name in batch}
+        frozen, names = self.backbone.frozen, self.prefills.keys() & batch.keys()
+        caches = {name: self.prefills[name](frozen, batch[name], batch[f"{name}_lengths"]) for name in names}
+        return dict(batch) | caches
 
     def compile(
         self, state: TrainState, steps: range, show_progress: bool, heartbeat: Callable[[str], None] = lambda _: None
@@ -185,8 +186,9 @@ class CompressionTrainer:
                 heartbeat(f"the compilation for batch shape {number + 1} of {len(shapes)}")
                 batch = sharding.abstract_batch(self.batches[batches[shape]], mesh)
                 for name, prefill in self.prefills.items():
-                    prefill.compile(frozen, batch[name])
-                    batch[name] = abstract_cache(prefill.jitted, mesh, frozen, batch[name])
+                    arguments = frozen, batch[name], batch[f"{name}_lengths"]
+                    prefill.compile(*arguments)
+                    batch[name] = abstract_cache(prefill.jitted, mesh, *arguments)
                 if number == 0 and self.config.train.remat == "auto":
                     programs = step_memory.choose_remat(self._step_with, mesh, (state, frozen, batch))
                 programs.compile(state, frozen, batch)
