@@ -25,7 +25,7 @@ from llm2vec_gen_jax.model.architecture import from_hf_config
 from llm2vec_gen_jax.model.backbone import abstract_params
 from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
-from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.parallel import devices, sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.training.optimizer import make_optimizer
@@ -36,6 +36,7 @@ from llm2vec_gen_jax.training.train import CompressionTrainer
 def main():
     with open(sys.argv[1]) as file:
         spec = json.load(file)
+    devices.prepare()  # as every command does
     # Libraries may print to stdout: redirect file descriptor 1 to stderr, and keep the real stdout for the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -81,12 +81,14 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
     sizes = [min(size, T - first) for first in range(0, T, size)]
     # Heads first: otherwise XLA's CPU compiler transposes the weights, the largest arrays of all.
-    k_BGTH, v_BGTH = jnp.swapaxes(k_BTGH, 1, 2), jnp.swapaxes(v_BTGH, 1, 2)
+    # The gradient of `split` is a concatenation; that of slices would be a sum of padded arrays, which costs more than
+    # the products.
+    keys, values = (jax.lax.split(jnp.swapaxes(x, 1, 2), sizes, axis=2) for x in (k_BTGH, v_BTGH))
     mixed, last = [], 0
-    for queries in jax.lax.split(q_BTNH, sizes, axis=1):  # its gradient is a concatenation, that of slices a sum
+    for number, queries in enumerate(jax.lax.split(q_BTNH, sizes, axis=1), start=1):
         first, last = last, last + queries.shape[1]
-        end = last if mask.causal else T
-        seen, own = _seen(mask, first, last, end), (k_BGTH[:, :, :end], v_BGTH[:, :, :end])
+        seen = _seen(mask, first, last, last if mask.causal else T)
+        own = (jnp.concatenate(blocks[:number], axis=2) for blocks in (keys, values))
         mixed.append(_mix(queries, *own, seen, mask.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 

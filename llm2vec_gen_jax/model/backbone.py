@@ -46,7 +46,7 @@ class Block(nn.Module):
 
         def heads(name, x, count, axis):
             axes, bias_dims = ("embed", axis, "head_dim"), (1, 2) if a.qkv_bias else ()
-            return kept(project(name, x, "btd,dnh->btnh", (D, count, H), axes, bias_dims))
+            return project(name, x, "btd,dnh->btnh", (D, count, H), axes, bias_dims)
 
         def norm(name, axis):
             return layers.RMSNorm(a.norm_eps, axis, name=name)
@@ -55,11 +55,13 @@ class Block(nn.Module):
         y_BTD = norm("attention_norm", "norm")(x_BTD)
         q_BTNH = heads("query", y_BTD, N, "heads")
         k_BTGH = heads("key", y_BTD, G, "kv_heads")
-        v_BTGH = heads("value", y_BTD, G, "kv_heads")
+        v_BTGH = kept(heads("value", y_BTD, G, "kv_heads"))
         if a.qk_norm:
-            q_BTNH = norm("query_norm", "head_dim")(q_BTNH)
-            k_BTGH = norm("key_norm", "head_dim")(k_BTGH)
+            q_BTNH = norm("query_norm", "head_dim")(kept(q_BTNH))
+            k_BTGH = norm("key_norm", "head_dim")(kept(k_BTGH))
         q_BTNH, k_BTGH = layers.apply_rope(q_BTNH, rope), layers.apply_rope(k_BTGH, rope)
+        if not a.qk_norm:  # a rotation's gradient does not depend on what is rotated
+            q_BTNH, k_BTGH = kept(q_BTNH), kept(k_BTGH)
         mixed_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, self.execution, attention_key, rate)
         output_BTD = project("output", mixed_BTNH, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"))
         x_BTD = kept(constrain_batch(x_BTD + output_BTD, self.execution.mesh))

@@ -1,10 +1,12 @@
 """Accelerators that JAX cannot use: one line that says why and how to mend it, instead of logs and tracebacks."""
 
+import ctypes
 import glob
 import importlib.metadata
 import logging
 import os
 import pathlib
+import platform
 import re
 import sys
 import traceback
@@ -15,17 +17,23 @@ from llm2vec_gen_jax.common.errors import first_line
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_nothing_here` looks for
 _NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # PCI vendors
+_KEEP_FREED = {-8: 1, -4: 0, -1: -1}  # mallopt: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _failures: list[str] = []  # of plugins, as they were reported
 
 
 def prepare():
-    """Call it before `import jax`: what it reports of plugins is left out; one line where a GPU is not used."""
+    """Call it before `import jax`: what it reports of plugins is left out; one line where a GPU is not used.
+
+    Where only the CPU is used, memory that is freed stays with the process.
+    """
     warnings.filterwarnings("ignore", "JAX plugin .* is installed, but", RuntimeWarning)
     logging.getLogger("jax._src.xla_bridge").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda13").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda12").addFilter(_note)
     asked = os.environ.get("JAX_PLATFORMS", "")
     if asked:
+        if asked == "cpu":
+            _keep_freed()
         return
     if _mismatch() or (_pci(_NVIDIA) and not _has_driver()):
         print(f"warning: {_cuda_problem()}. The CPU is used", file=sys.stderr)
@@ -33,6 +41,19 @@ def prepare():
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # plugins that look for devices in vain are loud
+        _keep_freed()
+
+
+def _keep_freed():
+    """Makes glibc keep freed memory, unless the environment sets up its malloc.
+
+    A program takes its memory anew each time it runs. Given back in between, it comes as pages that the system clears:
+    half a million for a training step of SmolLM2-135M.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    for option, value in _KEEP_FREED.items():
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def problem_of(error):

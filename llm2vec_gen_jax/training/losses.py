@@ -42,7 +42,7 @@ def _scan_chunks(hidden_BSD, head_VD, labels_BS, weights_BS, chunks, with_gradie
         return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
 
     def one(total, chunk):
-        hidden_BCD, labels_BC, weights_BC = chunk
+        hidden_BCD, labels_BC, weights_BC, label_BCD = chunk
         logits_BCV = einsum_f32("bcd,vd->bcv", hidden_BCD, head_VD)
         top_BC = logits_BCV.max(axis=-1, keepdims=True)
         exp_BCV = jnp.exp(logits_BCV - top_BC)
@@ -53,10 +53,13 @@ def _scan_chunks(hidden_BSD, head_VD, labels_BS, weights_BS, chunks, with_gradie
             return total, None
         # d/dhidden = softmax @ head - head[label]; normalised after the product, on D instead of V numbers.
         mean_BCD = einsum_f32("bcv,vd->bcd", exp_BCV.astype(head_VD.dtype), head_VD) / norm_BC
-        gradient_BCD = (mean_BCD - jnp.take(head_VD, labels_BC, axis=0)) * weights_BC[..., None]
+        gradient_BCD = (mean_BCD - label_BCD) * weights_BC[..., None]
         return total, gradient_BCD.astype(hidden_BCD.dtype)
 
-    total, gradient = jax.lax.scan(one, jnp.float32(0), (split(hidden_BSD), split(labels_BS), split(weights_BS)))
+    # Read before the scan: in it, XLA's CPU compiler would make a float32 copy of the whole head.
+    label_BSD = jnp.take(head_VD, labels_BS, axis=0) if with_gradient else None
+    pieces = jax.tree.map(split, (hidden_BSD, labels_BS, weights_BS, label_BSD))
+    total, gradient = jax.lax.scan(one, jnp.float32(0), pieces)
     if not with_gradient:
         return total, None
     return total, jnp.moveaxis(gradient, 0, 1).reshape(B, chunks * C, D)[:, :S]
