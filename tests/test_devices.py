@@ -75,7 +75,7 @@ def test_a_plugin_of_another_version_is_named_with_its_fix(model_folder, other_v
 def test_a_program_on_a_cpu_finds_the_memory_of_its_last_run():
     code = """
 import resource
-from llm2vec_gen_jax import devices
+from llm2vec_gen_jax.parallel import devices
 devices.prepare()
 import jax, jax.numpy as jnp
 program = jax.jit(lambda x: jnp.cumsum(jnp.outer(x, x), axis=0).max())
