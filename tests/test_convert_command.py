@@ -104,7 +104,7 @@ def test_a_conversion_that_was_killed_between_two_folders_is_repeated(model_fold
     words = ["output=there", "merged=merged", "backbone_output=llm"]
     code = f"""if True:
         import os, runpy, signal, sys
-        from llm2vec_gen_jax import export
+        from llm2vec_gen_jax.pretrained import export
         write = export.{after}
         def write_and_die(*more, **named):
             write(*more, **named)

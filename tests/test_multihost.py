@@ -238,11 +238,11 @@ def test_bad_words_are_named(cluster, words, message):
 AUTO = """if True:
     import sys
     import jax
-    from llm2vec_gen_jax import distributed
     from llm2vec_gen_jax.config import TrainConfig
+    from llm2vec_gen_jax.parallel import processes
     try:
-        distributed.start(TrainConfig(join_timeout=int(sys.argv[1])))
-    except distributed.PeerMissing as error:
+        processes.initialize(TrainConfig(join_timeout=int(sys.argv[1])))
+    except processes.PeerMissing as error:
         sys.exit(str(error))
     print(jax.process_index(), jax.process_count())
     """
