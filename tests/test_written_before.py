@@ -1,7 +1,7 @@
 """Files that an earlier version wrote are read and continued: model and run directories, vectors, an index.
 
-`fixtures/written_before.tar.gz` holds a tiny random Qwen3 and what the commands below wrote with the last version before
-the modules moved into folders (7ab8c53), without checkpoint 1 and the events of TensorBoard.
+`fixtures/written_before.tar.gz` holds a tiny random Qwen3 and what the commands below wrote with the last version
+before the modules moved into folders (7ab8c53), without checkpoint 1 and the events of TensorBoard.
 """
 
 import json
