@@ -124,8 +124,8 @@ def test_standard_input_resumes_if_it_is_the_same(model_folder, tmp_path, monkey
     give(TEXTS)
     begin(model_folder, options, monkeypatch)
     for texts, expected in (
-        (["other", *TEXTS[1:]], "texts 0 to 8 are not those"),
-        ([*TEXTS[:20], "other", *TEXTS[21:]], "texts 16 to 24 are not those"),
+        (["other", *TEXTS[1:]], "texts 0 to 8 differ from those"),
+        ([*TEXTS[:20], "other", *TEXTS[21:]], "texts 16 to 24 differ from those"),
         (TEXTS[:12], "fewer texts"),
     ):
         give(texts)

@@ -151,7 +151,7 @@ def test_decoding(server, model):
 @pytest.mark.parametrize(
     "body, expected",
     [
-        ({}, "an embedding alone"),
+        ({}, "embeddings, which are means"),
         ({"input": "a", "soft_prompts": []}, "give one of"),
         ({"soft_prompts": [[1.0] * E]}, f"'soft_prompts' 0 must be {K} x 32 numbers"),
         ({"soft_prompts": ["=?"]}, "'soft_prompts' 0 must be"),
