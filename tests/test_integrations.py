@@ -132,7 +132,4 @@ def test_no_optional_library_is_imported():
     assert not {"torch", *LIBRARIES.values()} & set(modules)
     for path in ROOT.rglob("*.py"):
         for library in LIBRARIES:
-            assert f"import llm2vec_gen_jax.integrations.{library}" not in path.read_text(), (
-                f"{path} imports an adapter"
-            )
-            assert f"from llm2vec_gen_jax.integrations.{library}" not in path.read_text(), f"{path} imports an adapter"
+            assert f"integrations.{library} import" not in path.read_text(), f"{path} imports an adapter"
