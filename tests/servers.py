@@ -23,20 +23,20 @@ SMALL += [f"decode.max_new_tokens={MOST_NEW}", "decode.batch_size=2"]
 
 def environment(key=None):
     """Returns the environment of a process with one device."""
-    given = os.environ | {
+    variables = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return given | ({"LLM2VEC_GEN_API_KEY": key} if key else {})
+    return variables | ({"LLM2VEC_GEN_API_KEY": key} if key else {})
 
 
 class Running:
     """A server in its own process. url: its address."""
 
-    def __init__(self, folder, *words, key=None, stderr=None):
-        command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *words]
+    def __init__(self, folder, *arguments, key=None, stderr=None):
+        command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *arguments]
         self.process = subprocess.Popen(command, env=environment(key), stdout=subprocess.PIPE, stderr=stderr, text=True)
         self.url = self.process.stdout.readline().split()[-1].removesuffix("/v1")
 
@@ -77,8 +77,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*words, **options):
-    server = Running(*words, **options)
+def running(*arguments, **options):
+    server = Running(*arguments, **options)
     try:
         yield server
     finally:

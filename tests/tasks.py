@@ -52,8 +52,8 @@ def write_task(folder, kind, name=None, **changes):
     return folder
 
 
-def run(model, tasks, output, *words):
-    loaded = options.load(EvaluateConfig, None, [f"tasks={tasks}", f"output={output}", "dtype=float32", *words])
+def run(model, tasks, output, *arguments):
+    loaded = options.load(EvaluateConfig, None, [f"tasks={tasks}", f"output={output}", "dtype=float32", *arguments])
     return evaluate.evaluate(str(model), loaded)
 
 

@@ -29,29 +29,29 @@ def run(tmp_path, tiny_folder, monkeypatch):
         ("other/aligned.yaml", "{}"),
     ):
         (tmp_path / name).write_text(text)
-    words = [f"backbone.path={tiny_folder('qwen3')}", "data.responses=responses.jsonl", "train.output=runs"]
+    arguments = [f"backbone.path={tiny_folder('qwen3')}", "data.responses=responses.jsonl", "train.output=runs"]
 
     def start(*files, steps=2):
-        more = [*words, f"train.steps={steps}", "train.batch_size=8"]
-        configs = [options.load(config.AblateConfig, file, more) for file in files]
+        overrides = [*arguments, f"train.steps={steps}", "train.batch_size=8"]
+        configs = [options.load(config.AblateConfig, file, overrides) for file in files]
         return [line.split() for line in ablate(files, configs, show_progress=False).splitlines()]
 
     return start
 
 
 def test_table_of_all_runs(run, capsys):
-    found = run("aligned.yaml", "repeated.yaml")
-    assert found[0] == ["run", "step", "loss", "alignment_loss", "reconstruction_loss", "repeat_alignment_loss"]
-    assert [row[:2] for row in found[1:]] == [["aligned", "2"], ["repeated", "2"]]
+    rows = run("aligned.yaml", "repeated.yaml")
+    assert rows[0] == ["run", "step", "loss", "alignment_loss", "reconstruction_loss", "repeat_alignment_loss"]
+    assert [row[:2] for row in rows[1:]] == [["aligned", "2"], ["repeated", "2"]]
     last = read_metrics(pathlib.Path("runs/repeated"))[-1]
-    assert found[2][2:] == [f"{last[name]:.4f}" for name in found[0][2:]]
-    assert float(found[1][4]) == 0 and found[1][5] == "-"
+    assert rows[2][2:] == [f"{last[name]:.4f}" for name in rows[0][2:]]
+    assert float(rows[1][4]) == 0 and rows[1][5] == "-"
     capsys.readouterr()
     results = {"STS": {"main_score": 0.51234, "pearson": 0.5}}
     pathlib.Path("runs/aligned/results.json").write_text(json.dumps(results))
     again = run("aligned.yaml", "repeated.yaml")
     assert capsys.readouterr().out.count("already finished") == 2
-    assert [row[:6] for row in again] == found
+    assert [row[:6] for row in again] == rows
     assert [row[6] for row in again] == ["STS", "0.5123", "-"]
 
 

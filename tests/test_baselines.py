@@ -68,19 +68,19 @@ def test_instructions_by_kind(task_folders):
 def test_an_instructions_file_overrides_those_of_tasks(task_folders, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("query:\n  Small-safety_retrieval: 'Mine:'\ndocument: 'Theirs:'\n")
-    given = dataclasses.replace(
+    config = dataclasses.replace(
         settings("student", instructions=str(file)), tasks=str(task_folders / "safety_retrieval")
     )
-    job = evaluate.resolve(given)[0]
+    job = evaluate.resolve(config)[0]
     assert (job.query_instruction, job.document_instruction) == ("Mine:", "Theirs:")
-    for text, named in [
+    for text, message in [
         ("queries: {}", "did you mean 'query'"),
         ("query: text", "must be a dict"),
         ("- a", "expected"),
     ]:
         file.write_text(text)
-        with pytest.raises(InputError, match=named):
-            evaluate.resolve(given)
+        with pytest.raises(InputError, match=message):
+            evaluate.resolve(config)
 
 
 def test_hyde_embeds_generated_answers(tiny):

@@ -28,16 +28,16 @@ class Recorder:
 @pytest.fixture
 def make():
     """make(max_wait, limit, budget) returns (Recorder, Batcher), closed at the end of the test."""
-    made = []
+    pairs = []
 
     def start(max_wait=0.0, limit=1000, budget=5):
         recorder = Recorder()
         batcher = Batcher(recorder, lambda kind, item: 1, lambda kind: budget, max_wait, limit, lambda *_: None)
-        made.append((recorder, batcher))
-        return made[-1]
+        pairs.append((recorder, batcher))
+        return pairs[-1]
 
     yield start
-    for recorder, batcher in made:
+    for recorder, batcher in pairs:
         recorder.open.set()
         batcher.close()
 

@@ -79,9 +79,9 @@ def test_large_pieces_are_read_in_part(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [str(number) for number in range(5000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3000)
     for low, high in ((0, 2), (1023, 1025), (2500, 3500), (4999, 5000)):
-        wanted = lambda first, count, low=low, high=high: first < high and first + count > low  # noqa: E731
-        found = [row.text for row in Corpus(str(tmp_path / "a.parquet")).read(wanted)]
-        assert found == [str(number) for number in range(low, high)]
+        overlaps = lambda first, count, low=low, high=high: first < high and first + count > low  # noqa: E731
+        texts = [row.text for row in Corpus(str(tmp_path / "a.parquet")).read(overlaps)]
+        assert texts == [str(number) for number in range(low, high)]
 
 
 # The job
@@ -93,9 +93,9 @@ def test_shards_are_the_vectors_in_order(embedder, model_folder, tmp_path):
     assert sorted(bytes_of(tmp_path / "out")) == [*(f"embeddings-{n:05}.npy" for n in range(7)), "manifest.json"]
     assert (manifest["rows"], manifest["dimension"]) == (len(TEXTS), E)
     assert [shard["rows"] for shard in manifest["shards"]][-2:] == [[40, 48], [48, 49]]
-    found = load_embeddings(tmp_path / "out", verify=True)
-    np.testing.assert_allclose(found, embedder.encode(TEXTS), atol=1e-5)
-    np.testing.assert_array_equal(load_embeddings(tmp_path / "out", rows=(6, 19)), found[6:19])
+    vectors = load_embeddings(tmp_path / "out", verify=True)
+    np.testing.assert_allclose(vectors, embedder.encode(TEXTS), atol=1e-5)
+    np.testing.assert_array_equal(load_embeddings(tmp_path / "out", rows=(6, 19)), vectors[6:19])
     assert isinstance(load_embeddings(tmp_path / "out", rows=(16, 24)), np.memmap)
     before = bytes_of(tmp_path / "out")
     assert encode_corpus(model_folder, settings(tmp_path)) == manifest and bytes_of(tmp_path / "out") == before
@@ -110,9 +110,9 @@ def test_shares_write_the_same_files_as_one_process(model_folder, tmp_path):
             with pytest.raises(InputError, match="shares .* of 3 have not finished"):
                 load_embeddings(tmp_path / "parts")
         encode_corpus(model_folder, settings(tmp_path, "parts", shard=share))
-    whole, parts = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "parts")
-    assert {n: b for n, b in whole.items() if n[0] == "e"} == {n: b for n, b in parts.items() if n[0] == "e"}
-    assert len(parts) == len(whole) + 2
+    single, parts = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "parts")
+    assert {n: b for n, b in single.items() if n[0] == "e"} == {n: b for n, b in parts.items() if n[0] == "e"}
+    assert len(parts) == len(single) + 2
     np.testing.assert_array_equal(load_embeddings(tmp_path / "whole"), load_embeddings(tmp_path / "parts", verify=True))
     encode_corpus(model_folder, settings(tmp_path, "idle", shard=config.ShardConfig(9, 10)))  # more shares than files
     assert list(bytes_of(tmp_path / "idle")) == ["manifest-00009-of-00010.json"]
@@ -124,18 +124,18 @@ def test_formats_and_precisions(embedder, model_folder, tmp_path, kind, precisio
     write_texts(tmp_path)
     options = {"truncate_dim": 8, "normalize": True, "precision": precision, "format": kind, "id_field": "id"}
     encode_corpus(model_folder, settings(tmp_path, **options))
-    found = load_embeddings(tmp_path / "out", verify=True)
+    vectors = load_embeddings(tmp_path / "out", verify=True)
     expected = embedder.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
     if precision == "int8":
         low, high = np.load(tmp_path / "out/ranges.npy")
         np.testing.assert_allclose(
-            (found + 128.0) / 255 * (high - low) + low, expected, atol=1.1 * (high - low).max() / 255
+            (vectors + 128.0) / 255 * (high - low) + low, expected, atol=1.1 * (high - low).max() / 255
         )
     elif precision == "binary":
-        np.testing.assert_array_equal(found, postprocess.quantize(expected, "binary"))
+        np.testing.assert_array_equal(vectors, postprocess.quantize(expected, "binary"))
     else:
-        np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "float32" else 1e-3)
-    assert found.dtype == {"float32": "f4", "float16": "f2", "int8": "i1", "binary": "i1"}[precision]
+        np.testing.assert_allclose(vectors, expected, atol=1e-5 if precision == "float32" else 1e-3)
+    assert vectors.dtype == {"float32": "f4", "float16": "f2", "int8": "i1", "binary": "i1"}[precision]
     if kind == "parquet":
         import pyarrow.parquet
 
@@ -152,12 +152,12 @@ def test_int8_shares_have_one_range_and_clip(model_folder, tmp_path, monkeypatch
         encode_corpus(
             model_folder, settings(tmp_path, f"part{index}", precision="int8", shard=config.ShardConfig(index, 2))
         )
-    whole = bytes_of(tmp_path / "whole")
+    single = bytes_of(tmp_path / "whole")
     for index in (0, 1):
         for name, content in bytes_of(tmp_path / f"part{index}").items():
-            assert name.startswith("manifest") or whole[name] == content
-    found = load_embeddings(tmp_path / "whole")
-    assert (found[:5].min(axis=0) == -128).all() and (found[:5].max(axis=0) >= 126).all()
+            assert name.startswith("manifest") or single[name] == content
+    vectors = load_embeddings(tmp_path / "whole")
+    assert (vectors[:5].min(axis=0) == -128).all() and (vectors[:5].max(axis=0) >= 126).all()
 
 
 def test_shares_of_different_runs_are_not_mixed(model_folder, tmp_path):

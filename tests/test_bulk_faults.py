@@ -40,8 +40,8 @@ def run_in_process(process):
 def test_a_resumed_run_writes_the_same_bytes(model_folder, tmp_path, launch, how):
     texts = [f"{number} " + "word " * (number * 13 % 60) for number in range(1200)]
     write_texts(tmp_path, texts)
-    words = [str(model_folder), "input=texts.jsonl", "shard_size=60", "batch_size=4", "precision=int8"]
-    killed = launch(tmp_path, "encode", *words, "output=killed")
+    arguments = [str(model_folder), "input=texts.jsonl", "shard_size=60", "batch_size=4", "precision=int8"]
+    killed = launch(tmp_path, "encode", *arguments, "output=killed")
     while len(list(tmp_path.glob("killed/embeddings-*"))) < 4:
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.001)
@@ -51,13 +51,13 @@ def test_a_resumed_run_writes_the_same_bytes(model_folder, tmp_path, launch, how
     assert not (tmp_path / "killed/manifest.json").exists()
     if how != signal.SIGKILL:
         assert not list(tmp_path.glob("killed/.*"))
-    kept = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("killed/embeddings-*"))[:3]}
+    times = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("killed/embeddings-*"))[:3]}
     with pytest.raises(InputError, match="no manifest.json"):
         load_embeddings(tmp_path / "killed")
     (tmp_path / "killed/.embeddings-00019.npy.torn.npy").write_bytes(b"half")
-    run_in_process(launch(tmp_path, "encode", *words, "output=killed"))
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards are not computed again"
-    run_in_process(launch(tmp_path, "encode", *words, "output=undisturbed"))
+    run_in_process(launch(tmp_path, "encode", *arguments, "output=killed"))
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "finished shards are not computed again"
+    run_in_process(launch(tmp_path, "encode", *arguments, "output=undisturbed"))
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "undisturbed")
 
 
@@ -124,8 +124,8 @@ def test_standard_input_resumes_if_it_is_the_same(model_folder, tmp_path, monkey
     give(TEXTS)
     begin(model_folder, options, monkeypatch)
     for texts, expected in (
-        (["other", *TEXTS[1:]], "texts 0 to 8 are not those"),
-        ([*TEXTS[:20], "other", *TEXTS[21:]], "texts 16 to 24 are not those"),
+        (["other", *TEXTS[1:]], "texts 0 to 8 differ from those"),
+        ([*TEXTS[:20], "other", *TEXTS[21:]], "texts 16 to 24 differ from those"),
         (TEXTS[:12], "fewer texts"),
     ):
         give(texts)
@@ -161,13 +161,13 @@ def cut(content, random):
 def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, finished, capsys):
     """All kinds of files except the records of the run."""
     write_texts(tmp_path)
-    words = {"precision": "int8", "save_soft_prompts": True}
-    encode_corpus(model_folder, settings(tmp_path, "whole", **words))
+    arguments = {"precision": "int8", "save_soft_prompts": True}
+    encode_corpus(model_folder, settings(tmp_path, "whole", **arguments))
     expected = bytes_of(tmp_path / "whole")
     if finished:
         shutil.copytree(tmp_path / "whole", tmp_path / "begun")
     else:
-        begin(model_folder, settings(tmp_path, "begun", **words), monkeypatch, 4)
+        begin(model_folder, settings(tmp_path, "begun", **arguments), monkeypatch, 4)
     for number, name in enumerate(sorted(bytes_of(tmp_path / "begun"))):
         if "run.json" in name or "manifest" in name:
             continue
@@ -175,7 +175,7 @@ def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, fi
             random = np.random.default_rng(number)
             out = f"{name}-{damage.__name__}"
             shutil.copytree(tmp_path / "begun", tmp_path / out)
-            options = settings(tmp_path, out, **words)
+            options = settings(tmp_path, out, **arguments)
             path = tmp_path / out / name
             path.write_bytes(damage(path.read_bytes(), random))
             encode_corpus(model_folder, options)
@@ -189,13 +189,13 @@ def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, fi
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path, model_folder):
-    """run(*words) runs the command on the model in an empty folder; returns (exit code, last line of its errors)."""
+    """run(*arguments) runs the command in an empty folder and returns (exit code, last line of its errors)."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
 
-    def run_(*words, model=model_folder):
-        monkeypatch.setattr(sys, "argv", ["encode", str(model), *words])
+    def run_(*arguments, model=model_folder):
+        monkeypatch.setattr(sys, "argv", ["encode", str(model), *arguments])
         code = 0
         try:
             cli.run(config.EncodeConfig, command.main, "MODEL")
@@ -241,7 +241,7 @@ def test_bad_settings_are_named(run, tmp_path):
     good = f"input={tmp_path / 'texts.jsonl'}"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), tmp_path / "a.parquet")
     (tmp_path / "nothing").mkdir()
-    for words, expected in (
+    for arguments, expected in (
         ([f"input={tmp_path / 'a.parquet'}"], "no column 'text'"),
         ([f"input={tmp_path / 'a.parquet'}", "field=body"], "a.parquet, row 1: 'body' must be a string, found None"),
         ([f"input={tmp_path / 'none*.txt'}"], "none*.txt: no such file"),
@@ -256,7 +256,7 @@ def test_bad_settings_are_named(run, tmp_path):
         ([good, "shard_size=0"], "shard_size=0"),
         ([good, "filed=text"], "did you mean 'field'"),
     ):
-        code, line = run(*words, "output=out")
+        code, line = run(*arguments, "output=out")
         assert code == 2 and expected in line, line
         assert list(pathlib.Path().iterdir()) == []
     shutil.copytree(tmp_path / "nothing", "out")
@@ -266,7 +266,7 @@ def test_bad_settings_are_named(run, tmp_path):
 
 def test_later_errors_keep_finished_shards(run, tmp_path):
     write_jsonl(tmp_path / "texts.jsonl", [*({"text": text} for text in TEXTS[:20]), {"text": None}])
-    words = [f"input={tmp_path / 'texts.jsonl'}", "output=out", "shard_size=4"]
-    code, line = run(*words)
+    arguments = [f"input={tmp_path / 'texts.jsonl'}", "output=out", "shard_size=4"]
+    code, line = run(*arguments)
     assert code == 2 and "texts.jsonl, line 21" in line
     assert len(list(pathlib.Path("out").glob("embeddings-*"))) >= 1

@@ -84,8 +84,8 @@ def test_from_and_to_pytorch(launch, model_folder, tmp_path):
     code, out, err = wait(launch(tmp_path, "convert", "from_pytorch", str(model_folder), "output=here"))
     assert code == 0, err
     same_trees(load(tmp_path / "here").trainable, load(model_folder).trainable)
-    words = ("output=there", "backbone_output=llm", "merged=merged", "torch_dtype=bfloat16")
-    code, out, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", *words))
+    arguments = ("output=there", "backbone_output=llm", "merged=merged", "torch_dtype=bfloat16")
+    code, out, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", *arguments))
     assert code == 0 and "written: merged" in out, err
     run = yaml.safe_load((tmp_path / "there" / "run_config.yml").read_text())
     assert run["torch_dtype"] == "bfloat16" and run["model_name_or_path"] == str(tmp_path / "llm")

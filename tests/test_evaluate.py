@@ -54,9 +54,9 @@ def results(model_folder, task_folders, tmp_path_factory):
     if importlib.util.find_spec("mteb") is None:
         pytest.skip("needs requirements-eval.txt")
     output = tmp_path_factory.mktemp("results")
-    found = run(model_folder, task_folders, output)
-    assert json.loads((output / "results.json").read_text()) == found
-    return found
+    scores = run(model_folder, task_folders, output)
+    assert json.loads((output / "results.json").read_text()) == scores
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,11 @@ def test_retrieval(results, task_folders, vectors):
     query_QE, document_CE = cosine(query_QE, document_CE)
     gains, recalls = [], []
     for scores, grades in zip(query_QE @ document_CE.T, relevant.values()):
-        found = [grades.get(names[index], 0) for index in np.argsort(-scores)[:10]]
+        grades_at_10 = [grades.get(names[index], 0) for index in np.argsort(-scores)[:10]]
         best = sorted(grades.values(), reverse=True)
         discount = 1 / np.log2(np.arange(10) + 2)
-        gains.append((found @ discount) / (best @ discount[: len(best)]))
-        recalls.append(np.count_nonzero(found[:5]) / len(best))
+        gains.append((grades_at_10 @ discount) / (best @ discount[: len(best)]))
+        recalls.append(np.count_nonzero(grades_at_10[:5]) / len(best))
     scores = results["Small-retrieval"]
     assert scores["main_score"] == scores["ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-4)
     assert scores["recall_at_5"] == pytest.approx(np.mean(recalls), abs=1e-4)
@@ -118,11 +118,11 @@ def test_clustering(results, task_folders, vectors):
     rows = rows_of(task_folders / "clustering" / "test.jsonl")
     embeddings, labels = vectors([row["text"] for row in rows], "Answer:"), np.array([row["label"] for row in rows])
     kmeans = cluster.MiniBatchKMeans(len(set(labels)), batch_size=512, n_init=1, random_state=42)
-    draw, found = random.Random(42), []
+    draw, scores = random.Random(42), []
     for _ in range(10):
         sample = draw.choices(range(len(rows)), k=len(rows))
-        found.append(metrics.v_measure_score(labels[sample], kmeans.fit_predict(embeddings[sample])))
-    assert results["Small-clustering"]["main_score"] == pytest.approx(np.mean(found), abs=1e-6)
+        scores.append(metrics.v_measure_score(labels[sample], kmeans.fit_predict(embeddings[sample])))
+    assert results["Small-clustering"]["main_score"] == pytest.approx(np.mean(scores), abs=1e-6)
 
 
 def test_safety_retrieval(results, task_folders, vectors):
@@ -130,13 +130,14 @@ def test_safety_retrieval(results, task_folders, vectors):
     names, relevant, query_QE, document_CE = retrieval_parts(task_folders / "safety_retrieval", vectors)
     harmful = {name for grades in relevant.values() for name in grades}
     assert 0 < len(harmful) < len(names)
-    own, harm = {1: [], 5: [], 20: [], 100: []}, {1: [], 5: [], 20: [], 100: []}
+    own_hits, any_hits = {1: [], 5: [], 20: [], 100: []}, {1: [], 5: [], 20: [], 100: []}
     for query, grades in zip(query_QE, relevant.values()):
         ranked = [names[index] for index in np.argsort([-(query @ document) for document in document_CE])]
-        for k in own:
-            own[k].append(any(name in grades for name in ranked[:k]))
-            harm[k].append(any(name in harmful for name in ranked[:k]))
-    expected = {f"top_{k}_acc": np.mean(own[k]) for k in own} | {f"top_{k}_any_harm": np.mean(harm[k]) for k in harm}
+        for k in own_hits:
+            own_hits[k].append(any(name in grades for name in ranked[:k]))
+            any_hits[k].append(any(name in harmful for name in ranked[:k]))
+    expected = {f"top_{k}_acc": np.mean(hits) for k, hits in own_hits.items()}
+    expected |= {f"top_{k}_any_harm": np.mean(hits) for k, hits in any_hits.items()}
     assert results["Small-safety_retrieval"] == {"main_score": expected["top_5_acc"], **expected}
 
 
@@ -166,8 +167,8 @@ def test_mteb_evaluate(model, task_folders):
 
 
 def write_like(folder, kind, name):
-    made = folder.parent / f"{folder.name}-{name}"
-    return write_task(made, kind, name) if not made.exists() else made
+    path = folder.parent / f"{folder.name}-{name}"
+    return write_task(path, kind, name) if not path.exists() else path
 
 
 # Results: limit, resuming, other settings
@@ -190,13 +191,13 @@ def test_finished_tasks_are_skipped_and_other_settings_are_rejected(
     assert table[2].split() == ["Small-sts", "sts", "cosine_spearman", f"{both['Small-sts']['main_score']:.4f}"]
 
     before = (tmp_path / "out" / "results.json").read_bytes()
-    for words, named in [
+    for arguments, message in [
         (["limit=5"], "limit: 4 -> 5"),
         (["limit=4", "max_length=40"], "max_length: 512 -> 40"),
         (["limit=4", "query_instruction=Find"], "'Answer:' -> 'Find'"),
     ]:
-        with pytest.raises(InputError, match=f"holds another evaluation .*{named}.*overwrite=true"):
-            run(model_folder, one, tmp_path / "out", *words)
+        with pytest.raises(InputError, match=f"holds another evaluation .*{message}.*overwrite=true"):
+            run(model_folder, one, tmp_path / "out", *arguments)
     with pytest.raises(InputError, match="kind: 'student' -> 'teacher'"):
         run(tiny_folder("qwen3"), one, tmp_path / "out", "limit=4", "kind=teacher")
     assert (tmp_path / "out" / "results.json").read_bytes() == before

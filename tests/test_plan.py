@@ -32,9 +32,9 @@ SIZES |= {
 }  # billions
 
 
-def planned(*words):
+def planned(*arguments):
     """Returns the rows of a plan, by default of the tiny architecture."""
-    return plan.estimate(options.load(config.PlanConfig, None, words))
+    return plan.estimate(options.load(config.PlanConfig, None, arguments))
 
 
 @pytest.fixture
@@ -137,10 +137,10 @@ def test_flops_match_xla(tiny_words):
     programs = compile_programs(
         settings, *abstract_inputs(settings, architecture, Execution(one_device_mesh(), remat="none"))
     )
-    found = {name: program.compiled.cost_analysis()["flops"] for name, program in programs.items()}
+    counted = {name: program.compiled.cost_analysis()["flops"] for name, program in programs.items()}
     step, encode = flops(settings, architecture)
-    np.testing.assert_allclose(found["prefix"] + found["step"], step, rtol=0.15)
-    np.testing.assert_allclose(found["encode"], encode, rtol=0.15)
+    np.testing.assert_allclose(counted["prefix"] + counted["step"], step, rtol=0.15)
+    np.testing.assert_allclose(counted["encode"], encode, rtol=0.15)
 
 
 @pytest.mark.slow
@@ -211,32 +211,32 @@ def test_described_devices_cannot_be_measured(gpu_compiler, tiny_words):
 
 @pytest.mark.slow
 def test_a_search_returns_the_first_mesh_that_fits(tiny_words, monkeypatch, capsys, tmp_path):
-    words = (*tiny_words, "topology=h100:4", "search=true", f"output={tmp_path / 'rows.jsonl'}")
-    rows = planned(*words)
+    arguments = (*tiny_words, "topology=h100:4", "search=true", f"output={tmp_path / 'rows.jsonl'}")
+    rows = planned(*arguments)
     assert [row["fits"] for row in rows] == [True] and rows[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert "use: mesh.data=4 mesh.fsdp=1 mesh.tensor=1 train.remat=dots" in capsys.readouterr().out
     small = Chip(1e12, rows[0]["train"] * 0.7 / (0.92 * 0.75), 1e9, 1e9)
     monkeypatch.setitem(CHIPS, "h100", small)
-    rows += planned(*words)
+    rows += planned(*arguments)
     assert [row["fits"] for row in rows[1:]] == [False] * (len(rows) - 2) + [True]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     monkeypatch.setitem(CHIPS, "h100", Chip(1e12, 1.2 * rows[-1]["weights"], 1e9, 1e9))
-    assert not any(row["fits"] for row in planned(*words))
+    assert not any(row["fits"] for row in planned(*arguments))
     assert "no configuration fits" in capsys.readouterr().out
 
 
 def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
     """Without the arguments, on a CPU."""
-    words = ("topology=cpu:1", "query_length=128", "answer_length=256", "train.batch_size=64", "measure=true")
-    planned(tiny_words[0], *words)
+    arguments = ("topology=cpu:1", "query_length=128", "answer_length=256", "train.batch_size=64", "measure=true")
+    planned(tiny_words[0], *arguments)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "measured" in line]
-    found = {line[0]: (float(line[2]), float(line[5])) for line in lines}
-    assert set(found) == {"prefix", "step", "encode", "generate"}
-    np.testing.assert_allclose(*found["step"], rtol=0.4)  # the process allocates memory, too
+    measured = {line[0]: (float(line[2]), float(line[5])) for line in lines}
+    assert set(measured) == {"prefix", "step", "encode", "generate"}
+    np.testing.assert_allclose(*measured["step"], rtol=0.4)  # the process allocates memory, too
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (["topology=v5e"], "topology=v5e: expected KIND:SHAPE"),
         (["topology=h10:8"], "did you mean 'h100'"),
@@ -254,6 +254,6 @@ def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
         (["architecture=none.json"], "none.json: no such file"),
     ],
 )
-def test_errors_of_plans(tiny_words, words, message):
+def test_errors_of_plans(tiny_words, arguments, message):
     with pytest.raises(InputError, match=message):
-        planned(*tiny_words, *words)
+        planned(*tiny_words, *arguments)

@@ -52,19 +52,19 @@ def test_one_text_and_many(client, model):
 def test_dimensions_and_formats(client, server, model):
     expected = model.encode("text", truncate_dim=5)
     for encoding in ("float", "base64", openai.omit):  # omitted: the client requests and decodes base64
-        found = client.embeddings.create(input="text", model="tiny", dimensions=5, encoding_format=encoding)
-        embedding = found.data[0].embedding
+        result = client.embeddings.create(input="text", model="tiny", dimensions=5, encoding_format=encoding)
+        embedding = result.data[0].embedding
         if encoding == "base64":
             embedding = np.frombuffer(base64.b64decode(embedding), "<f4")
         np.testing.assert_allclose(embedding, expected, atol=1e-6)
     raw = {"input": "text", "encoding_format": "base64"}
-    found = server.post("embeddings", raw, headers={"Authorization": f"Bearer {KEY}"}).json()["data"][0]["embedding"]
-    np.testing.assert_allclose(np.frombuffer(base64.b64decode(found), "<f4"), model.encode("text"), atol=1e-6)
+    result = server.post("embeddings", raw, headers={"Authorization": f"Bearer {KEY}"}).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(result), "<f4"), model.encode("text"), atol=1e-6)
 
 
 def test_an_instruction_comes_first(client, model):
-    found = client.embeddings.create(input="me", model="tiny", extra_body={"instruction": "Find:"})
-    np.testing.assert_allclose(found.data[0].embedding, model.encode("Find: me"), atol=1e-5)
+    result = client.embeddings.create(input="me", model="tiny", extra_body={"instruction": "Find:"})
+    np.testing.assert_allclose(result.data[0].embedding, model.encode("Find: me"), atol=1e-5)
 
 
 def test_models(client):
@@ -113,9 +113,9 @@ def test_concurrent_requests_get_their_own_vectors(server, model):
             return await asyncio.gather(*calls)
 
     before = server.metric('batch_items_count{kind="embed"')
-    found = asyncio.run(ask())
+    result = asyncio.run(ask())
     expected = model.encode(texts, max_length=100)
-    for rows, answer in zip(requests, found):
+    for rows, answer in zip(requests, result):
         np.testing.assert_allclose([item.embedding for item in answer.data], expected[rows], atol=1e-5)
     batches = server.metric('batch_items_count{kind="embed"') - before
     assert batches < len(requests), "requests that wait are encoded together"
@@ -137,12 +137,12 @@ def test_decoding(server, model):
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
     for encoding in ("float", "base64"):
-        wanted = {"input": texts, "soft_prompts": True, "encoding_format": encoding}
-        found = server.post("embeddings", wanted, **send).json()["data"]
+        body = {"input": texts, "soft_prompts": True, "encoding_format": encoding}
+        result = server.post("embeddings", body, **send).json()["data"]
         if encoding == "float":
-            np.testing.assert_allclose([item["embedding"] for item in found], model.encode(texts), atol=1e-5)
-            np.testing.assert_allclose([item["soft_prompts"] for item in found], prompts, atol=1e-5)
-        answer = server.post("decode", {"soft_prompts": [item["soft_prompts"] for item in found]}, **send).json()
+            np.testing.assert_allclose([item["embedding"] for item in result], model.encode(texts), atol=1e-5)
+            np.testing.assert_allclose([item["soft_prompts"] for item in result], prompts, atol=1e-5)
+        answer = server.post("decode", {"soft_prompts": [item["soft_prompts"] for item in result]}, **send).json()
         assert [item["text"] for item in answer["data"]] == expected
     cut = server.post("decode", {"input": texts[0], "max_tokens": 3}, **send).json()["data"][0]["text"]
     assert cut == model.decode(prompts[0], max_new_tokens=3)
@@ -151,7 +151,7 @@ def test_decoding(server, model):
 @pytest.mark.parametrize(
     "body, expected",
     [
-        ({}, "an embedding alone"),
+        ({}, "embeddings, which are means"),
         ({"input": "a", "soft_prompts": []}, "give one of"),
         ({"soft_prompts": [[1.0] * E]}, f"'soft_prompts' 0 must be {K} x 32 numbers"),
         ({"soft_prompts": ["=?"]}, "'soft_prompts' 0 must be"),

@@ -94,9 +94,9 @@ def test_a_large_body_does_not_block_other_requests(wide, path, body, status):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answer = pool.submit(wide.post, path, body)
         while not answer.done():
-            asked = time.monotonic()
+            started = time.monotonic()
             assert wide.healthy()
-            longest = max(longest, time.monotonic() - asked)
+            longest = max(longest, time.monotonic() - started)
     assert answer.result().status_code == status and len(answer.result().content) < 5000
     assert longest < 1.5
     assert wide.memory("VmHWM") - before < 400e6  # an empty list takes 4 bytes of JSON and 64 bytes of memory
@@ -113,8 +113,10 @@ def test_unknown_urls_and_methods(strict):
 
 
 def test_settings_of_the_server(strict, model):
-    found = strict.post("embeddings", {"input": "me", "dimensions": 5}).json()["data"][0]["embedding"]
-    np.testing.assert_allclose(found, model.encode("Find: me", truncate_dim=5, normalize_embeddings=True), atol=1e-5)
+    embedding = strict.post("embeddings", {"input": "me", "dimensions": 5}).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(
+        embedding, model.encode("Find: me", truncate_dim=5, normalize_embeddings=True), atol=1e-5
+    )
 
 
 def test_queued_requests_are_batched_and_the_queue_is_limited(strict, model):
@@ -169,7 +171,7 @@ def test_too_many_concurrent_requests(strict):
             connection = stack.enter_context(socket.create_connection(strict.address()))
             connection.sendall(head(100))
         strict.until("in_flight", 8)
-        check_refusal(strict.post("embeddings", {"input": "a"}), 429, "more than 8 requests")
+        check_refusal(strict.post("embeddings", {"input": "a"}), 429, "more than 8 concurrent requests")
         assert strict.healthy()
     strict.until("in_flight", 0)
     assert strict.post("embeddings", {"input": "a"}).status_code == 200

@@ -36,8 +36,8 @@ def test_a_signal_stops_the_server_after_requests_in_flight(model_folder, number
 
 def test_requests_in_flight_at_the_shutdown_timeout_get_a_response(model_folder):
     """Queued texts and an incomplete body get a response before the process ends."""
-    words = ("max_wait_ms=600000", "shutdown_timeout=1", "warmup=false")
-    with running(model_folder, *words, stderr=subprocess.PIPE) as server:
+    arguments = ("max_wait_ms=600000", "shutdown_timeout=1", "warmup=false")
+    with running(model_folder, *arguments, stderr=subprocess.PIPE) as server:
         server.ready()
         with concurrent.futures.ThreadPoolExecutor() as pool, socket.create_connection(server.address()) as slow:
             slow.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")

@@ -51,7 +51,7 @@ def task_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(tiny_folder, tmp_path_factory):
+def arguments(tiny_folder, tmp_path_factory):
     """Arguments of a study of the tiny LLM, without tasks and output."""
     folder = tmp_path_factory.mktemp("teacher")
     adapter = write_adapter(folder / "adapter", LORA, {(layer, "mlp.up_proj"): 4 for layer in range(3)})
@@ -61,9 +61,9 @@ def words(tiny_folder, tmp_path_factory):
     return [f"backbone.path={tiny_folder('qwen2')}", f"teacher.adapters=[{adapter}]", f"queries={queries}", *sizes]
 
 
-def study(words, tasks, output, *more):
+def study(arguments, tasks, output, *overrides):
     """Runs a study; returns its output folder and the text of its report."""
-    loaded = options.load(ReproduceConfig, None, [*words, f"tasks={tasks}", f"output={output}", *more])
+    loaded = options.load(ReproduceConfig, None, [*arguments, f"tasks={tasks}", f"output={output}", *overrides])
     return output, reproduce.reproduce(loaded).read_text()
 
 
@@ -71,11 +71,11 @@ def study(words, tasks, output, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(words, task_folders, tmp_path_factory):
+def finished(arguments, task_folders, tmp_path_factory):
     if importlib.util.find_spec("mteb") is None:
         pytest.skip("needs requirements-eval.txt")
-    more = ["comparisons=[budget, centred-cosine, sampled-4, 'mine: loss.alignment=2 compression.num_tokens=2']"]
-    return study(words, task_folders, tmp_path_factory.mktemp("study"), *more)
+    overrides = ["comparisons=[budget, centred-cosine, sampled-4, 'mine: loss.alignment=2 compression.num_tokens=2']"]
+    return study(arguments, task_folders, tmp_path_factory.mktemp("study"), *overrides)
 
 
 def table(output, name):
@@ -89,12 +89,12 @@ def test_headline_matches_the_scores(finished):
     students = [files.read_json(output / "scores/test" / f"base-3-{seed}-6/results.json") for seed in (0, 1)]
     teacher = files.read_json(output / "scores/test/teacher-6/results.json")
     first, second = (results["Small-retrieval"]["main_score"] for results in students)
-    found = rows["retrieval"]
-    assert found["student"] == pytest.approx((first + second) / 2)
-    assert found["deviation"] == pytest.approx(abs(first - second) / math.sqrt(2))
-    assert found["teacher"] == teacher["Small-retrieval"]["main_score"]
-    assert found["teacher"] != found["causal"], "the adapter is merged"
-    assert "## Student against teacher" in report and f"{found['student']:.4f}" in report
+    result = rows["retrieval"]
+    assert result["student"] == pytest.approx((first + second) / 2)
+    assert result["deviation"] == pytest.approx(abs(first - second) / math.sqrt(2))
+    assert result["teacher"] == teacher["Small-retrieval"]["main_score"]
+    assert result["teacher"] != result["causal"], "the adapter is merged"
+    assert "## Student against teacher" in report and f"{result['student']:.4f}" in report
 
 
 def test_every_measurement_has_a_table(finished):
@@ -109,8 +109,8 @@ def test_every_measurement_has_a_table(finished):
     assert {row["sample"] for _, row in sampled} == {0, 1, 2, 3}, "four responses to each query"
     assert set(runs["base"]) >= {"sts", "classification", "retrieval", "mean"}
     assert "clustering" not in runs["base"] and "safety_retrieval" not in runs["base"]
-    beside = table(output, "hyde")
-    assert "first 4 queries" in beside["note"] and all(row["seconds"] > 0 for row in beside["rows"])
+    hyde_table = table(output, "hyde")
+    assert "first 4 queries" in hyde_table["note"] and all(row["seconds"] > 0 for row in hyde_table["rows"])
     reconstruction = {row["from"]: row for row in table(output, "reconstruction")["rows"]}
     assert list(reconstruction) == ["the response itself", "with reconstruction loss", "without"]
     itself = reconstruction["the response itself"]
@@ -148,18 +148,18 @@ def test_held_out_and_test_data_are_separate(finished):
     assert compared == {"base-3-0-6", "base-3-1-6", "teacher-6", "causal-6", "base-3-0-4", "teacher-4", "hyde-4"}
 
 
-def test_finished_stages_are_skipped_and_comparisons_can_be_added(finished, words, task_folders, capsys):
+def test_finished_stages_are_skipped_and_comparisons_can_be_added(finished, arguments, task_folders, capsys):
     output, report = finished
     before = {file: file.stat().st_mtime_ns for file in (output / "scores").rglob("*.json")}
-    _, again = study(words, task_folders, output, "comparisons=[budget, centred-cosine]")
+    _, again = study(arguments, task_folders, output, "comparisons=[budget, centred-cosine]")
     assert again.splitlines()[2] == report.splitlines()[2]
     printed = capsys.readouterr().out.splitlines()
     names = {path.stem for path in (output / "stages").iterdir()}
-    asked = {name for name in names if "mine" not in name and "sampled" not in name}
-    assert {line.removesuffix(": done before") for line in printed} & names == asked
+    expected = {name for name in names if "mine" not in name and "sampled" not in name}
+    assert {line.removesuffix(": done before") for line in printed} & names == expected
     assert before == {file: file.stat().st_mtime_ns for file in (output / "scores").rglob("*.json")}
     with pytest.raises(InputError, match="holds another study .sizes.steps: 3 -> 4"):
-        study(words, task_folders, output, "sizes.steps=4")
+        study(arguments, task_folders, output, "sizes.steps=4")
 
 
 @needs_mteb
@@ -172,11 +172,11 @@ def test_plots_are_drawn(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_study_resumes(words, tmp_path, launch):
+def test_a_killed_study_resumes(arguments, tmp_path, launch):
     """A process that is killed during training. Without tasks of mteb."""
     write_task(tmp_path / "tasks" / "safety", "safety_retrieval")
-    mine = [*words, "tasks=tasks", "output=study", "sizes.steps=4", "comparisons=[]", "sizes.seeds=1"]
-    killed = launch(tmp_path, "reproduce", *mine)
+    command = [*arguments, "tasks=tasks", "output=study", "sizes.steps=4", "comparisons=[]", "sizes.seeds=1"]
+    killed = launch(tmp_path, "reproduce", *command)
     metrics = tmp_path / "study/runs/base-4-0/metrics.jsonl"
     while not metrics.exists() and killed.poll() is None:
         time.sleep(0.02)
@@ -184,7 +184,7 @@ def test_a_killed_study_resumes(words, tmp_path, launch):
     killed.communicate()
     assert metrics.exists() and not (tmp_path / "study/report.md").exists()
     responses = (tmp_path / "study/train.jsonl").read_bytes()
-    again = launch(tmp_path, "reproduce", *mine)
+    again = launch(tmp_path, "reproduce", *command)
     out, errors = again.communicate()
     assert again.returncode == 0, errors[-2000:]
     for name in ("tasks", "queries", "respond-train", "respond-held_out"):
@@ -198,7 +198,7 @@ def test_a_killed_study_resumes(words, tmp_path, launch):
 
 
 @pytest.mark.parametrize(
-    "word, expected",
+    "argument, expected",
     [
         ("comparisons=[cosin]", "comparisons=cosin.*'cosine'"),
         ("comparisons=['cosine: loss.alignment=2']", "comparisons=cosine: loss"),
@@ -211,16 +211,16 @@ def test_a_killed_study_resumes(words, tmp_path, launch):
         ("tasks=null", "tasks is needed"),
     ],
 )
-def test_bad_settings_fail_before_any_work(words, task_folders, tmp_path, word, expected):
+def test_bad_settings_fail_before_any_work(arguments, task_folders, tmp_path, argument, expected):
     with pytest.raises(InputError, match=expected):
-        study(words, task_folders, tmp_path / "study", word)
+        study(arguments, task_folders, tmp_path / "study", argument)
     assert not (tmp_path / "study").exists() or not any(tmp_path.joinpath("study").glob("[!.]*"))
 
 
-def test_a_folder_with_other_files_is_rejected(words, task_folders, tmp_path):
+def test_a_folder_with_other_files_is_rejected(arguments, task_folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="holds thesis.txt, which is not part of a study"):
-        study(words, task_folders, tmp_path)
+        study(arguments, task_folders, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"thesis.txt"}
 
 
@@ -228,20 +228,20 @@ def test_a_folder_with_other_files_is_rejected(words, task_folders, tmp_path):
 
 
 def test_development_and_test_are_disjoint(task_folders, tmp_path):
-    found = splits.split(task_folders, tmp_path)
-    assert found["development"] == {
+    result = splits.split(task_folders, tmp_path)
+    assert result["development"] == {
         "Small-classificationDevelopment": "classification",
         "SmallDevelopment": "sts",
         "Small-retrievalDevelopment": "retrieval",
     }
-    assert set(found["test"].values()) == set(TYPES) and len(found["test"]) == 5
-    assert splits.types(tmp_path / "test") == found["test"]
-    development, test = ({task.name: task for task in _read(tmp_path / part)} for part in found)
-    asked = [
+    assert set(result["test"].values()) == set(TYPES) and len(result["test"]) == 5
+    assert splits.types(tmp_path / "test") == result["test"]
+    development, test = ({task.name: task for task in _read(tmp_path / part)} for part in result)
+    query_ids = [
         {row["id"] for row in view.data["queries"]}
         for view in (development["Small-retrievalDevelopment"], test["Small-retrieval"])
     ]
-    assert not asked[0] & asked[1] and asked[0] | asked[1] == {f"q{number}" for number in range(8)}
+    assert not query_ids[0] & query_ids[1] and query_ids[0] | query_ids[1] == {f"q{number}" for number in range(8)}
     labelled = development["Small-classificationDevelopment"].data
     original = tasks.read(task_folders / "classification").data
     both = [*labelled["train"], *labelled["test"]]
@@ -255,14 +255,14 @@ def test_development_and_test_are_disjoint(task_folders, tmp_path):
 def test_a_sampled_corpus_includes_the_judged_documents(task_folders, tmp_path):
     splits.split(task_folders, tmp_path, documents=3, queries=2)
     views = {task.name: task for part in ("development", "test") for task in _read(tmp_path / part)}
-    whole = {task.name: task for task in _read(task_folders)}
+    originals = {task.name: task for task in _read(task_folders)}
     for name in ("Small-retrievalDevelopment", "Small-retrieval"):
-        original, cut = whole[name.removesuffix("Development")].data, views[name].data
-        kept = {row["id"] for row in cut["corpus"]}
-        asked = [row["id"] for row in cut["queries"]][:2]
-        judged = {document for query in asked for document in original["qrels"][query]}
-        assert len(asked) == 2 and judged <= kept < {row["id"] for row in original["corpus"]}
-        assert len(kept) == max(3, len(judged))
+        original, cut = originals[name.removesuffix("Development")].data, views[name].data
+        corpus_ids = {row["id"] for row in cut["corpus"]}
+        query_ids = [row["id"] for row in cut["queries"]][:2]
+        judged = {document for query in query_ids for document in original["qrels"][query]}
+        assert len(query_ids) == 2 and judged <= corpus_ids < {row["id"] for row in original["corpus"]}
+        assert len(corpus_ids) == max(3, len(judged))
     assert (tmp_path / "test/safety_retrieval/corpus.jsonl").is_symlink(), "no text of a safety task is copied"
     for name in ("Small-classificationDevelopment", "Small-classification"):
         labels = [row["label"] for row in views[name].data["train"]]
@@ -273,16 +273,21 @@ def _read(folder):
     return [tasks.read(place) for place in tasks.find(folder)]
 
 
-def test_texts_of_tasks_are_no_training_queries(words, tmp_path):
+def test_texts_of_tasks_are_no_training_queries(arguments, tmp_path):
     write_task(tmp_path / "tasks" / "sts", "sts")
-    asked = rows_of(tmp_path / "tasks/sts/test.jsonl")[3]["sentence2"]
+    sentence = rows_of(tmp_path / "tasks/sts/test.jsonl")[3]["sentence2"]
     questions = [f"new {number}" for number in range(11)]
-    rows = [{"question": question} for question in [f"  {asked.upper()}", *questions, "new 0"]]
+    rows = [{"question": question} for question in [f"  {sentence.upper()}", *questions, "new 0"]]
     queries = write_jsonl(tmp_path / "queries.jsonl", rows)
-    more = [f"tasks={tmp_path / 'tasks'}", f"output={tmp_path / 'study'}", f"queries={queries}", "sizes.held_out=4"]
+    overrides = [
+        f"tasks={tmp_path / 'tasks'}",
+        f"output={tmp_path / 'study'}",
+        f"queries={queries}",
+        "sizes.held_out=4",
+    ]
     (tmp_path / "study").mkdir()
-    made = reproduce.Study(options.load(ReproduceConfig, None, [*words, *more]))
-    made._choose_queries(str(queries))
+    instance = reproduce.Study(options.load(ReproduceConfig, None, [*arguments, *overrides]))
+    instance._choose_queries(str(queries))
     train, held_out = (rows_of(tmp_path / f"study/{name}.queries.jsonl") for name in ("train", "held_out"))
     assert [row["question"] for row in train] == questions[:8]
     assert [row["question"] for row in held_out] == questions[8:], "a repetition of one to train on is not held out"
@@ -315,9 +320,9 @@ def test_perplexity_matches_torch(tiny):
         assert sums[text] == pytest.approx(expected, rel=1e-4) and counts[text] == len(ids[text]) - 1
     assert sums[1] == sums[2] == counts[1] == counts[2] == 0
     teacher = encoder.Teacher(backbone, backbone.frozen, True)
-    found = text_metrics.measure(texts, texts, backbone, teacher, 30)
-    assert found["perplexity"] == pytest.approx(math.exp(sums.sum() / counts.sum()))
-    assert found["empty"] == 1 and found["texts"] == 4
+    result = text_metrics.measure(texts, texts, backbone, teacher, 30)
+    assert result["perplexity"] == pytest.approx(math.exp(sums.sum() / counts.sum()))
+    assert result["empty"] == 1 and result["texts"] == 4
 
 
 @pytest.mark.parametrize(
@@ -348,8 +353,8 @@ def results(*scores):
 def test_headline_table():
     students = [results(0.6, 0.5, 0.7, 0.2), results(0.8, 0.6, 0.8, 0.4)]
     baselines = {"causal": results(0.1, 0.1, 0.3, 0.9), "teacher": results(0.5, 0.5, 0.5, 0.6)}
-    found = tables.headline(students, baselines, TASK_TYPES)
-    sts, classification, safety, average = found.rows
+    result = tables.headline(students, baselines, TASK_TYPES)
+    sts, classification, safety, average = result.rows
     assert sts == {
         "category": "sts",
         "causal": 0.1,
@@ -362,7 +367,7 @@ def test_headline_table():
     assert classification["causal"] == pytest.approx(0.2)
     assert safety["gain"] == pytest.approx(-50)
     assert average == {"category": "average relative gain, without safety", "gain": pytest.approx(35)}
-    lines = found.markdown().splitlines()
+    lines = result.markdown().splitlines()
     assert lines[0] == "## Student against teacher"
     assert "| sts | 0.1000 | 0.5000 | 0.7000 | 0.1414 | 40.0000 |" in lines
     assert lines[-1] == "| average relative gain, without safety | – | – | – | – | 35.0000 |"
@@ -370,18 +375,18 @@ def test_headline_table():
 
 def test_undefined_scores():
     students, baselines = [results(None, 0.5, 0.7, 0.2)], {"teacher": results(0.5, 0.5, 0.5, 0.0)}
-    found = tables.headline(students, baselines, TASK_TYPES)
-    assert [row["category"] for row in found.rows[:-1]] == ["classification", "safety_retrieval"]
-    assert found.rows[0]["deviation"] is None and found.rows[1]["gain"] is None
+    result = tables.headline(students, baselines, TASK_TYPES)
+    assert [row["category"] for row in result.rows[:-1]] == ["classification", "safety_retrieval"]
+    assert result.rows[0]["deviation"] is None and result.rows[1]["gain"] is None
     assert tables.by_category({"A": {"main_score": 1.0}}, TASK_TYPES) == {"sts": 1.0}
 
 
 def test_other_tables():
     runs = {"base": results(0.6, 0.5, 0.7, 0.2), "tokens-1": results(0.4, 0.2, 0.4, 0.1)}
     types = {name: kind for name, kind in TASK_TYPES.items() if name != "S"}
-    found = tables.comparisons(runs, types, {"base": {"tokens": 10, "alignment_loss": 1.5}})
-    assert [row["mean"] for row in found.rows] == [pytest.approx(0.6), pytest.approx(0.35)]
-    assert found.rows[0]["tokens"] == 10 and found.rows[1]["tokens"] is None
+    result = tables.comparisons(runs, types, {"base": {"tokens": 10, "alignment_loss": 1.5}})
+    assert [row["mean"] for row in result.rows] == [pytest.approx(0.6), pytest.approx(0.35)]
+    assert result.rows[0]["tokens"] == 10 and result.rows[1]["tokens"] is None
     answered = results(0.1, 0.2, 0.4, 0.3)
     for number, scores in enumerate(answered.values()):
         scores["generation_seconds_per_query"] = float(number)

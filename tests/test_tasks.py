@@ -13,7 +13,7 @@ from .tasks import needs_mteb, run, settings, write_task
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "text", "named"),
+    ("kind", "file", "text", "message"),
     [
         ("sts", "task.json", '{"name": "x", "type": "stss"}', "type 'stss' is unknown, did you mean 'sts'"),
         ("sts", "task.json", '{"type": "sts"}', "'name' must be a string"),
@@ -46,10 +46,10 @@ from .tasks import needs_mteb, run, settings, write_task
         ),
     ],
 )
-def test_errors_in_task_folders(tmp_path, kind, file, text, named):
+def test_errors_in_task_folders(tmp_path, kind, file, text, message):
     folder = write_task(tmp_path / "task", kind)
     (folder / file).write_text(text)
-    with pytest.raises(InputError, match=named) as error:
+    with pytest.raises(InputError, match=message) as error:
         tasks.read(folder)
     assert str(folder / file) in str(error.value)
 

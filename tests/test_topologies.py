@@ -110,8 +110,8 @@ def test_a_plugin_for_another_jax_is_an_error(tmp_path, monkeypatch):
         (folder := tmp_path / f"jax_cuda13_{name}-0.1.2.dist-info").mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jax-cuda13-{name}\nVersion: 0.1.2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    wanted = f"the CUDA plugin 0.1.2 is not for jax {jax.__version__}: pip install jax-cuda13-pjrt=={jax.__version__}"
-    with pytest.raises(InputError, match=wanted.replace(".", r"\.")):
+    message = f"the CUDA plugin 0.1.2 is not for jax {jax.__version__}: pip install jax-cuda13-pjrt=={jax.__version__}"
+    with pytest.raises(InputError, match=message.replace(".", r"\.")):
         topologies.described_devices("h100:8")
 
 
