@@ -35,7 +35,7 @@ def read_records(source, columns, split="train", limit=None, key="input"):
         record = {key: row[key] for key in ("id", *columns) if key in row}
         for key, value in record.items():
             if isinstance(value, str) and has_lone_surrogate(value):
-                raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is no valid text")
+                raise InputError(f"{where}: {key!r} contains an unpaired surrogate (not valid Unicode)")
         records.append(record)
     if not records:
         raise InputError(f"{source}: no rows")

@@ -108,7 +108,7 @@ class Corpus:
         if not isinstance(text, str):
             raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
         if has_lone_surrogate(text):
-            raise InputError(f"{where}: {self.field!r} holds half of a surrogate pair, which is no valid text")
+            raise InputError(f"{where}: {self.field!r} contains an unpaired surrogate (not valid Unicode)")
         if self.id_field is not None:
             if plain:
                 raise InputError(f"{where}: lines of text have no {self.id_field!r}: leave id_field out, or use JSONL")

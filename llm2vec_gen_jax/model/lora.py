@@ -43,7 +43,7 @@ def merge(frozen, tree):
 
     The updated kernels are donated: do not use `frozen` afterwards.
     """
-    quantization.refuse(frozen, "merging adapters")
+    quantization.require_unquantized(frozen, "merging adapters")
     layers = dict(frozen["layers"])
     for name, pair in tree.items():
         layers[name] = layers[name] | {"kernel": _add(layers[name]["kernel"], pair["a"], pair["b"])}

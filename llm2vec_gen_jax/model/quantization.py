@@ -5,6 +5,8 @@ output is 127). Embeddings, output matrix and norms stay bfloat16. The kernels a
 at a time, and the scale is applied to the result, so that what is multiplied is exact but for the rounding of weights.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -64,7 +66,7 @@ def describe(frozen):
     return {**frozen, "layers": layers}
 
 
-def refuse(frozen, what):
+def require_unquantized(frozen: Any, what: str) -> None:
     """Raises InputError where a frozen tree is quantized and `what` needs it as it was."""
     if is_quantized(frozen):
         raise InputError(f"{what}: not with an int8 backbone, whose weights are rounded; load it with dtype=bfloat16")
