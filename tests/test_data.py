@@ -150,7 +150,7 @@ def test_tokenize_strips_cuts_and_drops_empty_answers():
 
 def test_tokenize_refuses_lengths_without_room_and_empty_data():
     tokenizer = Tokenizer(tiny_tokenizer())
-    with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 tokens"):
+    with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 appended tokens"):
         tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
     with pytest.raises(InputError, match="rows.jsonl: every answer is empty"):
         tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)

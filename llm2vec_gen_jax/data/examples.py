@@ -61,7 +61,7 @@ def tokenize(
     """
     if config.max_query_length <= num_appended:
         raise InputError(
-            f"data.max_query_length={config.max_query_length} must be greater than {num_appended}, the appended tokens"
+            f"data.max_query_length={config.max_query_length} must exceed the {num_appended} appended tokens"
         )
     usable = [all(record.get(name, "x").strip() for name in ("answer", "negative_answer")) for record in records]
     if config.finished_only:

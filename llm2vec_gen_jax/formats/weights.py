@@ -71,7 +71,7 @@ def load(source: WeightSource, architecture: Architecture, mesh: Mesh, dtype: jn
     dtype = jnp.dtype("bfloat16") if quantized else dtype
     for path, shape in sorted(shapes.items(), key=lambda item: -np.prod(item[1])):  # largest first
         read = functools.partial(_read, source, path, shape, dtype)
-        array = jax.make_array_from_callback(shape, shardings[path], read)
+        array: jax.Array = jax.make_array_from_callback(shape, shardings[path], read)
         if not jnp.isfinite(array).all():
             why = "its values exceed float16 (use bfloat16 or float32), or " if dtype == jnp.float16 else ""
             name = TABLE[path][0].format("*")
