@@ -84,7 +84,7 @@ def test_damaged_weights_of_a_model_are_named(command, model_folder, tmp_path, h
         arrays = load_file(file)
         ((name, rows),) = arrays.items()
         changes = {
-            "nan": ({name: rows * np.nan}, "holds NaN"),
+            "nan": ({name: rows * np.nan}, "contains NaN"),
             "not of this model": ({"x": rows}, "unexpected tensor x"),
         }
         changed, message = changes[how]
@@ -114,7 +114,7 @@ def test_damaged_soft_prompts_and_adapters_are_named(command, model_folder, tiny
     ("file", "values", "message"),
     [
         ("config.json", {"num_hidden_layers": 10**9}, "the config 1000000000 layers"),
-        ("config.json", {"hidden_size": "32"}, "config.json: hidden_size='32' is not a positive whole number"),
+        ("config.json", {"hidden_size": "32"}, "config.json: hidden_size='32' is not a positive integer"),
         ("config.json", {"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive"),
         ("config.json", {"num_key_value_heads": 3}, "config.json: num_attention_heads=4 must be a multiple"),
         ("config.json", {"rope_parameters": "default"}, "config.json: rope_parameters='default' is not an object"),

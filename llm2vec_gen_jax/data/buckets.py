@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _MULTIPLE = 8  # padded lengths are multiples of this
-_OCTAVE = 256  # tokens: row lengths are quarters of this, then of its doubles
+_OCTAVE = 256  # tokens; row lengths are multiples of a quarter of this, times a power of two
 
 
 def round_up(length: int, multiple: int = _MULTIPLE) -> int:

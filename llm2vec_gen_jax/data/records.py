@@ -34,7 +34,7 @@ def read_records(
         if limit is not None and len(records) == limit:
             break
         if not isinstance(row.get("id", 0), (str, int)):
-            raise InputError(f"{where}: 'id' must be a string or a whole number, found {row['id']!r}")
+            raise InputError(f"{where}: 'id' must be a string or an integer, found {row['id']!r}")
         for column in columns:
             if column not in row:
                 raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
@@ -43,7 +43,7 @@ def read_records(
         record = {key: row[key] for key in ("id", *columns) if key in row}
         for key, value in record.items():
             if isinstance(value, str) and has_lone_surrogate(value):
-                raise InputError(f"{where}: {key!r} contains an unpaired surrogate (not valid Unicode)")
+                raise InputError(f"{where}: {key!r} has an unpaired surrogate (not valid Unicode)")
         records.append(record)
     if not records:
         raise InputError(f"{source}: no rows")

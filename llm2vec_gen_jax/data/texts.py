@@ -120,7 +120,7 @@ class Corpus:
         if not isinstance(text, str):
             raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
         if has_lone_surrogate(text):
-            raise InputError(f"{where}: {self.field!r} contains an unpaired surrogate (not valid Unicode)")
+            raise InputError(f"{where}: {self.field!r} has an unpaired surrogate (not valid Unicode)")
         if self.id_field is not None:
             if plain:
                 raise InputError(f"{where}: plain text has no {self.id_field!r}. Omit id_field, or use JSONL")

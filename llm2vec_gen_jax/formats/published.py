@@ -289,7 +289,7 @@ def _write_encoder(folder, model, backbone_config, ids, vocab_size):
 
 
 def _read_head(directory, name):
-    """Returns {"kernel": (in, out), "bias": (out,)} of a head's safetensors copy, else of its torch file."""
+    """Returns {"kernel": (in, out), "bias": (out,)} of a head, from its safetensors copy if there is one."""
     archive, copy = _find(directory, name), _find(directory, f"{name}.safetensors")
     _require(archive or copy, directory / name, "no such file. Download or export the directory again")
     tensors, config = torchzip.read(archive) if archive else ({}, {})

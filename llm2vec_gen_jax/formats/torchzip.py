@@ -104,7 +104,7 @@ def _load(data, storages):
     """
     stack, marks, memo = [], [], {}
 
-    def since_mark():
+    def pop_mark():
         mark = marks.pop()
         items = stack[mark:]
         del stack[mark:]
@@ -125,20 +125,20 @@ def _load(data, storages):
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE":
-                stack.append(_tuple(since_mark()))
+                stack.append(_tuple(pop_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
                 marks.append(len(stack) - int(name[-1]))
-                stack.append(_tuple(since_mark()))
+                stack.append(_tuple(pop_mark()))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _set_items(stack[-1], [key, value])
             case "SETITEMS":
-                items = since_mark()
+                items = pop_mark()
                 _set_items(stack[-1], items)
             case "GLOBAL":
                 known = argument in (_ORDERED_DICT, _REBUILD) or argument.removeprefix("torch ") in STORAGES
                 if not known:
-                    _reject(f"unexpected name {argument.replace(' ', '.')}")
+                    _reject(f"it refers to {argument.replace(' ', '.')}, which is not allowed")
                 stack.append(_Name(argument.removeprefix("torch ")))
             case "BINPERSID":
                 stack.append(storages.read(stack.pop()))

@@ -167,5 +167,5 @@ def _positive(values, key, kinds, source, default=None):
     if value is None:
         raise InputError(f"{source}: {key} is missing")
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MAX_VALUE:
-        raise InputError(f"{source}: {key}={value!r} is not a positive {'whole ' if kinds is int else ''}number")
+        raise InputError(f"{source}: {key}={value!r} is not a positive {'integer' if kinds is int else 'number'}")
     return value

@@ -117,7 +117,7 @@ def open_checkpoint(path: str | os.PathLike[str], execution: Execution) -> tuple
         source = folder = hf.SafetensorsSource(where)
         if architecture.tied_embeddings:
             folder.tie()
-            # As in transformers: a stored head that differs from the embeddings is untied, whatever the config says.
+            # As in transformers, a stored head that differs from the embeddings is not tied.
             architecture = dataclasses.replace(architecture, tied_embeddings=not weights.has_untied_head(source))
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
         license = hf.read_license(where)

@@ -109,7 +109,7 @@ def _scores(scores):
 def _facts(extra):
     data, facts = extra.get("data") or {}, []
     if data:
-        facts.append(f"data: {data['examples']:,} responses of the LLM itself to queries of `{data['responses']}`")
+        facts.append(f"data: {data['examples']:,} responses of the LLM to the queries of `{data['responses']}`")
     if config := extra.get("config") or {}:
         teacher, train = config.get("teacher", {}), config.get("train", {})
         adapters = ", ".join(f"`{name}`" for name in teacher.get("adapters") or ()) or "no adapters"

@@ -145,6 +145,6 @@ def _lora_record(model, trainable):
 
 
 def check_finite(trainable: Any, what: str) -> None:
-    """Raises InputError if a trainable tree holds NaN or infinity."""
+    """Raises InputError if a trainable tree contains NaN or infinity."""
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trainable)):
         raise InputError(f"{what}: the trained tokens or heads contain NaN or infinity")

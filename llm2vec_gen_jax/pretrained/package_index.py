@@ -70,7 +70,7 @@ def _links(page):
         except (KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{page} is not a list of files") from None
     else:
-        parser = _Anchors()
+        parser = _LinkParser()
         parser.feed(content.decode("utf-8", errors="replace"))
         links = []
         for url in parser.urls:
@@ -81,7 +81,7 @@ def _links(page):
     return [(name, _with_login(urllib.parse.urljoin(base, url), page), sha256) for name, url, sha256 in links]
 
 
-class _Anchors(html.parser.HTMLParser):
+class _LinkParser(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
         self.urls = []

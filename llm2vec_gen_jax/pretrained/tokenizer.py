@@ -109,7 +109,7 @@ class Tokenizer:
             ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
         except TypeError:  # raised by tokenizers for invalid Unicode
             bad = next(row for row, text in enumerate(cut) if has_lone_surrogate(text))
-            raise InputError(f"input {first + bad} contains an unpaired surrogate (not valid Unicode)") from None
+            raise InputError(f"input {first + bad} has an unpaired surrogate (not valid Unicode)") from None
         for row, text in enumerate(texts):
             total, count = len(text) + (len(prefix) + 1 if prefix else 0), longest
             while count < total and len(ids[row]) <= max_length:  # very long tokens, such as runs of spaces
@@ -188,7 +188,7 @@ class Tokenizer:
         """{add_generation_prompt: (before, after, None) or (None, None, reason why the template cannot be used)}."""
         try:
             template = self.hf.get_chat_template()
-        except ValueError as error:  # named templates, none of which is the default
+        except ValueError as error:  # named templates without a default
             return dict.fromkeys((False, True), (None, None, _one_line(error)))
         names = {
             name: list(map(str, token)) if isinstance(token, list) else str(token)
