@@ -31,7 +31,16 @@ class Block(nn.Module):
     dtype: jnp.dtype  # of the computation; between layers x_BTD has execution.storage_dtype
 
     @nn.compact
-    def __call__(self, x_BTD, cache, lora, dropout, rope, mask, index_BP):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        lora: Any,
+        dropout: layers.Dropout | None,
+        rope: tuple[jax.Array, jax.Array],
+        mask: AttentionMask,
+        index_BP: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[KVCache, jax.Array | None]]:
         a, stacked = self.architecture, self.execution.storage_dtype(self.dtype)
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
         sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0

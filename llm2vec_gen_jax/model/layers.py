@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
     axis_name: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", _partitioned(nn.initializers.ones, self.axis_name), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -95,7 +95,7 @@ class Linear(nn.Module):
     sums: jnp.dtype = jnp.dtype(jnp.float32)
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         initializer = nn.initializers.normal(self.shape[0] ** -0.5)
         kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
         y = product(self.equation, x, kernel, self.sums)
