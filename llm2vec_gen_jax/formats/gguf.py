@@ -36,14 +36,14 @@ _NAMES = {
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Pre-tokenization by value of `tokenizer.ggml.pre`.
-_SPLITS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
+_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "gpt-2": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS + "{1,3}" + _REST), "isolated")],
     "qwen2": [pre_tokenizers.Split(Regex(_WORDS + _REST), "isolated")],
 }
 # Default for files of unknown or old converters; all models of these families use one pre-tokenization.
-_FAMILY_SPLITS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+_FAMILY_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # Token types that are matched literally before pre-tokenization: whether they are special.
 _ADDED = {gguf.TokenType.UNKNOWN: True, gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
@@ -213,7 +213,7 @@ def read_tokenizer(source: GGUFSource) -> PreTrainedTokenizerFast:
     kind = _pre_tokenization(source)
     backend = _backend(source, kind)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[kind], byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_PRE_TOKENIZERS[kind], byte_level])
     backend.decoder = decoders.ByteLevel()
     if kind == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -245,15 +245,15 @@ def read_tokenizer(source: GGUFSource) -> PreTrainedTokenizerFast:
 
 
 def _pre_tokenization(source):
-    """Returns a key of _SPLITS. Raises InputError if it is unknown, because ids would be wrong."""
+    """Returns a key of _PRE_TOKENIZERS. Raises InputError if it is unknown, because ids would be wrong."""
     kind = source.field("tokenizer.ggml.pre")
     if kind in (None, "default"):  # "default": unknown to the converter
-        kind = _FAMILY_SPLITS.get(source.family, kind)
-    if kind in _SPLITS:
+        kind = _FAMILY_PRE_TOKENIZERS.get(source.family, kind)
+    if kind in _PRE_TOKENIZERS:
         return kind
     problem = "is missing" if kind is None else f"is {kind!r}"
     raise InputError(
-        f"{source}: tokenizer.ggml.pre (the pre-tokenization) {problem}; supported: {', '.join(_SPLITS)}. "
+        f"{source}: tokenizer.ggml.pre (the pre-tokenization) {problem}; supported: {', '.join(_PRE_TOKENIZERS)}. "
         "Convert the model again, set it with gguf-new-metadata --pre-tokenizer, or pass the Hugging Face folder"
     )
 

@@ -138,7 +138,7 @@ class Tokenizer:
 
         The question occurs in the prompt exactly once and unchanged, even if the template strips it.
         """
-        before, after = self._around(True)
+        before, after = self._turn_affixes(True)
         if any(token in question for token in self.control):
             ids = self._parse(before) + self.plain.encode(question, add_special_tokens=False).ids + self._parse(after)
         else:
@@ -146,14 +146,14 @@ class Tokenizer:
         if len(ids) <= max_length:
             return ids
         head, tail = self._parse(before), self._parse(after)
-        room = max_length - len(head) - len(tail)
-        if room < 1:
+        budget = max_length - len(head) - len(tail)
+        if budget < 1:
             raise InputError(f"max_prompt_length={max_length} leaves no tokens for the question. Increase it")
-        return head + self.plain.encode(question, add_special_tokens=False).ids[:room] + tail
+        return head + self.plain.encode(question, add_special_tokens=False).ids[:budget] + tail
 
     def user_turn(self) -> list[int]:
         """Returns the ids of a chat up to the user's text, so that the LLM generates a query."""
-        return self._parse(self._around(False)[0])
+        return self._parse(self._turn_affixes(False)[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids without control tokens."""
@@ -174,17 +174,17 @@ class Tokenizer:
             )
         return ids
 
-    def _around(self, generation):
+    def _turn_affixes(self, generation):
         """Returns the text that the chat template adds before and after a user turn."""
         if not self.hf.chat_template:
             raise InputError("the backbone has no chat template: synthesize and respond need an instruct model")
-        before, after, reason = self._turns[generation]
+        before, after, reason = self._affixes[generation]
         if reason is not None:
             raise InputError(f"{self.source}: the chat template cannot be used ({reason})")
         return before, after
 
     @functools.cached_property
-    def _turns(self):
+    def _affixes(self):
         """{add_generation_prompt: (before, after, None) or (None, None, reason why the template cannot be used)}."""
         try:
             template = self.hf.get_chat_template()
@@ -201,10 +201,10 @@ class Tokenizer:
             for content in (_SENTINEL, [{"type": "text", "text": _SENTINEL}])
         ]
         results = render(template, requests)
-        return {False: _around_text(results[:2]), True: _around_text(results[2:])}
+        return {False: _affixes_of(results[:2]), True: _affixes_of(results[2:])}
 
 
-def _around_text(results):
+def _affixes_of(results):
     """Returns (before, after, None) from the first result with the user's text once, otherwise (None, None, reason)."""
     reasons = []
     for text, error in results:
