@@ -110,7 +110,7 @@ class Corpus:
                                 yield self._row(record, row, f"{file}, row {row - start}", False)
                     number += length
         if number == 0:
-            raise InputError(f"input={self.source}: contains no texts")
+            raise InputError(f"input={self.source}: no texts")
         self.rows = number
 
     def _row(self, record, number, where, plain):
@@ -269,7 +269,7 @@ def _expand(source):
             if not path.name.endswith(_SUFFIXES):
                 raise InputError(f"{path}: unknown file type; supported: {', '.join(_SUFFIXES)}, and saved datasets")
     if paths.count("-") > 1:
-        raise InputError(f"input={source}: standard input (-) can be read only once")
+        raise InputError(f"input={source}: standard input (-) can be read once")
     return paths
 
 
