@@ -41,7 +41,7 @@ def queries(
     """
     if not path:
         return QUERIES.sample(random, count), f"queries {QUERIES}"
-    from llm2vec_gen_jax.data.records import read_texts
+    from llm2vec_gen_jax.data.texts import read_texts
     from llm2vec_gen_jax.pretrained.backbone import open_checkpoint
 
     texts = read_texts(path, "question")

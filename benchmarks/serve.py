@@ -27,7 +27,7 @@ import orjson
 
 from benchmarks import lengths, side
 from llm2vec_gen_jax.config import ServeConfig, options
-from llm2vec_gen_jax.data.records import read_texts
+from llm2vec_gen_jax.data.texts import read_texts
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from have or by one had not but".split()
 COLUMNS = {

@@ -26,7 +26,7 @@ def readers():
     from llm2vec_gen_jax import config
     from llm2vec_gen_jax.common import files, jsonl
     from llm2vec_gen_jax.config import options
-    from llm2vec_gen_jax.data import records
+    from llm2vec_gen_jax.data import records, texts
     from llm2vec_gen_jax.data.texts import Corpus
     from llm2vec_gen_jax.evaluation import instructions, tasks
     from llm2vec_gen_jax.formats import peft, torchzip, weights
@@ -66,7 +66,7 @@ def readers():
         "adapter": adapter,
         "corpus": corpus,
         "records": lambda path: records.read_records(path, ("question", "answer")),
-        "texts": lambda path: records.read_texts(path, "text"),
+        "texts": lambda path: texts.read_texts(path, "text"),
         "task": tasks.read,
         "vectors": lambda path: (shards.load_embeddings(path, verify=True), shards.load_embeddings(path)),
         "array": lambda path: files.read_array(path, "soft_prompts").sum(),

@@ -175,9 +175,9 @@ def test_kernels_follow_the_device():
     "topology, head_dim, dtype, reason",
     [
         ("t4:1", 64, "bfloat16", "needs an NVIDIA GPU of compute capability 8.0 or later"),
-        ("h100:1", 64, "float32", "takes float16 and bfloat16, not float32"),
-        ("a100:1", 256, "bfloat16", "takes heads of a multiple of 8 up to 128 numbers, not 256"),
-        ("h100:1", 60, "bfloat16", "takes heads of a multiple of 8 up to 256 numbers, not 60"),
+        ("h100:1", 64, "float32", "supports float16 and bfloat16, not float32"),
+        ("a100:1", 256, "bfloat16", "supports head sizes that are multiples of 8 up to 128, not 256"),
+        ("h100:1", 60, "bfloat16", "supports head sizes that are multiples of 8 up to 256, not 60"),
     ],
 )
 def test_a_kernel_that_does_not_take_the_backbone_is_refused(topology, head_dim, dtype, reason):

@@ -41,7 +41,7 @@ def damaged_backbone(folder, how):
     if how == "gguf":
         with open(default_backbone(), "rb") as file:
             (folder / "cut.gguf").write_bytes(file.read(100_000))
-        return folder / "cut.gguf", ["cut.gguf: not a whole GGUF file"]
+        return folder / "cut.gguf", ["cut.gguf: not a complete GGUF file"]
     if how in ("nan", "int8"):
         arrays = load_file(weights)
         arrays["model.norm.weight"] = {
@@ -84,7 +84,7 @@ def test_damaged_weights_of_a_model_are_named(command, model_folder, tmp_path, h
         arrays = load_file(file)
         ((name, rows),) = arrays.items()
         changes = {
-            "nan": ({name: rows * np.nan}, "holds NaN"),
+            "nan": ({name: rows * np.nan}, "contains NaN"),
             "not of this model": ({"x": rows}, "unexpected tensor x"),
         }
         changed, message = changes[how]
@@ -113,8 +113,8 @@ def test_damaged_soft_prompts_and_adapters_are_named(command, model_folder, tiny
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("config.json", {"num_hidden_layers": 10**9}, "the config says 1000000000 layers"),
-        ("config.json", {"hidden_size": "32"}, "config.json: hidden_size='32' is not a positive whole number"),
+        ("config.json", {"num_hidden_layers": 10**9}, "the config 1000000000 layers"),
+        ("config.json", {"hidden_size": "32"}, "config.json: hidden_size='32' is not a positive integer"),
         ("config.json", {"num_attention_heads": 0}, "config.json: num_attention_heads=0 is not a positive"),
         ("config.json", {"num_key_value_heads": 3}, "config.json: num_attention_heads=4 must be a multiple"),
         ("config.json", {"rope_parameters": "default"}, "config.json: rope_parameters='default' is not an object"),
@@ -149,7 +149,7 @@ def test_damaged_metadata_of_a_model_card_are_named(command, tiny_folder, tmp_pa
     backbone = tmp_path / "backbone"
     shutil.copytree(tiny_folder("llama"), backbone)
     (backbone / "README.md").write_text(f"---\n{front}\n---\n\n# A model\n")
-    check_error(respond(command, backbone), f"{backbone / 'README.md'}: its metadata", message)
+    check_error(respond(command, backbone), f"{backbone / 'README.md'}: metadata", message)
     assert os.listdir() == []
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_model_is_refused(command, model_folder, tiny_fol
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields["added_tokens"][-1]["id"] += 1
     file.write_text(json.dumps(fields), encoding="utf-8")
-    check_error(encode(command, model, ["a"]), model / "encoder/adapter_config.json", "trains the ids [260, 261")
+    check_error(encode(command, model, ["a"]), model / "encoder/adapter_config.json", "trained token ids are [260, 261")
     assert os.listdir() == []
 
 
@@ -223,13 +223,15 @@ def test_no_path_leads_out_of_a_folder(command, model_folder, tiny_folder, tmp_p
     for name in (str(tmp_path / "elsewhere.safetensors"), "x/../../elsewhere.safetensors", "..", 5):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         message = (
-            "no weight_map of tensors to file names" if name == 5 else f"names {name}, which is outside its folder"
+            "weight_map must map tensor names to file names"
+            if name == 5
+            else f"lists {name}, which is outside its folder"
         )
         check_error(respond(command, backbone), index, message)
     shutil.copytree(model_folder, model)
     (model / "reconstruction_mlp").rename(tmp_path / "head")
     (model / "reconstruction_mlp").symlink_to(tmp_path / "head")
-    check_error(encode(command, model, ["a"]), f"{model / 'reconstruction_mlp'}: leads out of the directory")
+    check_error(encode(command, model, ["a"]), f"{model / 'reconstruction_mlp'}: points outside the directory")
     assert os.listdir() == []
     # Of data, no name becomes that of a file.
     folder = write_task(tmp_path / "task", name="../../escaped")

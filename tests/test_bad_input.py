@@ -155,7 +155,7 @@ BAD_VALUES = {
     "null": ("null", "must be a string, found NoneType"),
     "number": ("1", "must be a string, found int"),
     "words": ('["a", "b"]', "must be a string, found list"),
-    "surrogate": (r'"\ud800"', "holds half of a surrogate pair"),
+    "surrogate": (r'"\ud800"', "has an unpaired surrogate"),
     "latin": (b'"caf\xe9"'.decode("utf-8", "surrogateescape"), "not UTF-8"),
     "missing": (None, ""),
 }

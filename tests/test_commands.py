@@ -105,7 +105,7 @@ def broken(source, folder, how):
         return folder, "the tokenizer has id 259", "only 100 rows"
     if how == "shape":
         file.write_text(json.dumps(settings | {"intermediate_size": 40}))
-        return folder, "has shape", "the config says"
+        return folder, "has shape", "the config expects"
     if how == "layers":
         file.write_text(json.dumps(settings | {"num_hidden_layers": 4}))
         return folder, "weights are missing, the first is model.layers.3."

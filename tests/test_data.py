@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm2vec_gen_jax.common import jsonl
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import DataConfig
-from llm2vec_gen_jax.data import buckets, records
+from llm2vec_gen_jax.data import buckets, records, texts
 from llm2vec_gen_jax.data.batches import Batches, BatchSchedule, count_tokens, iterate
 from llm2vec_gen_jax.data.examples import Examples, tokenize
 from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
@@ -41,8 +41,8 @@ OBJECTS = st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=6)
         (b"{}", r"line 3: no column 'question'"),
         (b'{"question": null, "answer": "b"}', r"line 3: 'question' must be a string, found NoneType"),
         (b'{"question": "a", "answer": ["b"]}', r"line 3: 'answer' must be a string, found list"),
-        (b'{"question": "a", "answer": "\\ud800"}', r"line 3: 'answer' holds half of a surrogate pair"),
-        (b'{"question": "a", "answer": "b", "id": "\\udc00"}', r"line 3: 'id' holds half of a surrogate"),
+        (b'{"question": "a", "answer": "\\ud800"}', r"line 3: 'answer' has an unpaired surrogate"),
+        (b'{"question": "a", "answer": "b", "id": "\\udc00"}', r"line 3: 'id' has an unpaired surrogate"),
         (b'{"question": "a", "answer": "b", "id": {"a": 1}}', r"line 3: 'id' must be"),
         (b'[{"question": "a", "answer": "b"}]', r"line 3: expected a JSON object, found list"),
         (b'"text"', r"line 3: expected a JSON object, found str"),
@@ -118,11 +118,11 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
 def test_texts_of_a_txt_file_are_its_lines(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes("\ufeffone\r\n\n  three é\u2028 \n".encode())
-    assert records.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
-    assert records.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
+    assert texts.read_texts(path, "text") == ["one", "", "  three é\u2028 "]
+    assert texts.read_texts(write_jsonl(tmp_path / "texts.jsonl", [{"body": "x"}]), "body") == ["x"]
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match="empty.txt: no lines"):
-        records.read_texts(tmp_path / "empty.txt", "text")
+        texts.read_texts(tmp_path / "empty.txt", "text")
 
 
 # Examples
@@ -150,14 +150,14 @@ def test_tokenize_strips_cuts_and_drops_empty_answers():
 
 def test_tokenize_refuses_lengths_without_room_and_empty_data():
     tokenizer = Tokenizer(tiny_tokenizer())
-    with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 tokens"):
+    with pytest.raises(InputError, match="data.max_query_length=4 must exceed the 4 appended tokens"):
         tokenize([{"question": "q", "answer": "a"}], tokenizer, DataConfig(max_query_length=4), 4)
     with pytest.raises(InputError, match="rows.jsonl: every answer is empty"):
         tokenize([{"question": "q", "answer": " "}], tokenizer, DataConfig(responses="rows.jsonl"), 4)
     cut = [{"question": "q", "answer": "a", "finish": finish} for finish in ("length", "stop", "length")]
     settings = DataConfig(responses="rows.jsonl", finished_only=True)
     assert tokenize(cut, tokenizer, settings, 4).row.tolist() == [1]
-    with pytest.raises(InputError, match="rows.jsonl: every answer is empty or was cut"):
+    with pytest.raises(InputError, match="rows.jsonl: every answer is empty or truncated"):
         tokenize(cut[:1], tokenizer, settings, 4)
 
 

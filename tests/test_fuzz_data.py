@@ -81,9 +81,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         writer.write_table(table)
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     for name in ("x.arrow", "x.parquet"):
-        with pytest.raises(InputError, match=f"{name}: two of its columns are called 'text'"):
+        with pytest.raises(InputError, match=f"{name}: two columns are called 'text'"):
             list(Corpus(str(tmp_path / name)).read())
-        with pytest.raises(InputError, match=f"{name}: two of its columns are called 'text'"):
+        with pytest.raises(InputError, match=f"{name}: two columns are called 'text'"):
             Corpus(str(tmp_path / name)).count()
 
 

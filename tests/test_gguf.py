@@ -157,7 +157,7 @@ GGUF_VARIANTS = {
 @pytest.mark.parametrize("merge", ["a b", "a nothere", "a", "a b c"])
 def test_gguf_merges_that_are_not_of_its_tokens_are_named(tmp_path, merge):
     path = write_gguf(tmp_path / "model.gguf", tiny_torch_model("llama"), merges=[merge])
-    with pytest.raises(InputError, match=f"merges holds '{merge}'"):
+    with pytest.raises(InputError, match=f"merges has '{merge}'"):
         load(path)
 
 
@@ -261,7 +261,7 @@ def test_a_gguf_file_says_what_is_put_around_a_text(tmp_path, bos, eos):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (lambda writer: writer.add_add_bos_token(True), "add_bos_token is set, bos_token_id is missing"),
+        (lambda writer: writer.add_add_bos_token(True), "add_bos_token is set, but bos_token_id is missing"),
         (lambda writer: writer.add_bos_token_id(263), "bos_token_id=263 is not the id of a token"),
         (lambda writer: writer.add_add_space_prefix(True), "add_space_prefix=True is not supported"),
     ],
@@ -292,19 +292,19 @@ def test_a_model_in_several_files_is_read_from_the_first(tmp_path):
     found = load(parts[0])
     assert_same_weights(found.frozen, expected.frozen)
     assert found.identity == expected.identity
-    with pytest.raises(InputError, match="is part 2 of 4; give the first one, .*model-00001-of-00004.gguf.*--merge"):
+    with pytest.raises(InputError, match="is part 2 of 4. Pass the first part, .*model-00001-of-00004.gguf.*--merge"):
         load(parts[1])
     third = parts[2].read_bytes()
     parts[2].write_bytes(parts[3].read_bytes())
     with pytest.raises(InputError, match="00003-of-00004.gguf: is part 4 of 4, expected 3 of 4"):
         load(parts[0])
     parts[2].write_bytes(third[:100])
-    with pytest.raises(InputError, match="00003-of-00004.gguf: not a whole"):
+    with pytest.raises(InputError, match="00003-of-00004.gguf: not a complete"):
         load(parts[0])
     parts[2].unlink()
-    with pytest.raises(InputError, match="of its 4 parts model-00003-of-00004.gguf is missing"):
+    with pytest.raises(InputError, match="part model-00003-of-00004.gguf of 4 parts is missing"):
         load(parts[0])
-    with pytest.raises(InputError, match="is part 1 of 4, which its name must end in.*rename"):
+    with pytest.raises(InputError, match="is part 1 of 4, but its name does not end in.*Rename"):
         load(parts[0].rename(tmp_path / "renamed.gguf"))
 
 
@@ -365,7 +365,7 @@ def test_a_count_that_the_file_cannot_hold_is_refused_at_once(tmp_path, place, c
         "shape": header(1, 0, KEY + struct.pack("<I", 1) + number + struct.pack("<IQ", 0, 0)),
     }[place]
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(InputError, match="model.gguf: not a whole GGUF file"):
+    with pytest.raises(InputError, match="model.gguf: not a complete GGUF file"):
         GGUFSource(tmp_path / "model.gguf")
 
 

@@ -145,7 +145,7 @@ def test_the_method_knows_neither_processes_nor_files_nor_settings(module):
 def test_imports_are_found():
     """The table says something: the lowest and the highest module meet, and the seams are there."""
     assert {"common.errors", "model.layers", "training.losses", "formats.torchzip"} <= reached("experiments.quickstart")
-    assert own_imports("model.attention") == {"model.fused_attention", "model.layers"}
+    assert own_imports("model.attention") == {"model.execution", "model.fused_attention", "model.layers"}
     below = "architecture attention backbone compressor execution fused_attention layers lora quantization"
     expected = {"model.llm2vec_gen", "common.errors", "parallel.sharding", *(f"model.{name}" for name in below.split())}
     assert reached("model.llm2vec_gen") == expected

@@ -72,7 +72,7 @@ def test_a_wrong_file_is_never_kept(tmp_path, monkeypatch):
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"GGUF")
     with pytest.raises(InputError, match="SHA-256"):
-        default_backbone._keep(wrong, tmp_path / good.name)
+        default_backbone._install(wrong, tmp_path / good.name)
     assert not (tmp_path / good.name).exists()
-    assert default_backbone._keep(good, tmp_path / good.name).stat().st_size == good.stat().st_size
+    assert default_backbone._install(good, tmp_path / good.name).stat().st_size == good.stat().st_size
     assert default_backbone.default_backbone() == tmp_path / good.name

@@ -119,7 +119,7 @@ def test_the_rules_of_the_installed_peft():
     for name in NAMES:
         for patterns in ([pattern] for pattern in PATTERNS):
             theirs = dict.fromkeys(patterns, 5).get(get_pattern_key(patterns, name), 1)
-            assert peft._pattern(dict.fromkeys(patterns, 5), name, 1) == theirs, (patterns, name)
+            assert peft._override(dict.fromkeys(patterns, 5), name, 1) == theirs, (patterns, name)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_patterns_that_tools_write_are_matched():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_modules": ["v_proj"]}, "model.layers.0.self_attn.q_proj, which adapter_config.json leaves out"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "layers.0.self_attn.q_proj, .*leaves out"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "q_proj, which .* leaves out"),
+        ({"target_modules": ["v_proj"]}, "model.layers.0.self_attn.q_proj, but adapter_config.json excludes it"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "layers.0.self_attn.q_proj, .*excludes it"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "q_proj, but .* excludes it"),
         ({"target_modules": "("}, r"adapter_config.json: target_modules='\('"),
         ({"target_modules": [5]}, r"adapter_config.json: target_modules=\[5\]"),
         ({"layers_to_transform": ["1"]}, "adapter_config.json: layers_to_transform"),

@@ -209,7 +209,7 @@ def test_a_stdin_that_cannot_be_read_is_one_line(start, model_folder, tmp_path):
         text=True,
     )
     assert closed.returncode == 2 and "Traceback" not in closed.stderr
-    assert closed.stderr.endswith("error: input=-: no texts in it\n")
+    assert closed.stderr.endswith("error: input=-: no texts\n")
 
 
 # Output that nobody reads

@@ -232,7 +232,7 @@ def test_heads_that_cannot_be_used(directory):
         with pytest.raises(InputError, match=f"alignment_mlp: {field}"):
             published.read(directory)
     write_head(path, value=np.nan)
-    with pytest.raises(InputError, match="alignment_mlp: projection.weight holds NaN"):
+    with pytest.raises(InputError, match="alignment_mlp: projection.weight contains NaN"):
         published.read(directory)
     path.unlink()
     with pytest.raises(InputError, match="alignment_mlp: no such file"):
@@ -271,7 +271,7 @@ def test_paths_out_of_the_directory_are_refused(directory, tmp_path):
     outside = tmp_path / "outside"
     (directory / "reconstruction_mlp").rename(outside)
     (directory / "reconstruction_mlp").symlink_to(outside)
-    with pytest.raises(InputError, match="reconstruction_mlp: leads out of the directory"):
+    with pytest.raises(InputError, match="reconstruction_mlp: points outside the directory"):
         published.read(directory)
 
 

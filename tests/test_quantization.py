@@ -26,8 +26,8 @@ def test_a_weight_is_off_by_half_a_step_at_most(name, shape):
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     kernel[:, ..., 0] = 0  # an output without weights
     rounded, scale = quantization.quantize(jnp.asarray(kernel), name)
-    step = np.expand_dims(scale, quantization.summed(name))
-    assert rounded.dtype == jnp.int8 and scale.shape == np.squeeze(step, quantization.summed(name)).shape
+    step = np.expand_dims(scale, quantization.contracted_axes(name))
+    assert rounded.dtype == jnp.int8 and scale.shape == np.squeeze(step, quantization.contracted_axes(name)).shape
     assert (np.abs(rounded * step - kernel) <= step / 2 + 1e-6).all()
     assert np.abs(rounded).max() == 127
 

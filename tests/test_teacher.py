@@ -180,13 +180,13 @@ def test_adapter_weights_that_do_not_fit_are_named(tiny, tmp_path):
     for layer, key in (("key", "3.self_attn.q_proj"), ("module", "0.self_attn.qkv_proj")):
         with pytest.raises(InputError, match=f"layers.{key}.lora_A.weight is not a LoRA weight"):
             merge(layer, lambda tensors, key=key: tensors | {name.format(key): one})
-    with pytest.raises(InputError, match="layers.0.self_attn.q_proj has lora_B only"):
+    with pytest.raises(InputError, match="layers.0.self_attn.q_proj has only lora_B"):
         merge("half", lambda tensors: {k: v for k, v in tensors.items() if k != name.format("0.self_attn.q_proj")})
-    with pytest.raises(InputError, match="q_proj has rank 4, adapter_config.json says 8"):
+    with pytest.raises(InputError, match="q_proj has rank 4, expected 8"):
         merge("rank", lambda tensors: tensors, LORA | {"r": 8})
     with pytest.raises(InputError, match="no LoRA weights"):
         merge("empty", lambda tensors: {})
-    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj has shapes .*\(4, 30\).*weight is \(32, 32\)"):
+    with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj has shapes .*\(4, 30\).*weight \(32, 32\)"):
         merge("shape", lambda tensors: tensors | {name.format("0.self_attn.q_proj"): one[:, :30].copy()})
     (tmp_path / "rank/adapter_model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(InputError, match="adapter_model.safetensors: damaged or truncated"):

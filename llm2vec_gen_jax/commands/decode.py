@@ -10,7 +10,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_array, write_text
 from llm2vec_gen_jax.config import DecodeConfig
-from llm2vec_gen_jax.data.records import read_texts
+from llm2vec_gen_jax.data.texts import read_texts
 from llm2vec_gen_jax.inference.shards import load_soft_prompts
 
 

@@ -17,7 +17,7 @@ from llm2vec_gen_jax.config import (
     ReportConfig,
     options,
 )
-from llm2vec_gen_jax.data.records import read_texts
+from llm2vec_gen_jax.data.texts import read_texts
 
 
 def logit(path, config):

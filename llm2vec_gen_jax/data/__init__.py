@@ -1,1 +1,1 @@
-"""Texts and records to token ids, and to padded numpy batches in a deterministic order."""
+"""Texts and records: read, tokenized, and padded to numpy batches in a deterministic order."""

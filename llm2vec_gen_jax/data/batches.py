@@ -1,18 +1,21 @@
-"""Deterministic schedule of padded batches, read through grain."""
+"""Deterministic schedule of padded batches, prefetched by grain."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.data.buckets import choose_edges
+from llm2vec_gen_jax.data.examples import Examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Which examples make a batch, and the lengths (T, S) that they are padded to; extra: that of the extra texts."""
+    """Indices of the examples, and the padded lengths of queries (T), answers (S) and extra texts."""
 
     rows: np.ndarray
     T: int
@@ -21,31 +24,41 @@ class Batch:
 
 
 class BatchSchedule:
-    """Batches as a pure function of (seed, lengths, step): no state, so a run resumes from an integer.
+    """Batches as a pure function of (seed, lengths, step): no state, so a run resumes from a step number.
 
-    Examples fall into cells by their padded query and answer lengths. An epoch is shuffled, then sorted by cell and
-    cut, so only len % batch_size examples (others every epoch) sit out; the order of its batches is shuffled too.
-    extra_lengths: the longest extra text of each example. They have no cells: a batch takes the edge that holds them.
+    Examples are grouped into cells by padded query and answer length. An epoch is shuffled, sorted by cell and cut into
+    batches; len % batch_size examples, different in every epoch, are left out. The batches are shuffled too.
+    extra_lengths: of the longest extra text of each example. They do not define cells; a batch is padded to the bucket
+    of its longest.
     """
 
-    def __init__(self, query_lengths, answer_lengths, batch_size, max_buckets, shuffle, seed, extra_lengths=()):
+    def __init__(
+        self,
+        query_lengths: Sequence[int] | np.ndarray,
+        answer_lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        max_buckets: int,
+        shuffle: bool,
+        seed: int,
+        extra_lengths: Sequence[int] | np.ndarray = (),
+    ) -> None:
         count = len(query_lengths)
         if count < batch_size:
             raise InputError(f"{count} examples do not fill a batch of {batch_size}: lower train.batch_size")
-        # With few examples, many cells would only make batches that straddle them.
+        # With few examples per cell, most batches would span several cells.
         buckets = min(max_buckets, max(1, int((count / (4 * batch_size)) ** 0.5)))
         self.query_edges = choose_edges(query_lengths, buckets)
         self.answer_edges = choose_edges(answer_lengths, buckets)
         self.query_cell = np.searchsorted(self.query_edges, query_lengths)
         self.answer_cell = np.searchsorted(self.answer_edges, answer_lengths)
         self.extra_lengths = np.asarray(extra_lengths)
-        self.extra_edges = choose_edges(extra_lengths, buckets) if len(extra_lengths) else []
+        self.extra_edges: list[int] = choose_edges(extra_lengths, buckets) if len(extra_lengths) else []
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.batches_per_epoch = count // batch_size
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
-    def __getitem__(self, step):
-        """Returns the Batch of a training step, counted from 0."""
+    def __getitem__(self, step: int) -> Batch:
+        """Returns the batch of a training step, counted from 0."""
         epoch, index = divmod(step, self.batches_per_epoch)
         return self._epoch(epoch if self.shuffle else 0)[index]
 
@@ -55,7 +68,7 @@ class BatchSchedule:
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.query_cell))[: self.batches_per_epoch * self.batch_size]
         query, answer = self.query_cell[order], self.answer_cell[order]
-        # Queries up and down in turn, so that the two cells that a batch may straddle are neighbours.
+        # Query cells in alternating order, so that a batch at a boundary spans two adjacent cells.
         batches = self._cut(order[np.lexsort((np.where(answer % 2, -query, query), answer))])
         return [self._batch(batches[index]) for index in random.permutation(len(batches))]
 
@@ -71,20 +84,21 @@ class BatchSchedule:
 
 
 class Batches:
-    """The padded batches of a Plan by step: what grain reads. Process p of P holds rows p*B/P ... of each batch."""
+    """The padded batches of a schedule by step, a data source for grain. Process p of P has rows p*B/P ... of each."""
 
-    def __init__(self, examples, plan, process, processes):
-        if plan.batch_size % processes:
-            raise InputError(f"train.batch_size={plan.batch_size} does not divide over {processes} processes")
-        self.examples, self.plan = examples, plan
-        size = plan.batch_size // processes
+    def __init__(self, examples: Examples, schedule: BatchSchedule, process: int, processes: int) -> None:
+        if schedule.batch_size % processes:
+            raise InputError(f"train.batch_size={schedule.batch_size} does not divide over {processes} processes")
+        self.examples, self.schedule = examples, schedule
+        size = schedule.batch_size // processes
         self.local = slice(process * size, (process + 1) * size)
 
-    def __len__(self):
-        return 2**40  # there is always another epoch
+    def __len__(self) -> int:
+        return 2**40  # the number of epochs is unlimited
 
-    def __getitem__(self, step):
-        batch = self.plan[step]
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        assert self.examples.target is not None
+        batch = self.schedule[step]
         rows = batch.rows[self.local]
         query = [self.examples.query[row] for row in rows]
         answer = [self.examples.answer[row] for row in rows]
@@ -104,7 +118,7 @@ class Batches:
         return arrays
 
 
-def pad(ids, length):
+def pad(ids: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
     """Right-pads id sequences with zeros to an int32 array (n, length)."""
     out = np.zeros((len(ids), length), np.int32)
     for row, values in enumerate(ids):
@@ -112,13 +126,13 @@ def pad(ids, length):
     return out
 
 
-def iterate(batches, first, last):
-    """Yields the batches of steps first ... last - 1 through grain, padded ahead of time in threads."""
+def iterate(batches: Any, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches of steps first ... last - 1, prefetched in threads. batches: a data source of grain."""
     dataset = grain.MapDataset.source(batches)[first:last]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def count_tokens(batch):
-    """Returns (real, computed) tokens of a padded batch, in which the lengths of NAME are NAME_lengths."""
+def count_tokens(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (real, padded) numbers of tokens of a batch with arrays NAME and NAME_lengths."""
     names = [name for name in batch if f"{name}_lengths" in batch]
     return sum(batch[f"{name}_lengths"].sum() for name in names), sum(batch[name].size for name in names)

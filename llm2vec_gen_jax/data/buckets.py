@@ -1,26 +1,28 @@
-"""Padded lengths: few enough to compile, close enough to waste little."""
+"""Bucketing of lengths: few padded lengths to compile, with little padding."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 _MULTIPLE = 8  # padded lengths are multiples of this
-_OCTAVE = 256  # tokens: row lengths are quarters of this, then of its doubles
+_OCTAVE = 256  # tokens; row lengths are multiples of a quarter of this, times a power of two
 
 
-def round_up(length, multiple=_MULTIPLE):
-    """The least positive multiple that is not below `length`."""
+def round_up(length: int, multiple: int = _MULTIPLE) -> int:
+    """Returns the smallest positive multiple that is at least `length`."""
     return max(-(-length // multiple), 1) * multiple
 
 
-def choose_edges(lengths, count, waste=0.05):
-    """Returns at most `count` padded lengths: as few as keep padding below `waste`, placed to make it least.
+def choose_edges(lengths: Sequence[int] | np.ndarray, count: int, waste: float = 0.05) -> list[int]:
+    """Returns the fewest padded lengths, at most `count`, with a padding fraction of at most `waste`.
 
-    Dynamic programming over the distinct lengths, rounded up to a multiple of 8.
+    They minimize padding, by dynamic programming over the distinct lengths, rounded up to a multiple of 8.
     """
-    padded, numbers = np.unique([round_up(length) for length in lengths], return_counts=True)
+    padded, counts = np.unique([round_up(length) for length in lengths], return_counts=True)
     real = max(int(np.sum(lengths)), 1)
-    cumulative = np.concatenate([[0], np.cumsum(numbers)])
-    best = [0.0] + [np.inf] * len(padded)  # least padded total of the first i distinct lengths
-    choices = []
+    cumulative = np.concatenate([[0], np.cumsum(counts)])
+    best = [0.0] + [np.inf] * len(padded)  # minimum padded total of the first i distinct lengths
+    choices: list[list[int]] = []
     for _ in range(min(count, len(padded))):
         following, choice = [0.0], [0]
         for end in range(1, len(padded) + 1):
@@ -38,16 +40,16 @@ def choose_edges(lengths, count, waste=0.05):
     return sorted(edges)
 
 
-def row_length(length, base):
-    """The row for a text of `length` tokens: `base`, or the least of 256, 320, 384, 448, 512, 640, ... above."""
+def row_length(length: int, base: int) -> int:
+    """Returns the row length for `length` tokens: the smallest of 256, 320, 384, 448, 512, 640, ..., or `base`."""
     octave = _OCTAVE
     while 2 * octave < length:
         octave *= 2
     return max(-(-length * 4 // octave) * octave // 4, base)
 
 
-def bucket_length(length):
-    """The least of 8, 12, 16, 24, 32, 48, 64, ... that is not below `length`: the padded lengths that compile."""
+def bucket_length(length: int) -> int:
+    """Returns the smallest of 8, 12, 16, 24, 32, 48, 64, ... that is at least `length`."""
     step = 8
     while step < length:
         if step + step // 2 >= length:

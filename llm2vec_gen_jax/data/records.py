@@ -1,18 +1,26 @@
-"""Training data: records, their ids, and a deterministic plan of padded batches that grain reads."""
+"""Training records from JSONL files and Hugging Face datasets."""
 
+import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import has_lone_surrogate
 from llm2vec_gen_jax.common.jsonl import read_jsonl
 
 
-def read_records(source, columns, split="train", limit=None, key="input"):
-    """Returns a list of dicts with the string `columns` (and `id`, when there is one) of a JSONL[.gz] file or a
-    Hugging Face dataset.
+def read_records(
+    source: str | os.PathLike[str],
+    columns: Sequence[str],
+    split: str = "train",
+    limit: int | None = None,
+    key: str = "input",
+) -> list[dict[str, Any]]:
+    """Reads the string `columns`, and `id` if present, of a JSONL[.gz] file or a Hugging Face dataset.
 
-    key: the setting that names the source, for errors.
-    Raises InputError naming file, line and column for a missing column, a value that is no string, or no rows.
+    key: the setting of the source, for errors.
+    Raises InputError naming file, line and column for a missing column, a value that is not a string, or no rows.
     """
     path = pathlib.Path(source).expanduser()
     if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
@@ -21,12 +29,12 @@ def read_records(source, columns, split="train", limit=None, key="input"):
         rows = ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
     else:
         rows = ((f"{source}, row {number}", row) for number, row in enumerate(_hub_dataset(source, split)))
-    records = []
+    records: list[dict[str, Any]] = []
     for where, row in rows:
         if limit is not None and len(records) == limit:
             break
         if not isinstance(row.get("id", 0), (str, int)):
-            raise InputError(f"{where}: 'id' must be a string or a whole number, found {row['id']!r}")
+            raise InputError(f"{where}: 'id' must be a string or an integer, found {row['id']!r}")
         for column in columns:
             if column not in row:
                 raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
@@ -35,23 +43,11 @@ def read_records(source, columns, split="train", limit=None, key="input"):
         record = {key: row[key] for key in ("id", *columns) if key in row}
         for key, value in record.items():
             if isinstance(value, str) and has_lone_surrogate(value):
-                raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is no valid text")
+                raise InputError(f"{where}: {key!r} has an unpaired surrogate (not valid Unicode)")
         records.append(record)
     if not records:
         raise InputError(f"{source}: no rows")
     return records
-
-
-def read_texts(path, field):
-    """Returns the texts of a .txt file (one per line) or of `field` of a .jsonl[.gz] file."""
-    from llm2vec_gen_jax.common.jsonl import read_lines
-
-    if pathlib.Path(path).suffix == ".txt":
-        texts = [line for _, line in read_lines(path)]
-        if not texts:
-            raise InputError(f"{path}: no lines")
-        return texts
-    return [row[field] for row in read_records(path, (field,))]
 
 
 def _hub_dataset(source, split):
@@ -59,7 +55,7 @@ def _hub_dataset(source, split):
 
     try:
         return datasets.load_dataset(source, split=split)
-    except Exception as error:  # datasets raises many types; all of them mean that it cannot be had
+    except Exception as error:  # datasets raises many types for a dataset that cannot be loaded
         raise InputError(
-            f"data {source!r} (split {split!r}): neither a file nor a dataset ({first_line(error)})"
+            f"data {source!r} (split {split!r}): neither a file nor a Hugging Face dataset ({first_line(error)})"
         ) from None

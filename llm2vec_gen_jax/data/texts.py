@@ -1,4 +1,4 @@
-"""Large inputs: texts out of text, JSONL, Parquet and Arrow files, streamed in one order, any part of them."""
+"""Streams texts from text, JSONL, Parquet and Arrow files, saved datasets and standard input."""
 
 import glob
 import hashlib
@@ -13,14 +13,25 @@ from typing import Any, NamedTuple
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, visible
 from llm2vec_gen_jax.common.jsonl import lines_of, parse_object, read_lines
+from llm2vec_gen_jax.data.records import read_records
 
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-_PIECE = 1024  # rows of an Arrow table that are in memory
-_MOST_ROWS = 2**34  # of a table: what a damaged file says may be 2**62
+_CHUNK_ROWS = 1024  # rows of a table in memory
+_MAX_ROWS = 2**34  # the count in a damaged file can be 2**62
+
+
+def read_texts(path: str | os.PathLike[str], field: str) -> list[str]:
+    """Returns all lines of a .txt file, or `field` of all rows of a .jsonl[.gz] file or a Hugging Face dataset."""
+    if pathlib.Path(path).suffix != ".txt":
+        return [row[field] for row in read_records(path, (field,))]
+    texts = [line for _, line in read_lines(path)]
+    if not texts:
+        raise InputError(f"{path}: no lines")
+    return texts
 
 
 class Row(NamedTuple):
-    """A text and where it is: its number in the whole input, from 0, and its id."""
+    """A text, its index in the complete input (from 0), and its id."""
 
     number: int
     id: str | int
@@ -30,10 +41,10 @@ class Row(NamedTuple):
 class Corpus:
     """The texts of an `input=` setting.
 
-    source: files, folders and patterns (`**` too), separated by commas; `-` is standard input. A folder is a Hugging
-    Face dataset (save_to_disk) or stands for the files in it, but for names that begin with a dot. field, id_field:
-    keys of JSON objects, columns of tables. stdin: what `-` holds, "txt" or "jsonl". check: called while `-` is silent;
-    what it raises ends the reading. Files come in the order given, those of a pattern or folder sorted.
+    source: files, folders and glob patterns (including `**`), separated by commas; `-` is standard input. A folder is a
+    Hugging Face dataset (save_to_disk), or all its files except names with a leading dot. field, id_field: keys of JSON
+    objects or columns of tables. stdin: format of `-`, "txt" or "jsonl". check: called repeatedly while no data arrives
+    on `-`; it may raise to stop. Files are read in the order of `source`, those of a pattern or folder sorted.
     """
 
     def __init__(
@@ -49,14 +60,14 @@ class Corpus:
         self.streamed = "-" in self.files
 
     def identity(self) -> dict[str, Any]:
-        """Returns {"files": names in their order, "sha256": {name: hash}}; standard input has no hash."""
+        """Returns {"files": names in order, "sha256": {name: digest}}; standard input has no digest."""
         return {
             "files": [str(file) for file in self.files],
             "sha256": {str(file): _sha256(file) for file in self.files if file != "-"},
         }
 
     def count(self) -> int | None:
-        """Returns about how many texts there are (blank lines included), or None where only reading them would tell."""
+        """Returns the number of texts, including blank lines, or None if it is unknown before reading."""
         total = 0
         for file in self.files:
             if file == "-" or file.suffix == ".gz":
@@ -65,13 +76,14 @@ class Corpus:
                 with open(file, "rb") as lines:
                     total += sum(1 for _ in lines)
             else:
-                total += sum(length for length, _ in self._pieces(file))
+                total += sum(length for length, _ in self._chunks(file))
         return total
 
-    def read(self, wanted: Callable[[int, int], bool] = lambda first, count: True) -> Iterator[Row]:
-        """Yields the Rows for which wanted(row number, 1). What is not wanted is skipped, unparsed.
+    def read(self, is_selected: Callable[[int, int], bool] = lambda first, count: True) -> Iterator[Row]:
+        """Yields the Rows for which is_selected(row number, 1). Other rows are skipped without parsing.
 
-        wanted(first, count) says whether any of `count` rows from `first` is. Raises InputError naming file and line.
+        is_selected(first, count): whether any of `count` rows from `first` is selected. Raises InputError naming file
+        and line.
         """
         number = 0
         for file in self.files:
@@ -84,21 +96,21 @@ class Corpus:
                 for line_number, line in lines:
                     if suffix == ".jsonl" and not line.strip():
                         continue
-                    if wanted(number, 1):
+                    if is_selected(number, 1):
                         where = f"{name}, line {line_number}"
                         record = {self.field: line} if suffix == ".txt" else parse_object(line, where)
                         yield self._row(record, number, where, suffix == ".txt")
                     number += 1
             else:
                 start = number
-                for length, records in self._pieces(file):
-                    if wanted(number, length):
+                for length, records in self._chunks(file):
+                    if is_selected(number, length):
                         for row, record in enumerate(records(), number):
-                            if wanted(row, 1):
+                            if is_selected(row, 1):
                                 yield self._row(record, row, f"{file}, row {row - start}", False)
                     number += length
         if number == 0:
-            raise InputError(f"input={self.source}: no texts in it")
+            raise InputError(f"input={self.source}: no texts")
         self.rows = number
 
     def _row(self, record, number, where, plain):
@@ -108,19 +120,19 @@ class Corpus:
         if not isinstance(text, str):
             raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
         if has_lone_surrogate(text):
-            raise InputError(f"{where}: {self.field!r} holds half of a surrogate pair, which is no valid text")
+            raise InputError(f"{where}: {self.field!r} has an unpaired surrogate (not valid Unicode)")
         if self.id_field is not None:
             if plain:
-                raise InputError(f"{where}: lines of text have no {self.id_field!r}: leave id_field out, or use JSONL")
+                raise InputError(f"{where}: plain text has no {self.id_field!r}. Omit id_field, or use JSONL")
             if self.id_field not in record:
                 raise InputError(f"{where}: no column {self.id_field!r}{nearest(self.id_field, record)}. Set id_field=")
             if not isinstance(record[self.id_field], str | int):
-                raise InputError(f"{where}: {self.id_field!r} must be a string or a whole number")
+                raise InputError(f"{where}: {self.id_field!r} must be a string or an integer")
             id_ = str(record[self.id_field])
         return Row(number, id_, text)
 
-    def _pieces(self, file):
-        """Yields (rows, a function that reads them as dicts) of a Parquet or Arrow file or a saved dataset."""
+    def _chunks(self, file):
+        """Yields (number of rows, function that reads them as dicts) of a Parquet or Arrow file or a saved dataset."""
         columns = [self.field] if self.id_field in (None, self.field) else [self.field, self.id_field]
 
         def guarded(read):
@@ -128,24 +140,26 @@ class Corpus:
                 return read()
             except ImportError:
                 raise
-            except Exception as error:  # of a saved dataset's JSON, a column's name, a type: damage raises nearly any
+            except Exception as error:  # damaged files raise nearly any exception in pyarrow and datasets
                 raise InputError(f"{file}: damaged or not readable ({first_line(error)})") from None
 
-        names, pieces = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
-        if twice := [name for name in columns if list(names).count(name) > 1]:
-            raise InputError(f"{file}: two of its columns are called {twice[0]!r}. Rename one")
+        names, chunks = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
+        if duplicates := [name for name in columns if list(names).count(name) > 1]:
+            raise InputError(f"{file}: two columns are called {duplicates[0]!r}. Rename one")
         if missing := [name for name in columns if name not in names]:
             key = "field" if missing[0] == self.field else "id_field"
             raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
-        for length, table in pieces(columns):
+        for length, table in chunks(columns):
             yield length, lambda table=table: guarded(lambda: _rows(table()))
 
 
 class _StandardInput(io.RawIOBase):
-    """Standard input that can be given up while its producer is silent: a thread in a read of sys.stdin, when Python
-    ends, aborts the process."""
+    """Standard input with a `check` that can interrupt a read while no data arrives.
 
-    def __init__(self, descriptor, check):
+    A thread blocked in sys.stdin.read would abort the process at interpreter exit.
+    """
+
+    def __init__(self, descriptor: int, check: Callable[[], None]) -> None:
         self.descriptor, self.check = descriptor, check
 
     def readable(self):
@@ -156,7 +170,7 @@ class _StandardInput(io.RawIOBase):
             self.check()
         try:
             return os.readv(self.descriptor, [buffer])
-        except OSError as error:  # opened for writing only, a directory, a terminal that is gone
+        except OSError as error:  # opened for writing only, a directory, or a closed terminal
             raise InputError(f"input=-: standard input cannot be read ({error.strerror})") from None
 
 
@@ -169,43 +183,43 @@ def _standard_input(check):
 
 
 def _rows(table):
-    """Returns the dicts of an Arrow table. An Arrow file is not checked as it is opened: a wrong offset is a crash."""
+    """Returns the rows of an Arrow table as dicts. Validates it first, because a wrong offset would crash."""
     table.validate(full=True)
     return table.to_pylist()
 
 
-def _check_rows(numbers):
-    if min(numbers, default=0) < 0 or sum(numbers) > _MOST_ROWS:
-        raise ValueError(f"it says that it has {sum(numbers)} rows")
+def _check_rows(counts):
+    if min(counts, default=0) < 0 or sum(counts) > _MAX_ROWS:
+        raise ValueError(f"invalid number of rows, {sum(counts)}")
 
 
 def _open_parquet(path):
-    """Returns (column names, pieces): pieces(columns) yields (rows, a function that returns their Arrow table)."""
+    """Returns (column names, chunks): chunks(columns) yields (number of rows, function that returns an Arrow table)."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     _check_rows(groups)
 
-    def pieces(columns):
+    def chunks(columns):
         for group, rows in enumerate(groups):
-            # A row group may be large, so it is read in pieces, and not at all where none of it is wanted.
+            # A row group may be large: it is read in chunks, and only if one of them is used.
             batches = None
 
-            def piece(index, group=group):
+            def chunk(index, group=group):
                 nonlocal batches
                 if batches is None:
-                    batches = enumerate(file.iter_batches(_PIECE, [group], columns))
+                    batches = enumerate(file.iter_batches(_CHUNK_ROWS, [group], columns))
                 return next(batch for number, batch in batches if number == index)
 
-            for start in range(0, rows, _PIECE):
-                yield min(_PIECE, rows - start), lambda start=start: piece(start // _PIECE)
+            for start in range(0, rows, _CHUNK_ROWS):
+                yield min(_CHUNK_ROWS, rows - start), lambda start=start: chunk(start // _CHUNK_ROWS)
 
-    return file.schema_arrow.names, pieces
+    return file.schema_arrow.names, chunks
 
 
 def _open_arrow(path):
-    """`_open_parquet` of a folder that save_to_disk wrote, or of an Arrow file or stream."""
+    """`_open_parquet` for a folder of save_to_disk, or an Arrow file or stream."""
     if path.is_dir():
         import datasets
 
@@ -224,39 +238,39 @@ def _open_arrow(path):
 
     _check_rows([len(dataset)])
 
-    def pieces(columns):
-        for start in range(0, len(dataset), _PIECE):
-            stop = min(start + _PIECE, len(dataset))
+    def chunks(columns):
+        for start in range(0, len(dataset), _CHUNK_ROWS):
+            stop = min(start + _CHUNK_ROWS, len(dataset))
             yield stop - start, lambda start=start, stop=stop: slice_of(start, stop).select(columns)
 
-    return names, pieces
+    return names, chunks
 
 
 def _expand(source):
     """Returns the paths, and "-", of an input setting."""
-    found = []
-    whole = pathlib.Path(source).expanduser().exists()  # a name may hold a comma
-    for part in [source] if whole else source.split(","):
+    paths = []
+    is_path = pathlib.Path(source).expanduser().exists()  # a path may contain a comma
+    for part in [source] if is_path else source.split(","):
         path = pathlib.Path(part).expanduser()
         if part == "-":
-            found.append(part)
+            paths.append(part)
         elif path.is_dir():
-            found += _files_in(path)
+            paths += _files_in(path)
         elif path.exists():
-            found.append(path)
+            paths.append(path)
         else:
             matches = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True))
             if not matches:
                 raise InputError(f"{part}: no such file")
-            found += matches
-    for path in found:
+            paths += matches
+    for path in paths:
         if path != "-" and not path.is_dir():
             check_file(path)
-        if path != "-" and not path.is_dir() and not path.name.endswith(_SUFFIXES):
-            raise InputError(f"{path}: cannot be read; supported: {', '.join(_SUFFIXES)}, and saved datasets")
-    if found.count("-") > 1:
+            if not path.name.endswith(_SUFFIXES):
+                raise InputError(f"{path}: unknown file type; supported: {', '.join(_SUFFIXES)}, and saved datasets")
+    if paths.count("-") > 1:
         raise InputError(f"input={source}: standard input (-) can be read once")
-    return found
+    return paths
 
 
 def _files_in(folder):
@@ -265,13 +279,13 @@ def _files_in(folder):
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
-            raise InputError(f"{folder / 'dataset_dict.json'}: no list of splits")
+            raise InputError(f"{folder / 'dataset_dict.json'}: splits must be a list of names")
         raise InputError(
-            f"{folder}: holds several splits; name one: {', '.join(str(folder / name) for name in splits)}"
+            f"{folder}: contains several splits. Pass one of {', '.join(str(folder / name) for name in splits)}"
         )
     files = [path for path in visible(folder) if path.name.endswith(_SUFFIXES)]
     if not files:
-        raise InputError(f"{folder}: no file in it that can be read; supported: {', '.join(_SUFFIXES)}")
+        raise InputError(f"{folder}: contains no supported file ({', '.join(_SUFFIXES)})")
     return files
 
 

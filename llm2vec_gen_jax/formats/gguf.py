@@ -1,9 +1,12 @@
-"""GGUF files: architecture, dequantised weights under Hugging Face names, and the tokenizer, without torch."""
+"""GGUF files: architecture, dequantized weights with Hugging Face names, and tokenizer."""
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 import gguf
 import numpy as np
@@ -32,23 +35,23 @@ _NAMES = {
 }
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How a text is split before byte-pair merges, by `tokenizer.ggml.pre`.
-_SPLITS = {
+# Pre-tokenization by value of `tokenizer.ggml.pre`.
+_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "gpt-2": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS + "{1,3}" + _REST), "isolated")],
     "qwen2": [pre_tokenizers.Split(Regex(_WORDS + _REST), "isolated")],
 }
-# What files of unknown or old converters leave out: all models of these families split their texts in one way.
-_FAMILY_SPLITS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+# Default for files of unknown or old converters; all models of these families use one pre-tokenization.
+_FAMILY_PRE_TOKENIZERS = {"qwen2": "qwen2", "qwen3": "qwen2"}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-# Token types of tokens that are found in a text as they are, before it is split: whether they are special.
+# Token types that are matched literally before pre-tokenization: whether they are special.
 _ADDED = {gguf.TokenType.UNKNOWN: True, gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
 _LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1, Llama 3.2
 
 
-def _damage_named(function):
-    """Decorates what reads a GGUFSource: whatever damage makes of the reader becomes an InputError that names it."""
+def _raises_input_error(function: Callable) -> Callable:
+    """Decorator: turns any error of a function of a GGUFSource into an InputError that names the file."""
 
     @functools.wraps(function)
     def read(source, *arguments):
@@ -59,125 +62,125 @@ def _damage_named(function):
         except FileNotFoundError:
             raise InputError(f"{source}: no such file") from None
         except Exception as error:
-            raise InputError(f"{source}: not a whole GGUF file ({error})") from None
+            raise InputError(f"{source}: not a complete GGUF file ({error})") from None
 
     return read
 
 
 class GGUFSource:
-    """A GGUF file as a source of weights (see weights.py)."""
+    """A GGUF file, possibly split, as a `weights.WeightSource`."""
 
-    @_damage_named
-    def __init__(self, path):
+    @_raises_input_error
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self.reader = gguf_file.GGUFFile(path)
         self.family = self.field("general.architecture")
-        self.tensors = {}
-        for part in [self.reader, *self._further_parts()]:
+        self.tensors: dict[str, gguf_file.Tensor] = {}
+        for part in [self.reader, *self._other_parts()]:
             for tensor in part.tensors:
                 name = _hf_name(tensor.name)
                 if name is None and tensor.name != "rope_freqs.weight":
                     raise InputError(f"{self}: tensor {tensor.name} is not supported")
                 if (name or tensor.name) in self.tensors:
-                    raise InputError(f"{self}: tensor {tensor.name} is there twice")
+                    raise InputError(f"{self}: duplicate tensor {tensor.name}")
                 self.tensors[name or tensor.name] = tensor
         expected = self.field("split.tensors.count", len(self.tensors))
         if expected != len(self.tensors):
-            raise InputError(f"{self}: its parts hold {len(self.tensors)} tensors, split.tensors.count is {expected}")
+            raise InputError(f"{self}: split.tensors.count is {expected}, the parts have {len(self.tensors)} tensors")
 
-    def _further_parts(self):
-        """Returns the readers of parts 2 to N of a model in N files, of which this is the first."""
+    def _other_parts(self):
+        """Returns the readers of parts 2 to N of a split file; this file is part 1."""
         count, number = self.field("split.count", 1), self.field("split.no", 0)
         if count <= 1:
             return []
         match = _PART.fullmatch(self.path.name)
-        merged = "or merge the parts: llama-gguf-split --merge FIRST-PART MERGED.gguf"
+        merge = "or merge the parts: llama-gguf-split --merge FIRST-PART MERGED.gguf"
         if match is None or int(match[3]) != count or int(match[2]) != number + 1:
             raise InputError(
-                f"{self}: is part {number + 1} of {count}, which its name must end in: "
-                f"NAME-{number + 1:05}-of-{count:05}.gguf; rename it {merged}"
+                f"{self}: is part {number + 1} of {count}, but its name does not end in "
+                f"-{number + 1:05}-of-{count:05}.gguf. Rename it {merge}"
             )
         files = [self.path.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
         if number != 0:
-            raise InputError(f"{self}: is part {number + 1} of {count}; give the first one, {files[0]}, {merged}")
+            raise InputError(f"{self}: is part {number + 1} of {count}. Pass the first part, {files[0]}, {merge}")
         if missing := [file.name for file in files if not file.is_file()]:
-            raise InputError(f"{self}: of its {count} parts {missing[0]} is missing; put it beside the first one")
+            raise InputError(f"{self}: part {missing[0]} of {count} parts is missing. Put all parts in one folder")
         return [self._part(file, part, count) for part, file in enumerate(files)][1:]
 
     @staticmethod
     def _part(file, number, count):
         try:
             reader = gguf_file.GGUFFile(file)
-            found = {key: reader.fields[f"split.{key}"].contents() for key in ("no", "count")}
+            split = {key: reader.fields[f"split.{key}"].contents() for key in ("no", "count")}
         except Exception as error:
-            raise InputError(f"{file}: not a whole part of a GGUF file ({error})") from None
-        if found != {"no": number, "count": count}:
-            raise InputError(f"{file}: is part {found['no'] + 1} of {found['count']}, expected {number + 1} of {count}")
+            raise InputError(f"{file}: not a complete part of a GGUF file ({error})") from None
+        if split != {"no": number, "count": count}:
+            raise InputError(f"{file}: is part {split['no'] + 1} of {split['count']}, expected {number + 1} of {count}")
         return reader
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self.path)
 
-    @_damage_named
-    def field(self, key, default=None):
-        """Returns a metadata value; "{}" in the key stands for the architecture."""
+    @_raises_input_error
+    def field(self, key: str, default: Any = None) -> Any:
+        """Returns a metadata value; "{}" in the key is replaced by the architecture."""
         key = key.format(getattr(self, "family", ""))
         return self.reader.fields[key].contents() if key in self.reader.fields else default
 
-    def names(self):
+    def names(self) -> list[str]:
         """Returns the Hugging Face names of the weights."""
         return [name for name in self.tensors if name != "rope_freqs.weight"]
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape in Hugging Face order."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
-    @_damage_named
-    def read(self, name, slices):
-        """Returns a dequantised float32 slice in Hugging Face layout."""
+    @_raises_input_error
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """Returns a dequantized float32 slice in Hugging Face layout."""
         tensor = self.tensors[name]
         heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}
         projection = next((part for part in heads if f"{part}.weight" in name), None)
         if projection and self.family == "llama":
-            # llama.cpp interleaves the halves of each head's rotary dimensions; whole heads stay contiguous.
-            rows = self._dequantise(tensor, slices[0])
+            # llama.cpp interleaves the halves of each head's rotary dimensions; heads stay contiguous.
+            rows = self._dequantize(tensor, slices[0])
             head_dim = self.shape(name)[0] // self.field("{}." + heads[projection])
             rows = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
             return rows[(slice(None), *slices[1:])]
-        return self._dequantise(tensor, slices[0])[(slice(None), *slices[1:])]
+        return self._dequantize(tensor, slices[0])[(slice(None), *slices[1:])]
 
     @staticmethod
-    def _dequantise(tensor, rows):
+    def _dequantize(tensor, rows):
         return np.asarray(gguf.dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
 
 
-@_damage_named
-def read_architecture(source):
-    """Returns (Architecture, Hugging Face config dict) of a GGUFSource."""
-    f = functools.partial(source.field)
+@_raises_input_error
+def read_architecture(source: GGUFSource) -> tuple[architecture_lib.Architecture, dict[str, Any]]:
+    """Returns (Architecture, Hugging Face config dict)."""
+    field = source.field
 
-    def need(key):
-        value = f(key)
+    def required(key):
+        value = field(key)
         if value is None:
             raise InputError(f"{source}: metadata {key.format(source.family)} is missing")
         return value
 
-    hidden, heads = need("{}.embedding_length"), need("{}.attention.head_count")
-    head_dim, scaling = f("{}.attention.key_length", hidden // heads), f("{}.rope.scaling.type")
+    hidden, heads = required("{}.embedding_length"), required("{}.attention.head_count")
+    head_dim, scaling = field("{}.attention.key_length", hidden // heads), field("{}.rope.scaling.type")
     config = {
         "model_type": source.family,
         "vocab_size": source.shape("model.embed_tokens.weight")[0],
         "hidden_size": hidden,
-        "intermediate_size": need("{}.feed_forward_length"),
-        "num_hidden_layers": need("{}.block_count"),
+        "intermediate_size": required("{}.feed_forward_length"),
+        "num_hidden_layers": required("{}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": f("{}.attention.head_count_kv", heads),
+        "num_key_value_heads": field("{}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        # GGUF stores float32: 1e-5 reads as 9.999999747378752e-06. The shortest decimal is what was meant.
-        "rms_norm_eps": float(str(np.float32(need("{}.attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(f("{}.rope.freq_base", 10000.0)),
+        # GGUF stores float32: 1e-5 is read as 9.999999747378752e-06. The shortest decimal restores 1e-5.
+        "rms_norm_eps": float(str(np.float32(required("{}.attention.layer_norm_rms_epsilon")))),
+        "rope_theta": float(field("{}.rope.freq_base", 10000.0)),
         "rope_scaling": None if scaling in (None, "none") else {"rope_type": scaling},
-        "partial_rotary_factor": f("{}.rope.dimension_count", head_dim) / head_dim,
+        "partial_rotary_factor": field("{}.rope.dimension_count", head_dim) / head_dim,
         "tie_word_embeddings": "lm_head.weight" not in source.tensors,
     }
     architecture = architecture_lib.from_hf_config(config, source)
@@ -188,7 +191,7 @@ def read_architecture(source):
 
 
 def _llama3_scaling(source, architecture):
-    """Finds the Llama 3 scaling whose frequency factors the file holds (GGUF keeps the factors only)."""
+    """Returns the Llama 3 scaling that matches the frequency factors; GGUF stores only the factors."""
     stored = np.asarray(source.tensors["rope_freqs.weight"].data, np.float32).ravel()
     half = np.arange(0, architecture.head_dim, 2) / architecture.head_dim
     ratio = 8192 / (2 * np.pi * architecture.rope_theta**half)
@@ -199,35 +202,35 @@ def _llama3_scaling(source, architecture):
     raise InputError(f"{source}: rope_freqs.weight is not a known Llama 3 scaling")
 
 
-@_damage_named
-def read_tokenizer(source):
-    """Returns the transformers tokenizer that the metadata describes (byte-level BPE)."""
-    f = source.field
-    if f("tokenizer.ggml.model") != "gpt2":
-        raise InputError(f"{source}: tokenizer.ggml.model={f('tokenizer.ggml.model')!r}; only gpt2 (BPE) is supported")
-    if f("tokenizer.ggml.add_space_prefix"):
+@_raises_input_error
+def read_tokenizer(source: GGUFSource) -> PreTrainedTokenizerFast:
+    """Returns a transformers tokenizer built from the metadata (byte-level BPE)."""
+    field = source.field
+    if (model := field("tokenizer.ggml.model")) != "gpt2":
+        raise InputError(f"{source}: tokenizer.ggml.model={model!r}; only gpt2 (BPE) is supported")
+    if field("tokenizer.ggml.add_space_prefix"):
         raise InputError(f"{source}: tokenizer.ggml.add_space_prefix=True is not supported")
-    kind = _split_of(source)
+    kind = _pre_tokenization(source)
     backend = _backend(source, kind)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*_SPLITS[kind], byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_PRE_TOKENIZERS[kind], byte_level])
     backend.decoder = decoders.ByteLevel()
     if kind == "qwen2":
         backend.normalizer = normalizers.NFC()
     names = {}
-    for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
-        number = f(f"tokenizer.ggml.{theirs}_token_id")
-        names[f"{ours}_token"] = None if number is None else backend.id_to_token(number)
-        if number is not None and names[f"{ours}_token"] is None:
-            raise InputError(f"{source}: tokenizer.ggml.{theirs}_token_id={number} is not the id of a token")
-    if kind == "qwen2" and f("tokenizer.ggml.add_bos_token") is False:
-        names["bos_token"] = None  # converters write the number of config.json; these tokenizers have no such token
-    added = {end: names[f"{end}_token"] for end in ("bos", "eos") if f(f"tokenizer.ggml.add_{end}_token", False)}
-    if kind == "llama-bpe" and names["bos_token"] and f("tokenizer.ggml.add_bos_token") is None:
+    for hf_name, gguf_name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        id_ = field(f"tokenizer.ggml.{gguf_name}_token_id")
+        names[f"{hf_name}_token"] = None if id_ is None else backend.id_to_token(id_)
+        if id_ is not None and names[f"{hf_name}_token"] is None:
+            raise InputError(f"{source}: tokenizer.ggml.{gguf_name}_token_id={id_} is not the id of a token")
+    if kind == "qwen2" and field("tokenizer.ggml.add_bos_token") is False:
+        names["bos_token"] = None  # converters copy the id from config.json, but these tokenizers have no BOS
+    added = {end: names[f"{end}_token"] for end in ("bos", "eos") if field(f"tokenizer.ggml.add_{end}_token", False)}
+    if kind == "llama-bpe" and names["bos_token"] and field("tokenizer.ggml.add_bos_token") is None:
         added["bos"] = names["bos_token"]
     for end, token in added.items():
         if token is None:
-            raise InputError(f"{source}: tokenizer.ggml.add_{end}_token is set, {end}_token_id is missing")
+            raise InputError(f"{source}: tokenizer.ggml.add_{end}_token is set, but {end}_token_id is missing")
     if added:
         single = " ".join(filter(None, [added.get("bos"), "$A", added.get("eos")]))
         special = [(token, backend.token_to_id(token)) for token in {*added.values()}]
@@ -235,56 +238,56 @@ def read_tokenizer(source):
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_chat_template(source),
-        model_max_length=f("{}.context_length"),
+        model_max_length=field("{}.context_length"),
         clean_up_tokenization_spaces=False,
         **names,
     )
 
 
-def _split_of(source):
-    """Returns the key of _SPLITS of a file. Raises InputError where the file leaves it open: ids would be wrong."""
+def _pre_tokenization(source):
+    """Returns a key of _PRE_TOKENIZERS. Raises InputError if it is unknown, because ids would be wrong."""
     kind = source.field("tokenizer.ggml.pre")
-    if kind in (None, "default"):  # "default": llama.cpp's guess where the converter did not know
-        kind = _FAMILY_SPLITS.get(source.family, kind)
-    if kind in _SPLITS:
+    if kind in (None, "default"):  # "default": unknown to the converter
+        kind = _FAMILY_PRE_TOKENIZERS.get(source.family, kind)
+    if kind in _PRE_TOKENIZERS:
         return kind
-    found = "is missing" if kind is None else f"is {kind!r}"
+    problem = "is missing" if kind is None else f"is {kind!r}"
     raise InputError(
-        f"{source}: tokenizer.ggml.pre, the way in which texts are split, {found}; supported: {', '.join(_SPLITS)}. "
-        "Convert the model again, set it with gguf-new-metadata --pre-tokenizer, or give the Hugging Face folder"
+        f"{source}: tokenizer.ggml.pre (the pre-tokenization) {problem}; supported: {', '.join(_PRE_TOKENIZERS)}. "
+        "Convert the model again, set it with gguf-new-metadata --pre-tokenizer, or pass the Hugging Face folder"
     )
 
 
 def _backend(source, kind):
-    """Returns the tokenizers.Tokenizer of the tokens, their types and merges; no text is split yet."""
+    """Returns a tokenizers.Tokenizer with the tokens, their types and merges, without pre-tokenization."""
     tokens, types = (source.field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if tokens is None or types is None or len(tokens) != len(types):
         raise InputError(f"{source}: tokenizer.ggml.tokens or tokenizer.ggml.token_type is missing or too short")
     known = {type_.value for type_ in gguf.TokenType}
     if unknown := [type_ for type_ in types if type_ not in known]:
         raise InputError(f"{source}: tokenizer.ggml.token_type {unknown[0]} is not supported")
-    # GGUF cannot hold an empty list: a tokenizer of bytes alone has no merges.
+    # GGUF cannot store an empty list: the merges of a byte-only tokenizer are missing.
     merges = [tuple(merge.split(" ")) for merge in source.field("tokenizer.ggml.merges", [])]
     normal = {token: i for i, token in enumerate(tokens) if types[i] not in (*_ADDED, gguf.TokenType.UNUSED)}
-    # A token of its own text, and whether that is special: not for texts.
+    # id -> (token, whether it is special)
     added = {i: (token, _ADDED[types[i]]) for i, token in enumerate(tokens) if types[i] in _ADDED}
-    # Added tokens that follow the others get their ids by that; elsewhere they must be in the vocabulary.
-    follow = sorted(added) == list(range(len(normal), len(normal) + len(added)))
-    vocabulary = normal if follow else normal | {token: i for i, (token, _) in added.items()}
+    # Added tokens after all others get consecutive ids; in any other position they must be in the vocabulary.
+    at_end = sorted(added) == list(range(len(normal), len(normal) + len(added)))
+    vocabulary = normal if at_end else normal | {token: i for i, (token, _) in added.items()}
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise InputError(f"{source}: tokenizer.ggml.merges holds {' '.join(merge)!r}, which is not of its tokens")
+            raise InputError(f"{source}: tokenizer.ggml.merges has {' '.join(merge)!r}, not made of its tokens")
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind == "llama-bpe"))
     for i, (token, special) in sorted(added.items()):
-        one = AddedToken(token, normalized=False, special=special)
-        backend.add_special_tokens([one]) if special else backend.add_tokens([one])
+        added_token = AddedToken(token, normalized=False, special=special)
+        backend.add_special_tokens([added_token]) if special else backend.add_tokens([added_token])
         if backend.token_to_id(token) != i:
-            raise InputError(f"{source}: tokenizer.ggml.tokens holds {token!r} twice, or it is empty")
+            raise InputError(f"{source}: tokenizer.ggml.tokens: {token!r} is empty or a duplicate")
     return backend
 
 
 def _chat_template(source):
-    """Returns the chat template, {name: template} where there are named ones, or None."""
+    """Returns the chat template, {name: template} if there are named ones, or None."""
     names = source.field("tokenizer.chat_templates", [])
     named = {name: source.field(f"tokenizer.chat_template.{name}") for name in names}
     default = source.field("tokenizer.chat_template")
@@ -293,11 +296,11 @@ def _chat_template(source):
     return {name: text for name, text in {**named, "default": default}.items() if text}
 
 
-@_damage_named
-def stop_ids(source):
+@_raises_input_error
+def stop_ids(source: GGUFSource) -> list[int]:
     """Returns the ids that end a turn."""
     ids = [source.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    return [number for number in ids if number is not None]
+    return [id_ for id_ in ids if id_ is not None]
 
 
 def _hf_name(name):

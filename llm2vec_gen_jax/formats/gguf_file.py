@@ -1,12 +1,12 @@
-"""The layout of a GGUF file: metadata and tensors where they lie, each count compared with the file's size.
+"""Reads the metadata and memory-maps the tensors of a GGUF file, with bounds checks on every count.
 
-Does what gguf.GGUFReader does, which believes every count (a file of 57 bytes can keep it busy for ever) and makes an
-array of each number and string of the metadata. Versions 2 and 3, little-endian:
+Replaces gguf.GGUFReader, which trusts every count (a file of 57 bytes can keep it busy forever) and makes an array of
+each metadata value. Versions 2 and 3, little-endian:
 
     "GGUF", version u32, number of tensors u64, number of fields u64
     fields:  key, type u32, value         (a string: length u64, UTF-8; an array: type u32, length u64, values)
     tensors: name, number of dimensions u32, dimensions u64, type u32, offset u64
-    from the next multiple of general.alignment on: the tensors
+    tensor data, from the next multiple of general.alignment
 """
 
 import math
@@ -26,17 +26,17 @@ _ARRAYS = {"F32": "f4", "F16": "f2", "F64": "f8", "I8": "i1", "I16": "i2", "I32"
 
 
 class Field(NamedTuple):
-    """A metadata value: a string, a number, a list of strings or an array (n,) of numbers."""
+    """A metadata value: a string, a number, a list of strings or a numeric array (n,)."""
 
     value: Any
 
     def contents(self) -> Any:
-        """Returns it as Python's own types."""
+        """Returns the value as Python types."""
         return self.value.tolist() if isinstance(self.value, np.ndarray | np.generic) else self.value
 
 
 class Tensor(NamedTuple):
-    """shape: as in the file, the last axis first. data: mapped, in rows; of quantized types the bytes of each row."""
+    """shape: as in the file, last axis first. data: memory-mapped rows; for quantized types, the bytes of each row."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,16 +45,16 @@ class Tensor(NamedTuple):
 
 
 class GGUFFile:
-    """fields: {key: Field}. tensors: in their order. data_offset: where their data begins.
+    """fields: {key: Field}. tensors: in file order. data_offset: start of the tensor data.
 
-    Raises ValueError for what is no such file, or ends before what it announces.
+    Raises ValueError for an invalid or truncated file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._data = np.memmap(path, np.uint8, "r")
         self._view, self._offset = self._data.data, 0
         if bytes(self._take(4)) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("the file does not start with GGUF")
         if (version := self._number("u4")) not in _VERSIONS:
             raise ValueError(f"version {version} is not supported")
         tensors, fields = self._number("u8"), self._number("u8")
@@ -62,21 +62,21 @@ class GGUFFile:
         for _ in range(self._fits(fields, 8 + 4 + 1)):
             key = self._string()
             if key in self.fields:
-                raise ValueError(f"{key} is there twice")
+                raise ValueError(f"duplicate key {key}")
             self.fields[key] = Field(self._value(self._number("u4")))
-        described = [self._description() for _ in range(self._fits(tensors, 8 + 4 + 4 + 8))]
+        infos = [self._tensor_info() for _ in range(self._fits(tensors, 8 + 4 + 4 + 8))]
         alignment = self.fields.get("general.alignment", Field(gguf.GGUF_DEFAULT_ALIGNMENT)).contents()
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError("general.alignment is no power of two")
+            raise ValueError("general.alignment is not a power of two")
         self.data_offset = -(-self._offset // alignment) * alignment
-        self.tensors = [self._tensor(*description) for description in described]
+        self.tensors = [self._tensor(*info) for info in infos]
         if len({tensor.name for tensor in self.tensors}) != len(self.tensors):
-            raise ValueError("two of its tensors have one name")
+            raise ValueError("duplicate tensor name")
 
     def _fits(self, count, least):
-        """Returns a count of things that take at least `least` bytes each, if as many are left."""
+        """Returns `count` if as many items of at least `least` bytes each fit into the rest of the file."""
         if count * least > len(self._view) - self._offset:
-            raise ValueError(f"it ends before what it announces ({count} of at least {least} bytes)")
+            raise ValueError(f"the file is truncated: {count} items of at least {least} bytes do not fit")
         return count
 
     def _take(self, size):
@@ -94,15 +94,15 @@ class GGUFFile:
         return str(self._take(self._number("u8")), "utf-8")
 
     def _strings(self, count):
-        found, offset, end = [], self._offset, len(self._view)
+        strings, offset, end = [], self._offset, len(self._view)
         for _ in range(self._fits(count, 8)):
             start = offset + 8
             offset = start + struct.unpack_from("<Q", self._view, offset)[0]
             if offset > end:
-                raise ValueError("it ends in a string")
-            found.append(str(self._view[start:offset], "utf-8"))
+                raise ValueError("the file is truncated in a string")
+            strings.append(str(self._view[start:offset], "utf-8"))
         self._offset = offset
-        return found
+        return strings
 
     def _value(self, kind):
         if kind == _STRING:
@@ -117,8 +117,8 @@ class GGUFFile:
             return self._numbers(_NUMBERS[kind], 1)[0]
         raise ValueError(f"values of type {kind} are not supported")
 
-    def _description(self):
-        """Returns (name, shape, type, offset from data_offset) of a tensor."""
+    def _tensor_info(self):
+        """Returns (name, shape, type, offset from data_offset)."""
         name, axes = self._string(), self._number("u4")
         if axes > _MAX_AXES:
             raise ValueError(f"tensor {name} has {axes} dimensions")
@@ -132,5 +132,5 @@ class GGUFFile:
         start = self.data_offset + offset
         end = start + math.prod(rows) * np.dtype(dtype).itemsize
         if end > len(self._data):
-            raise ValueError(f"tensor {name} ends beyond it")
+            raise ValueError(f"the file is truncated in tensor {name}")
         return Tensor(name, shape, kind, self._data[start:end].view(f"<{dtype}").reshape(rows))

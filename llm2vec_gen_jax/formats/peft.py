@@ -1,9 +1,12 @@
-"""PEFT's LoRA adapters: their tensors to our trees and back, and merged into a backbone's weights."""
+"""PEFT LoRA adapters: read, written, and merged into a backbone."""
 
 import math
+import os
 import pathlib
 import re
+from collections.abc import Collection, Mapping
 from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
 import einops
 import jax.numpy as jnp
@@ -15,24 +18,26 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import atomic_directory, check_file, read_json, sha256_file, write_json
 from llm2vec_gen_jax.formats.weights import TABLE, axes
 from llm2vec_gen_jax.model import lora
+from llm2vec_gen_jax.model.architecture import Architecture
 
-# What must hold for B A to be added and nothing else: fields that plain LoRA has, and the values it has in them.
-_PLAIN = {
+# Values for which the adapter adds B A to the weights and changes nothing else.
+_PLAIN_LORA = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # Others (PiSSA, OLoRA, CorDA, LoftQ) also change the weights that the adapter is added to.
+    # Others (PiSSA, OLoRA, CorDA, LoftQ) also change the base weights.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-# Fields that do not change what a saved adapter computes, and those that are read. Any other must be unset.
-_NEUTRAL = set(
+# Fields that do not affect a saved adapter, and those that are read here. Any other field must be unset.
+_IGNORED_OR_READ = set(
     "alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode"
     " layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config megatron_core"
     " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
 )
 _KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.([0-9]{1,9})\.(.+))\.lora_([AB])\.weight")
-_SELECTING = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
-_OVERRIDE, _IN_LAYERS = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # what peft makes of patterns
-_LONGEST_NAME, _MOST_WAYS = 60, 1e9  # characters; see `_ways`
+_MODULE_FILTERS = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
+# Regular expressions that peft builds from patterns.
+_OVERRIDE, _IN_LAYERS = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_MAX_NAME_LENGTH, _MAX_REGEX_STEPS = 60, 1e9  # characters; see `_backtracking`
 _MODULES = {
     name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)
     for path, (name, pattern) in TABLE.items()
@@ -40,27 +45,27 @@ _MODULES = {
 }
 
 
-def identity(folder):
-    """Returns hex digits that identify an adapter folder's content."""
+def identity(folder: str | os.PathLike[str]) -> list[str]:
+    """Returns 16 hex digits for each of the two files of an adapter."""
     folder = pathlib.Path(folder)
     return [sha256_file(folder / name)[:16] for name in ("adapter_config.json", "adapter_model.safetensors")]
 
 
-def merge(frozen, folder, architecture):
-    """Returns `frozen` with the adapter added: W + scale * B A for each adapted weight, computed in float32.
+def merge(frozen: Any, folder: str | os.PathLike[str], architecture: Architecture) -> Any:
+    """Returns `frozen` with the adapter merged: W + scale * B A for each adapted weight, computed in float32.
 
-    The adapted weights are donated: do not use `frozen` afterwards. Raises InputError naming the field or the key
-    for anything but plain LoRA on the seven projections.
+    The adapted weights are donated: do not use `frozen` afterwards. Raises InputError naming the field or key that is
+    not plain LoRA on the seven projections.
     """
     folder = pathlib.Path(folder)
     config = check(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
     return lora.merge(frozen, read(_load(folder / "adapter_model.safetensors"), config, architecture, folder))
 
 
-def save(folder, tree, rank, alpha, base, dtype="float32"):
-    """Writes a LoRA tree (scale not in it) as a new PEFT folder, which `peft` loads onto a transformers AutoModel.
+def save(folder: str | os.PathLike[str], tree: Any, rank: int, alpha: float, base: str, dtype: str = "float32") -> None:
+    """Writes a LoRA tree (unscaled) as a new PEFT folder for a transformers AutoModel.
 
-    base: the backbone's name. dtype: of the stored numbers.
+    base: name of the backbone. dtype: of the stored tensors.
     """
     with atomic_directory(folder) as temporary:
         config = {
@@ -79,26 +84,26 @@ def save(folder, tree, rank, alpha, base, dtype="float32"):
         (temporary / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
 
 
-def check(config, file, but=()):
-    """Returns an adapter_config.json's values. Raises InputError naming a field that plain LoRA does not have.
+def check(config: dict[str, Any], file: str | os.PathLike[str], ignore: Collection[str] = ()) -> dict[str, Any]:
+    """Returns `config`, the values of adapter_config.json. Raises InputError naming a field that is not plain LoRA.
 
-    but: fields that may have any value.
+    ignore: fields that may have any value.
     """
     for key, value in config.items():
-        if key not in (*_NEUTRAL, *but) and not (value in _PLAIN[key] if key in _PLAIN else not value):
+        if key not in (*_IGNORED_OR_READ, *ignore) and (value not in _PLAIN_LORA[key] if key in _PLAIN_LORA else value):
             raise InputError(f"{file}: {key}={value!r} is not supported")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
             raise InputError(f"{file}: {key} is missing or not a number")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key) and not _are_patterns(config[key]):
-            raise InputError(f"{file}: {key} is not an object of numbers by regular expressions")
-    for key, kind in _SELECTING.items():
+            raise InputError(f"{file}: {key} must map regular expressions to numbers")
+    for key, kind in _MODULE_FILTERS.items():
         value = config.get(key)
         patterns = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
         form = _IN_LAYERS if key == "layers_pattern" else "{}"
         if not _are_names(value, kind) or not all(_is_regex(form.format(pattern)) for pattern in patterns or []):
-            raise InputError(f"{file}: {key}={value!r} is not of names or patterns that peft knows")
+            raise InputError(f"{file}: {key}={value!r} is not a valid name, pattern or list")
     return config
 
 
@@ -109,42 +114,43 @@ def _are_patterns(value):
 
 
 def _is_regex(value):
-    """Whether a text is a regular expression that is matched with a name of a module in a second at most."""
+    """Whether a text is a valid regular expression without catastrophic backtracking on a module name."""
     try:
-        return bool(re.compile(value)) and _count(*_ways(_parser.parse(value))) < _MOST_WAYS
+        return bool(re.compile(value)) and _steps(*_backtracking(_parser.parse(value))) < _MAX_REGEX_STEPS
     except (re.error, RecursionError, OverflowError):
         return False
 
 
-def _ways(tree):
-    """Returns (n, m) of a parsed pattern: Python tries at most m times the ways that n pieces of a name have."""
-    pieces, others = 0, 1.0
+def _backtracking(tree):
+    """Returns (n, m) of a parsed pattern: matching takes at most m times the number of ways to split a name into n + 1
+    pieces."""
+    pieces, factor = 0, 1.0
     for operation, argument in tree:
         match str(operation):
             case "BRANCH":
-                parts = [_ways(part) for part in argument[1]]
+                parts = [_backtracking(part) for part in argument[1]]
                 more, times = max(part[0] for part in parts), sum(part[1] for part in parts)
             case "SUBPATTERN" | "ASSERT" | "ASSERT_NOT":
-                more, times = _ways(argument[-1])
+                more, times = _backtracking(argument[-1])
             case "ATOMIC_GROUP":
-                more, times = _ways(argument)
+                more, times = _backtracking(argument)
             case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
                 least, most, item = argument
-                (more, times), (width, widest) = _ways(item), item.getwidth()
+                (more, times), (width, widest) = _backtracking(item), item.getwidth()
                 if (more, times) == (0, 1) and width == widest:  # as in .* and [0-9]+
                     more, times = (1, 1) if most - least > 1 else (0, most - least + 1)
                 else:
-                    more, times = 0, (_count(more, times) + 1) ** min(int(most), 30)
+                    more, times = 0, (_steps(more, times) + 1) ** min(int(most), 30)
             case "GROUPREF_EXISTS":
                 more, times = 0, math.inf
             case _:
                 continue
-        pieces, others = min(pieces + more, 60), min(others * times, 1e30)
-    return pieces, others
+        pieces, factor = min(pieces + more, 60), min(factor * times, 1e30)
+    return pieces, factor
 
 
-def _count(pieces, others):
-    return min(math.comb(_LONGEST_NAME + pieces, pieces) * others, 1e10)
+def _steps(pieces, factor):
+    return min(math.comb(_MAX_NAME_LENGTH + pieces, pieces) * factor, 1e10)
 
 
 def _are_names(value, kind=str):
@@ -153,16 +159,22 @@ def _are_names(value, kind=str):
     )
 
 
-def scale_of(config, rank, alpha):
-    """Returns what PEFT multiplies B A with."""
+def scale_of(config: Mapping[str, Any], rank: int, alpha: float) -> float:
+    """Returns PEFT's factor of B A."""
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def read(tensors, config, architecture, source, folded=True):
-    """Returns the LoRA tree (see lora.py) of an adapter's tensors, as numpy.
+def read(
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    source: str | os.PathLike[str],
+    folded: bool = True,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the LoRA tree (see lora.py) of an adapter's tensors.
 
-    folded: the scale is multiplied into b, module by module; otherwise it is left out.
-    Raises InputError naming the key for a tensor that is not of the backbone's projections or has another shape.
+    folded: the scale of each module is folded into b; otherwise the tree is unscaled. source: for errors.
+    Raises InputError naming the key of a tensor that does not match a projection of the backbone.
     """
     tree = {}
     sizes = lora.kernel_dims(architecture)
@@ -171,31 +183,31 @@ def read(tensors, config, architecture, source, folded=True):
         inner, outer = sizes[name]
         shape = (int(np.prod(outer)), int(np.prod(inner)))
         a_LRI, b_LOR = _stack(factors, config, architecture.num_layers, shape, source, folded)
-        (out_dims, in_dims), ours = axes(pattern)
-        dims = dict(zip(ours, (*inner, *outer), strict=True))
-        in_dims, out_dims = " ".join(in_dims), " ".join(out_dims)
+        (out_axes, in_axes), tree_axes = axes(pattern)
+        dims = dict(zip(tree_axes, (*inner, *outer), strict=True))
+        in_dims, out_dims = " ".join(in_axes), " ".join(out_axes)
         a = einops.rearrange(a_LRI, f"l r ({in_dims}) -> l {in_dims} r", **{d: dims[d] for d in in_dims.split()})
         b = einops.rearrange(b_LOR, f"l ({out_dims}) r -> l r {out_dims}", **{d: dims[d] for d in out_dims.split()})
         tree[name] = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
     return tree
 
 
-def modules_of(tree):
-    """Returns what a LoRA tree updates, in PEFT's names."""
+def modules_of(tree: Collection[str]) -> list[str]:
+    """Returns PEFT's names of the modules in a LoRA tree."""
     return [module.rpartition(".")[2] for module, (name, _) in _MODULES.items() if name in tree]
 
 
-def tensors_of(tree, prefix="base_model.model."):
+def tensors_of(tree: Mapping[str, Any], prefix: str = "base_model.model.") -> dict[str, np.ndarray]:
     """Returns {key in PEFT's file: array} of a LoRA tree."""
-    found = {}
+    tensors = {}
     for module, (name, _) in _MODULES.items():
         if name in tree:
             a, b = (np.asarray(tree[name][letter], np.float32) for letter in "ab")
             for layer in range(len(a)):
                 key = f"{prefix}layers.{layer}.{module}.lora_"
-                found[f"{key}A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, a.shape[-1]).T)
-                found[f"{key}B.weight"] = np.ascontiguousarray(b[layer].reshape(b.shape[1], -1).T)
-    return found
+                tensors[f"{key}A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, a.shape[-1]).T)
+                tensors[f"{key}B.weight"] = np.ascontiguousarray(b[layer].reshape(b.shape[1], -1).T)
+    return tensors
 
 
 def _load(file):
@@ -207,7 +219,7 @@ def _load(file):
 
 
 def _by_module(tensors, architecture, source):
-    """Returns {module: {layer: {"name": the module's in the adapted model, "A": (r, in), "B": (out, r)}}}."""
+    """Returns {module: {layer: {"name": full name in the adapted model, "A": (r, in), "B": (out, r)}}}."""
     modules = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
@@ -215,7 +227,7 @@ def _by_module(tensors, architecture, source):
             raise InputError(f"{source}: {key} is not a LoRA weight of this backbone's projections")
         pair = modules.setdefault(match[3], {}).setdefault(int(match[2]), {"name": match[1]})
         if match[4] in pair or pair["name"] != match[1]:
-            raise InputError(f"{source}: {key} is there twice, with model. and without")
+            raise InputError(f"{source}: {key} exists with and without the prefix model.")
         pair[match[4]] = value.astype(np.float32)
     if not modules:
         raise InputError(f"{source}: no LoRA weights")
@@ -223,49 +235,51 @@ def _by_module(tensors, architecture, source):
 
 
 def _stack(factors, config, layers, shape, folder, folded):
-    """Returns a module's (A, B), stacked over layers; layers without a pair get zeros. folded: the scale is in B."""
+    """Returns (A, B) of a module, stacked over layers; zeros for layers without a pair. folded: the scale is in B."""
     out, size = shape
     for pair in factors.values():
         name, shapes = pair["name"], {letter: pair[letter].shape for letter in "AB" if letter in pair}
         if set(shapes) != {"A", "B"}:
-            raise InputError(f"{folder}: {name} has lora_{'/'.join(shapes)} only")
+            raise InputError(f"{folder}: {name} has only lora_{'/'.join(shapes)}")
         r = len(pair["A"])
         if not r or shapes != {"A": (r, size), "B": (out, r)}:
-            raise InputError(f"{folder}: {name} has shapes {shapes}, the backbone's weight is {shape}")
-        expected = _pattern(config.get("rank_pattern"), name, config["r"])
+            raise InputError(f"{folder}: {name} has shapes {shapes}, which do not fit the backbone's weight {shape}")
+        expected = _override(config.get("rank_pattern"), name, config["r"])
         if r != expected:
-            raise InputError(f"{folder}: {name} has rank {r}, adapter_config.json says {expected}")
+            raise InputError(f"{folder}: {name} has rank {r}, expected {expected} from adapter_config.json")
         if not is_target(config, name):
             raise InputError(
-                f"{folder}: holds weights of {name}, which adapter_config.json leaves out ({', '.join(_SELECTING)}): "
-                "peft would not use them"
+                f"{folder}: has weights of {name}, but adapter_config.json excludes it ({', '.join(_MODULE_FILTERS)}): "
+                "peft would ignore them"
             )
     rank = max(len(pair["A"]) for pair in factors.values())
     a, b = np.zeros((layers, rank, size), np.float32), np.zeros((layers, out, rank), np.float32)
     for layer, pair in factors.items():
         r = len(pair["A"])
-        alpha = _pattern(config.get("alpha_pattern"), pair["name"], config["lora_alpha"])
+        alpha = _override(config.get("alpha_pattern"), pair["name"], config["lora_alpha"])
         a[layer, :r] = pair["A"]
         b[layer, :, :r] = pair["B"] * np.float32(scale_of(config, r, alpha) if folded else 1)
     return a, b
 
 
-def _pattern(patterns, name, default):
-    """PEFT's per-module override: the first pattern that matches the module's name, or the end of it after a dot."""
+def _override(patterns, name, default):
+    """Returns the value of the first pattern that matches a module's name or its end after a dot, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(_OVERRIDE.format(pattern), name):
             return value
     return default
 
 
-def is_target(config, name):
-    """Whether PEFT adapts a module of this name: model.layers.0.self_attn.q_proj, or without model. on a base model."""
+def is_target(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT adapts a module, such as model.layers.0.self_attn.q_proj (in a base model without model.)."""
     targets = config.get("target_modules")
     if _is_named(config.get("exclude_modules"), name):
         return False
     if targets is None or isinstance(targets, str) and targets.lower() == "all-linear":
         return True
-    if isinstance(targets, list) and name not in targets:  # layers_to_transform is not of patterns and full names
+    if (
+        isinstance(targets, list) and name not in targets
+    ):  # layers_to_transform applies neither to patterns nor to full names
         return _is_named(targets, name) and _is_in_layers(config, name)
     return _is_named(targets, name)
 
@@ -281,8 +295,8 @@ def _is_in_layers(config, name):
     if layers is None or layers == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
-    # Without a pattern peft wants a name before that of the layers: model.layers.0, not layers.0.
-    found = [_IN_LAYERS.format(pattern) for pattern in patterns] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    matches = filter(None, (re.match(pattern, name) for pattern in found))
+    # Without a pattern peft requires a component before the layers: model.layers.0, not layers.0.
+    regexes = [_IN_LAYERS.format(pattern) for pattern in patterns] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    matches = filter(None, (re.match(pattern, name) for pattern in regexes))
     match = next(matches, None)
     return match is not None and int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)

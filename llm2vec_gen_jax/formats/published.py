@@ -1,15 +1,15 @@
-"""The model directory of the published PyTorch package (llm2vec-gen 0.1.3), as plain numpy: read and write.
+"""Reads and writes the model directory of the published PyTorch package (llm2vec-gen 0.1.3), with numpy arrays.
 
     run_config.yml                         backbone, dtype, special tokens (in a training run: one level up)
-    encoder_decoder_config.json            encoding mode: how many of the last tokens the heads read
-    encoder/adapter_config.json            which rows of the embedding matrix were trained
-    encoder/adapter_model.safetensors      the values of those rows (and LoRA matrices, if any)
+    encoder_decoder_config.json            encoding mode: number of last tokens that the heads read
+    encoder/adapter_config.json            ids of the trained rows of the embedding matrix
+    encoder/adapter_model.safetensors      trained rows and LoRA matrices, if any
     encoder/config.json                    the backbone's config
-    reconstruction_mlp, alignment_mlp      the heads, as torch files; *.safetensors beside them: exact copies
+    reconstruction_mlp, alignment_mlp      the heads as torch files, and *.safetensors: float32 copies
     tokenizer.json, tokenizer_config.json  the backbone's tokenizer with the special tokens added
-    llm2vec_gen_jax.json                   our own record, which the published package does not read
+    llm2vec_gen_jax.json                   metadata of this package, ignored by the published package
 
-Dimensions: M special tokens, K of them read by the heads, D hidden size, E embedding size.
+Dimensions: M special tokens, of which the heads read K, D hidden size, E embedding size.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +26,7 @@ import safetensors
 import safetensors.numpy
 import tokenizers
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
@@ -34,7 +37,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 HEADS = ("reconstruction", "alignment")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
 TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")
-# peft adds the whole embedding matrix where it can see that the vocabulary grew; it is the backbone's own.
+# peft also saves the backbone's embedding matrix if it detects that the vocabulary grew.
 IGNORED_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?base_layer\.weight")
 LORA_KEY = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -42,37 +45,37 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 @dataclasses.dataclass
 class PublishedModel:
-    """What a directory holds. Arrays are float32, whatever the dtype on disk."""
+    """Contents of a model directory. Arrays are float32."""
 
     backbone: str  # a folder or a hub id
-    dtype: str  # float32 | bfloat16 | float16: in which PyTorch runs the backbone and the heads
+    dtype: str  # of backbone and heads in PyTorch: float32 | bfloat16 | float16
     special_tokens: list[str]  # M thought tokens, then compression tokens
     num_tokens: int  # K
     tokens_MD: np.ndarray  # embeddings of special_tokens, in that order
     reconstruction: dict[str, np.ndarray]  # kernel (D, D) [in, out], bias (D,)
     alignment: dict[str, np.ndarray]  # kernel (D, E) [in, out], bias (E,)
     lora: dict | None = None  # {"config": adapter_config.json, "tensors": {key on disk: array}}
-    extra: dict = dataclasses.field(default_factory=dict)  # our own record; {} in a directory of others
+    extra: dict = dataclasses.field(default_factory=dict)  # metadata of this package, if any
 
 
-def read(directory):
-    """Reads a local model directory; returns a PublishedModel.
+def read(directory: str | os.PathLike[str]) -> PublishedModel:
+    """Reads a local model directory.
 
-    Accepts what the published package saves, what `write` writes, and a snapshot in the Hugging Face cache.
-    Raises InputError naming file and key for all that is missing, unknown, inconsistent or not finite.
+    Accepts directories of the published package and of `write`, and snapshots in the Hugging Face cache.
+    Raises InputError naming file and key of missing, unknown, inconsistent or non-finite values.
     """
     directory = pathlib.Path(directory)
-    _require(directory.is_dir(), directory, "no such directory. Give the folder that holds encoder/")
+    _require(directory.is_dir(), directory, "no such directory. Pass the folder that contains encoder/")
     parent = pathlib.Path(os.path.realpath(directory)).parent
     run_path = _find(directory, "run_config.yml") or _find(parent, "run_config.yml")
-    _require(run_path, directory, f"run_config.yml is neither here nor in {parent}. Copy it here")
+    _require(run_path, directory, f"no run_config.yml here or in {parent}. Copy it here")
     run = _read_run_config(run_path)
     special_tokens = run["special_tokens"]
     indices, rows_MD, lora = _read_adapter(directory)
     tokenizer_path = _find(directory, "tokenizer.json")
     ids = _token_ids(tokenizer_path, special_tokens) if tokenizer_path else indices
-    differ = f"trains the ids {indices}, but in tokenizer.json the special_tokens of run_config.yml are {ids}"
-    _require(sorted(ids) == sorted(indices), directory / ADAPTER_CONFIG, differ)
+    mismatch = f"trained token ids are {indices}, but the special_tokens of run_config.yml have {ids} in tokenizer.json"
+    _require(sorted(ids) == sorted(indices), directory / ADAPTER_CONFIG, mismatch)
     extra_path = _find(directory, "llm2vec_gen_jax.json")
     extra = files.read_json(extra_path) if extra_path else {"format_version": FORMAT_VERSION}
     version = extra.pop("format_version", None)
@@ -91,19 +94,25 @@ def read(directory):
     return model
 
 
-def write(directory, model, tokenizer, backbone_config, card):
-    """Writes `model` as a new directory that the published package loads; it appears complete or not at all.
+def write(
+    directory: str | os.PathLike[str],
+    model: PublishedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    backbone_config: dict[str, Any],
+    card: str,
+) -> None:
+    """Writes `model` atomically as a new directory that the published package loads.
 
-    tokenizer: the backbone's PreTrainedTokenizerFast, with the special tokens or without; it is not changed.
-    backbone_config: the backbone's config.json, in the keys of transformers 4 or 5.
+    tokenizer: of the backbone, with or without the special tokens; not modified.
+    backbone_config: config.json of the backbone, with the keys of transformers 4 or 5.
     card: the text of README.md.
-    Raises InputError when the directory exists, or when the parts of the model do not fit together.
+    Raises InputError if the directory exists or the parts of the model are inconsistent.
     """
     directory = pathlib.Path(directory)
-    _require(not os.path.lexists(directory), directory, "already exists. Remove it, or choose another name")
+    _require(not os.path.lexists(directory), directory, "already exists. Remove it or choose another name")
     _check(directory, model)
     size, width = backbone_config.get("hidden_size"), model.tokens_MD.shape[1]
-    _require(size == width, model.backbone, f"hidden_size is {size}, but the special tokens have width {width}")
+    _require(size == width, model.backbone, f"hidden_size is {size}, but the special tokens have size {width}")
     ids, vocab_size = special_token_ids(tokenizer, model.special_tokens)
     run = {
         "model_name_or_path": model.backbone,
@@ -125,11 +134,11 @@ def write(directory, model, tokenizer, backbone_config, card):
         files.write_text(folder / "README.md", card)
 
 
-def hf_config_v4(config):
-    """Returns a copy of a Hugging Face config in the keys that both transformers 4 and 5 read.
+def hf_config_v4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a Hugging Face config with keys that transformers 4 and 5 read.
 
-    transformers 5 writes `rope_parameters` and `dtype`. 4.56 ignores the first and runs on with the default
-    rotary base: silently wrong vectors. Both read `rope_theta`, `rope_scaling` and `torch_dtype`.
+    transformers 5 writes `rope_parameters` and `dtype`. 4.56 ignores the former and uses the default rotary base, which
+    gives wrong vectors without an error. Both read `rope_theta`, `rope_scaling` and `torch_dtype`.
     """
     config = dict(config)
     if "dtype" in config:
@@ -154,15 +163,15 @@ def _require_shape(path, key, value, shape):
 
 
 def _find(directory, name, required=False):
-    """Returns the path of a file of the directory, or None; a path that leads elsewhere is an InputError."""
+    """Returns the path of a file of the directory, or None. Raises InputError for a link out of the directory."""
     root, target = (pathlib.Path(os.path.realpath(path)) for path in (directory, directory / name))
-    # In the Hugging Face cache, the files of snapshots/REVISION/ are links into blobs/, two levels up.
+    # In the Hugging Face cache, files in snapshots/REVISION/ are links to blobs/, two levels up.
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     inside = target.is_relative_to(root) or target.is_relative_to(blobs)
-    _require(inside, directory / name, f"leads out of the directory, to {target}. Copy the file itself here")
-    found = target.is_file()
-    _require(found or not required, directory / name, "no such file. Fetch or export the directory again")
-    return directory / name if found else None
+    _require(inside, directory / name, f"points outside the directory, to {target}. Copy the file here")
+    exists = target.is_file()
+    _require(exists or not required, directory / name, "no such file. Download or export the directory again")
+    return directory / name if exists else None
 
 
 def _read_safetensors(path):
@@ -170,20 +179,20 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys() if not IGNORED_KEY.fullmatch(key)}
-    except (safetensors.SafetensorError, OSError, AttributeError) as error:  # AttributeError: a type numpy has not
-        raise InputError(f"{path}: not a readable safetensors file: {error}. Fetch it again") from None
+    except (safetensors.SafetensorError, OSError, AttributeError) as error:  # AttributeError: no such numpy dtype
+        raise InputError(f"{path}: not a readable safetensors file ({error}). Download it again") from None
 
 
-def write_safetensors(path, tensors):
-    """Writes {key: array} as PyTorch's libraries do."""
-    # Not save_file, which makes files that only their owner can read.
+def write_safetensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes {key: array} with the metadata of PyTorch's libraries."""
+    # save_file would create a file that only its owner can read.
     path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
 
 def _read_run_config(path):
-    """Returns the strings of run_config.yml, the last of a repeated key, and its list of special_tokens.
+    """Returns the strings of run_config.yml and its list of special_tokens. The last of duplicate keys is used.
 
-    BaseLoader knows no types: what a tag such as !!python/object stands for is never constructed.
+    BaseLoader constructs only strings, lists and dicts, and ignores tags such as !!python/object.
     """
     files.check_file(path, largest=files.LARGEST_YAML)
     try:
@@ -191,12 +200,12 @@ def _read_run_config(path):
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     _require(isinstance(run, dict), path, f"expected lines of `key: value`, found {type(run).__name__}")
-    # Nested values are not used, and aliases could make one too large to print.
+    # Nested values are unused, and aliases could make them too large to print.
     strings = {key: value for key, value in run.items() if isinstance(value, str)}
     for key in ("model_name_or_path", "torch_dtype"):
         # The published package writes null as "None".
-        given = strings.get(key) not in (None, "", "None", "null", "~")
-        _require(given, path, f"{key} is missing or null. Add a line `{key}: ...`")
+        is_set = strings.get(key) not in (None, "", "None", "null", "~")
+        _require(is_set, path, f"{key} is missing or null. Add a line `{key}: ...`")
     tokens = run.get("special_tokens")
     are_tokens = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
     _require(are_tokens, path, "special_tokens is missing or not a list of tokens")
@@ -204,13 +213,13 @@ def _read_run_config(path):
 
 
 def _read_num_tokens(directory, run):
-    """Returns K of the encoding mode: encoder_decoder_config.json, then run_config.yml, as PyTorch does."""
+    """Returns K from the encoding mode in encoder_decoder_config.json, otherwise in run_config.yml, as in PyTorch."""
     path = _find(directory, "encoder_decoder_config.json")
     config = files.read_json(path) if path else {}
     _require(not config.get("save_decoder"), path, "save_decoder is true: a second decoder is not supported")
     mode = config.get("encoding_mode", run.get("encoding_mode", "last_10_tokens"))
     match = re.fullmatch(r"last_([0-9]{1,9})_tokens", str(mode))
-    _require(match, path or directory, f"encoding_mode is {mode!r}, supported: last_N_tokens, N a number")
+    _require(match, path or directory, f"encoding_mode is {mode!r}, expected last_N_tokens with a number N")
     return int(match[1])
 
 
@@ -219,19 +228,19 @@ def _token_ids(path, special_tokens):
     fields = files.read_json(path)
     try:
         ids = {token["content"]: int(token["id"]) for token in fields["added_tokens"]}
-    except (KeyError, TypeError, ValueError, OverflowError):  # the last: an id of 1e999
-        raise InputError(f"{path}: added_tokens is not a list of tokens with content and id") from None
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an id of 1e999
+        raise InputError(f"{path}: added_tokens must be a list of tokens with content and id") from None
     for token in special_tokens:
-        _require(token in ids, path, f"added_tokens lacks the special token {token!r} of run_config.yml")
+        _require(token in ids, path, f"the special token {token!r} of run_config.yml is missing in added_tokens")
     return [ids[token] for token in special_tokens]
 
 
 def _read_adapter(directory):
-    """Returns (token ids, their rows (M, D), lora or None), the rows in the adapter's own order of ids."""
+    """Returns (token ids, embeddings (M, D), LoRA or None) in the order of the adapter."""
     path = _find(directory, ADAPTER_CONFIG, required=True)
     config = files.read_json(path)
     kind = config.get("peft_type")
-    _require(kind in ("TRAINABLE_TOKENS", "LORA"), path, f"peft_type is {kind!r}; not supported")
+    _require(kind in ("TRAINABLE_TOKENS", "LORA"), path, f"peft_type is {kind!r}, expected TRAINABLE_TOKENS or LORA")
     field = "trainable_token_indices" if kind == "LORA" else "token_indices"
     indices = config.get(field)
     if isinstance(indices, dict):
@@ -242,7 +251,7 @@ def _read_adapter(directory):
     path = _find(directory, ADAPTER_WEIGHTS, required=True)
     tensors = {key: value.astype(np.float32) for key, value in _read_safetensors(path).items()}
     keys = [key for key in tensors if TOKENS_KEY.fullmatch(key)]
-    _require(len(keys) == 1, path, f"holds {len(keys)} ...embed_tokens.trainable_tokens_delta, expected 1")
+    _require(len(keys) == 1, path, f"found {len(keys)} tensors ...embed_tokens.trainable_tokens_delta, expected 1")
     rows_MD = tensors.pop(keys[0])
     _require(kind == "LORA" or not tensors, path, f"unexpected tensor {next(iter(tensors), None)}")
     _require_shape(path, keys[0], rows_MD, (len(indices), *rows_MD.shape[1:]))
@@ -250,7 +259,7 @@ def _read_adapter(directory):
 
 
 def _write_encoder(folder, model, backbone_config, ids, vocab_size):
-    """Writes encoder/: the trained rows only, and the backbone's config as the published training has it."""
+    """Writes encoder/: the trained rows, and the backbone's config as the published training writes it."""
     original = vocab_size - len(ids)
     config = hf_config_v4(backbone_config)
     config["num_tokens"] = max(config.get("vocab_size", original), original) + len(ids)
@@ -280,21 +289,21 @@ def _write_encoder(folder, model, backbone_config, ids, vocab_size):
 
 
 def _read_head(directory, name):
-    """Returns {"kernel": (in, out), "bias": (out,)} of a head's safetensors copy, else of its torch file."""
+    """Returns {"kernel": (in, out), "bias": (out,)} of a head, from its safetensors copy if there is one."""
     archive, copy = _find(directory, name), _find(directory, f"{name}.safetensors")
-    _require(archive or copy, directory / name, "no such file, and without this head there are no embeddings")
+    _require(archive or copy, directory / name, "no such file. Download or export the directory again")
     tensors, config = torchzip.read(archive) if archive else ({}, {})
     for field, supported in (("size", 1), ("pooling_mode", "linear")):
         value = config.get(field, supported)
-        _require(value == supported, archive, f"{field} is {value!r}, supported: {supported!r}")
+        _require(value == supported, archive, f"{field} is {value!r}, expected {supported!r}")
     if copy:
         rounded, tensors = tensors, _read_safetensors(copy)
-        # PyTorch saves only its own file: a copy that does not agree with it is from before.
+        # PyTorch saves only the torch file, so a copy that differs is out of date.
         for key, value in rounded.items():
-            agrees = key in tensors and tensors[key].astype(value.dtype).tobytes() == value.tobytes()
-            _require(agrees, copy, f"{key} differs from {name}. Remove the file that is out of date")
-    found, expected = sorted(tensors), ["projection.bias", "projection.weight"]
-    _require(found == expected, copy or archive, f"holds {found}, expected {expected}")
+            is_equal = key in tensors and tensors[key].astype(value.dtype).tobytes() == value.tobytes()
+            _require(is_equal, copy, f"{key} differs from {name}. Remove the file that is out of date")
+    names, expected = sorted(tensors), ["projection.bias", "projection.weight"]
+    _require(names == expected, copy or archive, f"found tensors {names}, expected {expected}")
     bias, weight = (tensors[key].astype(np.float32) for key in expected)
     return {"kernel": np.ascontiguousarray(weight.T), "bias": bias}
 
@@ -302,18 +311,17 @@ def _read_head(directory, name):
 def _write_head(path, head, dtype):
     bias, weight = (np.ascontiguousarray(array, np.float32) for array in (head["bias"], head["kernel"].T))
     exact = {"projection.weight": weight, "projection.bias": bias}
-    # The torch file has the dtype that the backbone runs in, and so is rounded for bfloat16 and float16;
-    # the safetensors copy always keeps the float32 values that were trained.
+    # The torch file has the backbone's dtype, so bfloat16 and float16 are rounded; the safetensors copy is float32.
     rounded = {key: value.astype(DTYPES[dtype]) for key, value in exact.items()}
     for key, value in rounded.items():
-        _require(np.isfinite(value).all(), path.name, f"{key} has numbers too large for {dtype}. Use float32")
+        _require(np.isfinite(value).all(), path.name, f"{key} has values too large for {dtype}. Use float32")
     config = {"input_dim": weight.shape[1], "output_dim": weight.shape[0], "dtype": f"torch.{dtype}"}
     torchzip.write(path, rounded, config | {"size": 1, "pooling_mode": "linear"})
     write_safetensors(path.with_suffix(".safetensors"), exact)
 
 
 def _check(directory, model):
-    """Raises InputError naming file and key unless the parts of the model are finite and fit together."""
+    """Raises InputError naming file and key unless the parts of the model are finite and consistent."""
     tokens, (count, width) = model.special_tokens, (len(model.special_tokens), model.tokens_MD.shape[-1])
     path = directory / "run_config.yml"
     _require(model.dtype in DTYPES, path, f"torch_dtype is {model.dtype!r}, supported: {', '.join(DTYPES)}")
@@ -322,7 +330,7 @@ def _check(directory, model):
     _require(1 <= model.num_tokens <= count, directory / "encoder_decoder_config.json", mode)
     parts = [(ADAPTER_WEIGHTS, "trainable_tokens_delta", model.tokens_MD, (count, width))]
     for name, size in (("reconstruction", width), ("alignment", model.alignment["bias"].size)):
-        head = getattr(model, name)  # its weight in the order of the file: (out, in)
+        head = getattr(model, name)  # the file stores the weight as (out, in)
         parts.append((f"{name}_mlp", "projection.weight", head["kernel"].T, (size, width)))
         parts.append((f"{name}_mlp", "projection.bias", head["bias"], (size,)))
     for key, value in model.lora["tensors"].items() if model.lora else ():
@@ -330,11 +338,11 @@ def _check(directory, model):
         parts.append((ADAPTER_WEIGHTS, key, value, value.shape))
     for file, key, value, shape in parts:
         _require_shape(directory / file, key, value, shape)
-        _require(np.isfinite(value).all(), directory / file, f"{key} holds NaN or infinite numbers")
+        _require(np.isfinite(value).all(), directory / file, f"{key} contains NaN or infinity")
 
 
-def special_token_ids(tokenizer, special_tokens):
-    """Returns (ids of the special tokens once they are added, size of the vocabulary then)."""
+def special_token_ids(tokenizer: PreTrainedTokenizerFast, special_tokens: Sequence[str]) -> tuple[list[int], int]:
+    """Returns (ids of the special tokens, size of the vocabulary) after the tokens are added."""
     backend = _with_tokens(tokenizer, special_tokens)
     return [backend.token_to_id(token) for token in special_tokens], backend.get_vocab_size()
 
@@ -348,29 +356,31 @@ def _with_tokens(tokenizer, special_tokens):
     return backend
 
 
-def write_tokenizer(folder, tokenizer, special_tokens=()):
+def write_tokenizer(
+    folder: pathlib.Path, tokenizer: PreTrainedTokenizerFast, special_tokens: Sequence[str] = ()
+) -> None:
     """Writes tokenizer.json and tokenizer_config.json, with the special tokens added, for transformers 4 and 5.
 
-    Not `save_pretrained`: transformers 4.56 knows neither the class name nor the list of extra tokens that 5
-    saves, and neither saves the padding side, on which every vector of the published package depends.
+    Not `save_pretrained`: transformers 4.56 does not support the class name and the list of extra tokens that 5 saves,
+    and neither saves the padding side, on which every vector of the published package depends.
     """
     backend = _with_tokens(tokenizer, special_tokens)
     fields = json.loads(backend.to_str())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",
-        # Without it the published generate() is handed token_type_ids, which its models do not take.
+        # Without it the published generate() passes token_type_ids, which its models do not accept.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": tokenizer.model_max_length,
         "clean_up_tokenization_spaces": False,
-        # Exactly these: the published encode() appends every token of this list to each text.
+        # No others: the published encode() appends every token of this list to each text.
         "additional_special_tokens": list(special_tokens),
         "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, fields["added_tokens"])},
     }
     config |= {name: str(token) for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None))}
-    # Without a pad token the published training pads with the end-of-text token.
+    # The published training pads with the end-of-text token if there is no pad token.
     config.setdefault("pad_token", config.get("eos_token"))
-    _require(config["pad_token"], "tokenizer", "has no pad_token and no eos_token. Set one of them")
+    _require(config["pad_token"], "tokenizer", "no pad_token and no eos_token. Set one of them")
     if isinstance(template := tokenizer.chat_template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     config |= {"chat_template": template} if template else {}

@@ -1,13 +1,15 @@
-"""What a backbone is: the numbers and switches that its own config.json (or GGUF metadata) states."""
+"""Architecture of a backbone, read from config.json or GGUF metadata."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (rope_type "llama3")."""
+    """Llama 3.1's scaling of the low rotary frequencies (rope_type "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -17,10 +19,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer with RMS norms, rotary positions, grouped queries and a SwiGLU MLP.
+    """A decoder-only transformer with RMS norms, rotary positions, grouped-query attention and a SwiGLU MLP.
 
-    The fields say what differs between families, not which family it is. In shapes: V vocab_size, D hidden_size,
-    F intermediate_size, N num_heads, G num_kv_heads, H head_dim.
+    Dimensions: V vocab_size, D hidden_size, F intermediate_size, N num_heads, G num_kv_heads, H head_dim.
     """
 
     vocab_size: int
@@ -38,8 +39,8 @@ class Architecture:
     tied_embeddings: bool
 
     @property
-    def num_parameters(self):
-        """Number of weights, the tied head counted once."""
+    def num_parameters(self) -> int:
+        """Number of parameters; tied embeddings are counted once."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
@@ -48,22 +49,22 @@ class Architecture:
         return self.num_layers * layer + tables + self.hidden_size
 
 
-# What differs between the families: everything else is read from the config by name.
+# Fields that the config does not state.
 _FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
-# What a key means that config.json leaves out, as in transformers' config classes; null is not left out.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
-_FAMILY_DEFAULTS = {
+# Values of keys that are missing in config.json, as in transformers' config classes. A null key is not missing.
+_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
-_MOST = 1e30  # numbers of a config stay below it: float32 holds them
-# Keys that change the computation, and the only values that the code implements.
-_SUPPORTED = {
+_MAX_VALUE = 1e30  # fits in float32
+# Keys that change the computation, and their supported values.
+_SUPPORTED: dict[str, tuple] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -75,20 +76,20 @@ _SUPPORTED = {
 }
 
 
-def from_hf_config(config, source):
-    """Returns the Architecture of a Hugging Face config.json (of transformers 4 or 5) given as a dict.
+def from_hf_config(config: Mapping[str, Any], source: object) -> Architecture:
+    """Returns the Architecture of a Hugging Face config.json of transformers 4 or 5.
 
-    Raises InputError naming `source` and the field for a family or a setting that the code does not implement.
+    source: for errors. Raises InputError naming the field of an unsupported family or setting.
     """
     family = config.get("model_type")
     if str(family) not in _FAMILIES:
         raise InputError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
-    config = _DEFAULTS | _FAMILY_DEFAULTS[family] | config
+    config = {**_DEFAULTS, **_FAMILY_DEFAULTS[str(family)], **config}
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"{source}: layer_types with other than full_attention is not supported")
-    scaling = {}
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 keeps theta and scaling together, in the second
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 stores theta and scaling in the second
         if not isinstance(config.get(key) or {}, dict):
             raise InputError(f"{source}: {key}={config[key]!r} is not an object")
         scaling |= config.get(key) or {}
@@ -104,7 +105,7 @@ def from_hf_config(config, source):
     if heads % kv_heads or head_dim % 2:
         raise InputError(
             f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
-            f"head_dim={head_dim} of 2"
+            f"and head_dim={head_dim} must be even"
         )
     return Architecture(
         vocab_size=size("vocab_size"),
@@ -118,12 +119,12 @@ def from_hf_config(config, source):
         rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
         rope_scaling=_rope_scaling(scaling, source),
         tied_embeddings=config["tie_word_embeddings"],
-        **_FAMILIES[family],
+        **_FAMILIES[str(family)],
     )
 
 
-def to_hf_config(architecture):
-    """Returns a config.json dict that transformers 4.5x and 5 both read."""
+def to_hf_config(architecture: Architecture) -> dict[str, Any]:
+    """Returns a config.json dict for transformers 4.5x and 5."""
     switches = {"qkv_bias": architecture.qkv_bias, "qk_norm": architecture.qk_norm}
     family = next(family for family, its_switches in _FAMILIES.items() if its_switches == switches)
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
@@ -161,10 +162,10 @@ def _rope_scaling(scaling, source):
 
 
 def _positive(values, key, kinds, source, default=None):
-    """Returns a positive number of a config. Raises InputError naming `source` and the key for anything else."""
+    """Returns a positive number of a config. Raises InputError naming `source` and the key otherwise."""
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise InputError(f"{source}: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MOST:
-        raise InputError(f"{source}: {key}={value!r} is not a positive {'whole ' if kinds is int else ''}number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MAX_VALUE:
+        raise InputError(f"{source}: {key}={value!r} is not a positive {'integer' if kinds is int else 'number'}")
     return value

@@ -1,23 +1,26 @@
-"""Attention, and the one place that knows who sees whom.
+"""Attention and attention masks.
 
-Rows are right-padded. In a causal pass no real token sees the padding, so no mask is needed; a bidirectional pass
-needs the lengths; a row that holds several texts needs to know which token is of which; a pass that continues a cached
-prefix needs to know which slots of the cache are real.
+Rows are right-padded. A causal pass needs no padding mask, because no token attends to the padding after it. A
+bidirectional pass needs the lengths, a row with several texts the segments, and a pass that continues a cached prefix
+the valid slots of the cache.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from llm2vec_gen_jax.model import fused_attention
+from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.model.layers import apply_dropout, product
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of tokens already read, rotated, of execution.storage_dtype. Inside a layer without the L.
+    """Rotated keys, and values, of previous tokens, in execution.storage_dtype. Inside a layer without the L.
 
-    Heads come before slots: the products of a token with a cache then need no copy of it in another order.
+    Heads precede slots, so that the products of a token with a cache need no transposed copy.
     """
 
     k_LBGSH: jax.Array
@@ -26,12 +29,12 @@ class KVCache:
 
 @struct.dataclass
 class AttentionMask:
-    """Who sees whom in one pass.
+    """Attention mask of one pass.
 
-    causal: a token sees itself and those before it in the pass; otherwise all real tokens of its row.
-    lengths_B: real tokens of each row of the pass; needed when not causal.
-    segments_BT: which of several texts of a row each token is of: it sees no other text. None: a row is one text.
-    cache_BS: which slots of the KVCache every token of the row sees as well; None without a cache.
+    causal: a token attends to itself and previous tokens of the pass; otherwise to all tokens of its row.
+    lengths_B: tokens of each row without padding; needed if not causal.
+    segments_BT: index of the text of each token; a token attends only to its text. None: one text per row.
+    cache_BS: slots of the KVCache that all tokens of the row attend to; None without a cache.
     """
 
     causal: bool = struct.field(pytree_node=False)
@@ -41,14 +44,23 @@ class AttentionMask:
 
 
 CAUSAL = AttentionMask(causal=True)
-_LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # queries that are scored together, and how many such blocks a pass may have
+_LEAST_BLOCK, _MOST_BLOCKS = 64, 8  # minimum queries per block, maximum blocks per pass
 
 
-def attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key=None, dropout=0.0):
-    """Softmax attention of a pass over its own tokens and, if there is one, over a layer's cache.
+def attend(
+    q_BTNH: jax.Array,
+    k_BTGH: jax.Array,
+    v_BTGH: jax.Array,
+    mask: AttentionMask,
+    cache: KVCache | None,
+    execution: Execution,
+    key: Any = None,
+    dropout: float = 0.0,
+) -> jax.Array:
+    """Softmax attention of a pass to its tokens and, if given, to a layer's cache.
 
-    Scores and softmax are float32. dropout: of the weights, by the random `key`. Returns (B, T, N, H) in q's dtype.
-    Queries of padding are defined and unread.
+    Scores and softmax are float32. dropout: rate for the attention weights, with the random `key`.
+    Returns (B, T, N, H) in q's dtype; unspecified values for padding.
     """
     T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
     key = key if dropout else None
@@ -58,15 +70,15 @@ def attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key=None, dropout=0.0
     causal, lengths_B, segments = mask.causal, None, None
     if mask.segments_BT is not None:
         segments = (mask.segments_BT, mask.segments_BT)
-    if cached:  # which slots of the cache are real is data, so they are a segment
+    if cached:  # the valid slots are not static, so they are expressed as segments
         own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
-        segments = own_BT, jnp.concatenate([mask.cache_BS.astype(jnp.int32), own_BT], axis=1)
+        segments = own_BT, jnp.concatenate([mask.cache_BS.astype(jnp.int32), own_BT], axis=1)  # type: ignore[union-attr]
         k_BTGH, v_BTGH = (
             jnp.concatenate([jnp.swapaxes(slots, 1, 2).astype(own.dtype), own], axis=1)
-            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
+            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))  # type: ignore[union-attr]
         )
     if not causal:
-        lengths_B = jnp.maximum(mask.lengths_B, 1)
+        lengths_B = jnp.maximum(mask.lengths_B, 1)  # type: ignore[arg-type]
     if kernel == "cudnn":
         return fused_attention.cudnn(q_BTNH, k_BTGH, v_BTGH, causal, lengths_B, segments)
     interpret = execution.target != "tpu"
@@ -74,9 +86,9 @@ def attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key=None, dropout=0.0
 
 
 def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
-    """The reference, for every platform."""
+    """Reference implementation for every platform."""
     T = q_BTNH.shape[1]
-    # In a causal pass a block of queries needs no key behind it: nearly half the scores are never computed.
+    # In a causal pass a block of queries needs no keys after it, which avoids nearly half of the scores.
     blocked = mask.causal and cache is None and key is None
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
     sizes = [min(size, T - first) for first in range(0, T, size)]
@@ -94,10 +106,10 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
 
 
 def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout):
-    """`attend` of some queries over the keys that `seen` (broadcastable to B G R T S) allows."""
+    """`attend` for a block of queries and the keys allowed by `seen`, broadcastable to (B, G, R, T, S)."""
     B, T, N, H = q_BTNH.shape
     G, scale = k_BGSH.shape[1], H**-0.5
-    # The M rows of a key/value head: R query heads by T tokens.
+    # M = R * T: R query heads per key/value head, T tokens.
     q_BGMH = jnp.moveaxis(q_BTNH.reshape(B, T, G, -1, H), 1, 3).reshape(B, G, -1, H)
 
     def score(q_BGMH, k_BGSH, seen):
@@ -110,7 +122,7 @@ def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout)
         weights_BGMS = apply_dropout(jax.nn.softmax(scores_BGMS, axis=-1), key, dropout).astype(q_BTNH.dtype)
         mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
     else:
-        # Own tokens and cache are scored apart and normalised together: the cache is read once and never copied.
+        # Separate scores for the pass and the cache, one softmax: the cache is read once and never copied.
         cached_BGMS = score(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, None, :])
         weights_BGMS = jax.nn.softmax(jnp.concatenate([cached_BGMS, scores_BGMS], axis=-1), axis=-1)
         weights_BGMS = apply_dropout(weights_BGMS, key, dropout).astype(q_BTNH.dtype)
@@ -122,15 +134,15 @@ def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout)
 
 
 def _weigh(weights_BGMS, v_BGSH, tokens, execution):
-    """The weighted sums of a cache's values, (B, G, M, H) float32, for a pass of so many tokens."""
+    """Returns the weighted sums of a cache's values, (B, G, M, H) float32. tokens: number of tokens in the pass."""
     if tokens > 1 or execution.target != "cpu":
         return product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
-    # A matrix product of so few rows costs a CPU three times what the sum does.
+    # With so few rows, a matrix product is three times slower than a sum on a CPU.
     return jnp.sum(weights_BGMS[..., None] * v_BGSH[:, :, None], axis=3)
 
 
 def _seen(mask, first, last, end):
-    """Whether the queries first ... last - 1 see the keys before `end`: bool, broadcastable to (B, G, R, T, S)."""
+    """Returns the mask of queries first ... last - 1 and keys before `end`, broadcastable to (B, G, R, T, S)."""
     if mask.causal:
         seen = jnp.arange(first, last)[:, None] >= jnp.arange(end)
     else:

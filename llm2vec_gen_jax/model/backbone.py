@@ -1,4 +1,7 @@
-"""The frozen LLM: embeddings in, last hidden states and keys/values out."""
+"""The frozen LLM: maps embeddings to last hidden states and keys/values."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -7,34 +10,43 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm2vec_gen_jax.model import layers
 from llm2vec_gen_jax.model.architecture import Architecture
-from llm2vec_gen_jax.model.attention import CAUSAL, KVCache, attend
+from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache, attend
 from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.parallel.sharding import constrain_batch, constrain_vocab
 
-PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # what a LoRA may update
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # that a LoRA may update
 
-KEPT = "kept"  # the name of what a backward pass may keep
+KEPT = "kept"  # checkpoint name of arrays stored for the backward pass
 _keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer.
+    """One pre-norm transformer layer, for `scan`.
 
-    Written for `scan`: returns (carry, (keys and values of this pass, its result at the slots index_BP if given)).
+    Returns (carry, (keys and values of this pass, hidden states at the positions index_BP or None)).
     """
 
     architecture: Architecture
     execution: Execution
-    dtype: jnp.dtype  # of what is computed; between layers x_BTD is of execution.storage_dtype
+    dtype: jnp.dtype  # of the computation; between layers x_BTD has execution.storage_dtype
 
     @nn.compact
-    def __call__(self, x_BTD, cache, lora, dropout, rope, mask, index_BP):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        lora: Any,
+        dropout: layers.Dropout | None,
+        rope: tuple[jax.Array, jax.Array],
+        mask: AttentionMask,
+        index_BP: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[KVCache, jax.Array | None]]:
         a, stacked = self.architecture, self.execution.storage_dtype(self.dtype)
         D, N, G, H, F = a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size
         sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0
         *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
 
-        def kept(x):  # marks an array that the backward pass keeps
+        def kept(x):  # marks an array that is stored for the backward pass
             return checkpoint_name(x.astype(stacked), KEPT).astype(x.dtype)
 
         def project(name, x, equation, shape, axes, bias_dims=()):
@@ -79,7 +91,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """A causal LM as functions of its parameters: `Backbone(a).apply({"params": frozen}, ..., method="embed")`.
 
-    The layers are stacked on a leading axis and run by a scan, so that compile time does not grow with depth.
+    Layers are stacked on a leading axis and run in a scan, so that compile time does not grow with depth.
     """
 
     architecture: Architecture
@@ -91,7 +103,7 @@ class Backbone(nn.Module):
         self.embedding = self.param("embedding", table, (a.vocab_size, a.hidden_size))
         if not a.tied_embeddings:
             self.head = self.param("head", table, (a.vocab_size, a.hidden_size))
-        # XLA's CPU compiler cannot slice bfloat16: it would make a float32 copy of all layers first. It slices bits.
+        # XLA's CPU compiler copies all layers to float32 to slice bfloat16, so they are sliced as uint16.
         as_bits = self.execution.target == "cpu" and not self.is_initializing()
         block = nn.map_variables(Block, "params", _to_floats) if as_bits else Block
         if self.execution.remat != "none":
@@ -110,17 +122,24 @@ class Backbone(nn.Module):
         )
         self.final_norm = layers.RMSNorm(a.norm_eps, "norm")
 
-    def embed(self, ids):
+    def embed(self, ids: jax.Array) -> jax.Array:
         """Returns the input embeddings (..., D) of token ids (...)."""
         return constrain_batch(jnp.take(self.embedding, ids, axis=0), self.execution.mesh)
 
-    def decode_step(self, x_B1D, positions_B1, mask, layer_params, caches):
-        """One new token per row, with a Python loop over the layers instead of a scan.
+    def decode_step(
+        self,
+        x_B1D: jax.Array,
+        positions_B1: jax.Array,
+        mask: AttentionMask,
+        layer_params: Sequence[Any],
+        caches: Sequence[KVCache],
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Runs one new token per row, with a Python loop over the layers instead of a scan.
 
-        On NVIDIA GPUs a scan copies the weights and the cache of each layer before it reads them, which triples the
-        memory traffic of decoding. Compile time grows with depth. layer_params: parameters of each layer
-        (`unstack_layers`). caches: a KVCache of each layer, B G S H.
-        Returns (hidden_B1D after the final norm, keys and values of this token by layer).
+        On NVIDIA GPUs a scan copies the weights and the cache of each layer, which triples the memory traffic of
+        decoding. Compile time grows with depth. layer_params: parameters of each layer (`unstack_layers`).
+        caches: a KVCache of each layer, B G S H.
+        Returns (hidden_B1D after the final norm, KVCache of this token for each layer).
         """
         a, new = self.architecture, []
         rope = layers.rope_angles(positions_B1, a.head_dim, a.rope_theta, a.rope_scaling)
@@ -130,21 +149,35 @@ class Backbone(nn.Module):
             new.append(own)
         return self.final_norm(constrain_batch(x_B1D, self.execution.mesh)), tuple(new)
 
-    def __call__(self, x_BTD, positions_BT, mask, cache=None, lora=None, dropout=None):
-        """Runs every layer over embeddings x_BTD.
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        mask: AttentionMask,
+        cache: KVCache | None = None,
+        lora: Any = None,
+        dropout: layers.Dropout | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs all layers on embeddings x_BTD.
 
-        cache: a KVCache that the pass continues, or None; it is read, never written. lora: low-rank updates of this
-        pass, {projection: {"a": (L, in, r), "b": (L, r, out)}}, their scale in b. dropout: layers.Dropout, or None.
-        Returns (hidden_BTD after the final norm, KVCache of this pass alone, L B G T H, of execution.storage_dtype).
+        cache: of the prefix that the pass continues, not modified. lora: a scaled LoRA tree (see lora.py).
+        Returns (hidden_BTD after the final norm, KVCache of this pass only, L B G T H, in execution.storage_dtype).
         """
         x_BTD, (own, _) = self._run(x_BTD, cache, lora, dropout, positions_BT, mask, None)
         return self.final_norm(constrain_batch(x_BTD, self.execution.mesh)), own
 
-    def states(self, x_BTD, positions_BT, mask, index_BP, lora=None):
-        """Runs every layer, and keeps what each makes of the slots index_BP of its row: no more is in memory.
+    def states(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        mask: AttentionMask,
+        index_BP: jax.Array,
+        lora: Any = None,
+    ) -> jax.Array:
+        """Runs all layers and stores the hidden states at the positions index_BP only.
 
-        Returns states (L + 1, B, P, D): the embeddings, then the result of each layer, of the last one after the
-        final norm (what `hidden_states` of transformers holds).
+        Returns states (L + 1, B, P, D): embeddings, then the output of each layer, the last after the final norm
+        (`hidden_states` of transformers).
         """
         first_BPD = _at(x_BTD, index_BP)
         _, (_, states_LBPD) = self._run(x_BTD, None, lora, None, positions_BT, mask, index_BP)
@@ -159,12 +192,12 @@ class Backbone(nn.Module):
         x_BTD, made = self.layers(x_BTD, cache, lora, dropout, rope, mask, index_BP)
         return x_BTD.astype(dtype), made
 
-    def head_VD(self):
-        """Returns the output matrix (V, D); the embedding table when they are tied."""
+    def head_VD(self) -> jax.Array:
+        """Returns the output matrix (V, D), which is the embedding table if they are tied."""
         head_VD = self.embedding if self.architecture.tied_embeddings else self.head
         return constrain_vocab(head_VD, self.execution.mesh)
 
-    def logits(self, hidden):
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits (..., V) of last hidden states (..., D)."""
         return layers.einsum_f32("...d,vd->...v", hidden, self.head_VD())
 
@@ -181,14 +214,14 @@ def _to_floats(params):
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, params)
 
 
-def unstack_layers(stacked):
-    """Returns a tuple of one tree per layer from a tree stacked on a leading layer axis."""
+def unstack_layers(stacked: Any) -> tuple[Any, ...]:
+    """Splits a tree that is stacked on a leading layer axis into one tree per layer."""
     count = len(jax.tree.leaves(stacked)[0])
     return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(count))
 
 
-def abstract_params(architecture):
-    """Returns the parameter tree of a backbone as boxed ShapeDtypeStructs that carry their logical axes."""
+def abstract_params(architecture: Architecture) -> Any:
+    """Returns the parameter tree of a backbone as ShapeDtypeStructs boxed with their logical axes."""
     backbone = Backbone(architecture)
 
     def init(key):

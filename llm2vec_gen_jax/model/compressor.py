@@ -1,4 +1,6 @@
-"""What trains: the compression tokens and the two affine heads. Nothing else does."""
+"""Trainable parameters: compression tokens and two affine heads."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 
 
 def _uniform(fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what the published heads start from (torch.nn.Linear's default)."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialization of the published heads (torch.nn.Linear)."""
 
     def initializer(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
@@ -17,7 +19,7 @@ def _uniform(fan_in):
 class Compressor(nn.Module):
     """The trainable tree, float32: tokens (M+K, D), reconstruction D -> D, alignment D -> E.
 
-    The M thought tokens come before the K compression tokens; their states are computed and not read.
+    The M thought tokens precede the K compression tokens. Their hidden states are not used.
     """
 
     num_thought_tokens: int
@@ -25,15 +27,15 @@ class Compressor(nn.Module):
     hidden_size: int
     embedding_size: int
 
-    def setup(self):
+    def setup(self) -> None:
         count, D, E = self.num_thought_tokens + self.num_tokens, self.hidden_size, self.embedding_size
         self.tokens = self.param("tokens", nn.initializers.normal(0.02), (count, D), jnp.float32)
-        highest = jax.lax.Precision.HIGHEST  # float32 products, which TPUs and GPUs round by default
+        highest = jax.lax.Precision.HIGHEST  # by default TPUs and GPUs round float32 operands
         self.reconstruction = nn.Dense(D, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
         self.alignment = nn.Dense(E, kernel_init=_uniform(D), bias_init=_uniform(D), precision=highest)
 
-    def __call__(self, h_BKD):
-        """The chain of the heads (paper, section 3): the alignment head reads what the reconstruction head wrote.
+    def __call__(self, h_BKD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Applies the reconstruction head, then the alignment head to its output (paper, section 3).
 
         h_BKD: last hidden states of the compression tokens.
         Returns (embedding_BE, soft_prompts_BKD), float32.
@@ -42,9 +44,12 @@ class Compressor(nn.Module):
         return self.alignment(soft_prompts_BKD).mean(axis=1), soft_prompts_BKD
 
 
-def init_trainable(compressor, key, embedding_VD):
-    """Returns a fresh trainable tree. The tokens start at the mean of the backbone's embedding table, as tokens
-    added to a Hugging Face model do, with a tenth of its spread as noise so that they differ."""
+def init_trainable(compressor: Compressor, key: jax.Array, embedding_VD: jax.Array) -> dict[str, Any]:
+    """Returns an initialized trainable tree.
+
+    The tokens are the mean of the backbone's embedding table, as for tokens added to a Hugging Face model, plus noise
+    with a tenth of its standard deviation.
+    """
     key_tokens, key_heads = jax.random.split(key)
     h_BKD = jnp.zeros((1, compressor.num_tokens, compressor.hidden_size), jnp.float32)
     params = compressor.init(key_heads, h_BKD)["params"]

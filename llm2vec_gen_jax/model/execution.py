@@ -1,6 +1,6 @@
-"""How a backbone runs: on which devices, by which kernels and compiler options, and what its backward pass keeps.
+"""Execution of a backbone: mesh, attention kernel, compiler options and rematerialization.
 
-Nothing here changes what is computed.
+No setting changes the result, except for rounding.
 """
 
 import dataclasses
@@ -16,26 +16,26 @@ from llm2vec_gen_jax.common.errors import InputError, nearest
 
 ATTENTION = ("auto", "xla", "cudnn", "pallas")
 
-# What the backward pass keeps of a layer. none: everything is kept. dots: the results of its matrix products, no more;
-# norms, rotations, the attention weights (the largest of all) and activations are computed again, which costs next to
-# nothing. block: only what goes into a layer is kept, and the layer is computed again.
+# Rematerialization policies. none: all activations of a layer are stored for the backward pass. dots: only the results
+# of matrix products; norms, rotations, attention weights (the largest arrays) and activation functions are recomputed,
+# which is cheap. block: only the input of a layer; the layer is recomputed.
 REMAT = ("none", "dots", "block")
 DEFAULT_REMAT = "dots"
 
 AMPERE, HOPPER = (8, 0), (9, 0)  # CUDA compute capabilities
-_SHORTEST_FUSED = 64  # tokens from which a fused kernel is faster than XLA's products
-# Near the memory limit XLA recomputes matrix products without lowering the peak (Qwen3-8B, batch 32, remat=dots, H100:
-# half again as many FLOPs); what is recomputed is decided by train.remat.
+_MIN_FUSED_TOKENS = 64  # a fused kernel is slower than XLA for fewer tokens
+# Near the memory limit XLA recomputes matrix products without lowering the peak (50% more FLOPs for Qwen3-8B, batch 32,
+# remat=dots, on an H100). train.remat controls recomputation.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-# The weights of the next layer are gathered while a layer runs. Two sets of gathered weights are in memory then.
+# Gathers the weights of the next layer while a layer runs, with two sets of gathered weights in memory.
 _FSDP_OPTIONS = {"xla_gpu_enable_pipelined_all_gather": True, "xla_gpu_enable_while_loop_double_buffering": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """mesh: where the arrays are, None on one device. attention: one of ATTENTION. remat: one of REMAT.
+    """mesh: of the arrays, None for one device. attention: one of ATTENTION. remat: one of REMAT.
 
-    platform: "cpu", "gpu" or "tpu", where programs are for another one than that of the mesh's devices.
+    platform: "cpu", "gpu" or "tpu", if programs are compiled for another platform than that of the mesh.
     """
 
     mesh: Mesh | None = None
@@ -54,90 +54,90 @@ class Execution:
 
     @property
     def target(self) -> str:
-        """The platform that programs are for: "cpu", "gpu" or "tpu"."""
+        """The platform of compiled programs: "cpu", "gpu" or "tpu"."""
         return self.platform or (self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend())
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """Options of the compiler for every program, by platform and mesh; None for its defaults."""
+        """XLA options of all programs on this platform and mesh; None for the defaults."""
         if self.target != "gpu":
             return None
         gathers = self.mesh is not None and self.mesh.shape["fsdp"] > 1
         return _known_options(self._device, tuple((_GPU_OPTIONS | (_FSDP_OPTIONS if gathers else {})).items()))
 
     def check(self, head_dim: int, dtype: jnp.dtype) -> None:
-        """Raises InputError where the attention kernel that was asked for does not take the backbone."""
+        """Raises InputError if the attention kernel of the settings does not support the backbone."""
         if reason := self._unsupported(self.attention, head_dim, jnp.dtype(dtype)):
             raise InputError(f"kernels.attention={self.attention}: {reason}; pass kernels.attention=auto")
 
     def attention_kernel(self, tokens: int, head_dim: int, dtype: jnp.dtype, cached: bool, dropout: bool) -> str:
-        """Returns which of ATTENTION but auto a pass over so many tokens takes. cached: whether it continues a cache.
+        """Returns the attention kernel, one of ATTENTION except auto, for a pass over `tokens` tokens.
 
-        A pass of few tokens over a cache has few scores, and XLA reads the cache in place; a kernel would need a copy
-        of it. No kernel supports dropout.
+        cached: whether the pass continues a cache. XLA reads the cache in place; a fused kernel would need a copy of
+        it. No fused kernel supports dropout.
         """
         if dropout:
             return "xla"
         if self.attention != "auto":
             return self.attention
         kernel = {"gpu": "cudnn", "tpu": "pallas"}.get(self.target, "xla")
-        if cached or tokens < _SHORTEST_FUSED or self._unsupported(kernel, head_dim, dtype):
+        if cached or tokens < _MIN_FUSED_TOKENS or self._unsupported(kernel, head_dim, dtype):
             return "xla"
         return kernel
 
     def storage_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Returns the dtype in which arrays of `dtype` are stacked over layers or slots.
+        """Returns the dtype of arrays of `dtype` that are stacked over layers or cache slots.
 
-        XLA's CPU compiler neither slices half precision nor updates a slice of it: it would make a float32 copy of the
-        whole stack for every layer. So there the stack is float32 to begin with, and holds the same numbers.
+        float32 for half precision on a CPU: XLA's CPU compiler would make a float32 copy of the stack in every layer to
+        slice or update it. The values are the same.
         """
         return jnp.dtype(jnp.float32 if self.target == "cpu" and jnp.dtype(dtype).itemsize == 2 else dtype)
 
     def reduction_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Returns the dtype in which tensor-parallel devices add their parts of a product of `dtype`.
+        """Returns the dtype of the all-reduce over partial products of tensor-parallel devices.
 
-        Each part is accumulated in float32; half precision halves the bytes that the devices exchange.
+        Each partial product is accumulated in float32; half precision halves the communication.
         """
         split = self.mesh is not None and self.mesh.shape["tensor"] > 1
-        return jnp.dtype(dtype if split and self.target != "cpu" else jnp.float32)  # CPUs have no such products
+        return jnp.dtype(dtype if split and self.target != "cpu" else jnp.float32)  # not supported on CPUs
 
     @property
     def _device(self):
         return self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
 
     def _unsupported(self, kernel: str, head_dim: int, dtype: jnp.dtype) -> str | None:
-        """Returns why a kernel does not take heads of `head_dim` numbers of `dtype` on these devices, or None."""
+        """Returns the reason why a kernel does not support a head size and dtype on these devices, or None."""
         if kernel == "cudnn":
             capability = compute_capability(self._device)
             if capability is not None and capability < AMPERE:
-                return f"needs an NVIDIA GPU of compute capability 8.0 or later, and this one has {capability}"
+                return f"needs an NVIDIA GPU of compute capability 8.0 or later, found {capability}"
             if capability is None and self._device.platform == "gpu":
-                return f"needs an NVIDIA GPU, and this is {self._device.device_kind}"
+                return f"needs an NVIDIA GPU, found {self._device.device_kind}"
             if dtype.itemsize != 2:
-                return f"takes float16 and bfloat16, not {dtype}"
+                return f"supports float16 and bfloat16, not {dtype}"
             largest = 256 if capability is None or capability >= HOPPER else 128
             if head_dim % 8 or head_dim > largest:
-                return f"takes heads of a multiple of 8 up to {largest} numbers, not {head_dim}"
+                return f"supports head sizes that are multiples of 8 up to {largest}, not {head_dim}"
         if kernel == "pallas" and self.target == "tpu" and dtype == jnp.float16:
-            return "takes no float16 on a TPU"
+            return "does not support float16 on a TPU"
         return None
 
 
 def first_remat(setting: str) -> str:
-    """Returns the policy to build programs with before `train.remat=auto` is settled by their memory."""
+    """Returns the initial policy: `train.remat=auto` may change it after the memory of the programs is known."""
     return DEFAULT_REMAT if setting == "auto" else setting
 
 
-def compute_capability(device) -> tuple[int, ...] | None:
-    """Returns the CUDA compute capability of a device, (9, 0) for instance; None of other than NVIDIA's."""
+def compute_capability(device: Any) -> tuple[int, ...] | None:
+    """Returns the CUDA compute capability of a device, for example (9, 0); None if it is not an NVIDIA GPU."""
     parts = str(getattr(device, "compute_capability", "")).split(".")
     return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
 
 
 def platform_jit(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callable:
-    """`jax.jit` with the compiler options of the devices that each call is for.
+    """`jax.jit` with the compiler options of each call's devices.
 
-    The first argument of `function` is static and has an `execution`: a Model or a Backbone.
+    The first argument of `function` is static and has an `execution`: an LLM2VecGenModel or a Backbone.
     """
 
     @functools.cache
@@ -154,7 +154,7 @@ def platform_jit(function: Callable, static_argnums: tuple[int, ...] = ()) -> Ca
 
 @functools.cache
 def _known_options(device, options) -> dict[str, Any]:
-    """Returns those of the options that this version of the compiler knows: they come and go between versions."""
+    """Returns the options that the installed version of XLA supports."""
     here = SingleDeviceSharding(device)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=here)
 

@@ -1,34 +1,42 @@
-"""Fused attention of other people's making, each behind one call: cuDNN's on NVIDIA GPUs, splash on TPUs.
+"""Third-party fused attention kernels behind one interface: cuDNN on NVIDIA GPUs, splash attention on TPUs.
 
-Both compute softmax(q k^T / sqrt(H)) v, of queries q_BTNH and of keys and values k_BSGH, v_BSGH (N a multiple of G),
-with scores in float32 and none of them in memory. Who sees whom is said by three arguments:
+Both compute softmax(q k^T / sqrt(H)) v for queries q_BTNH, keys k_BSGH and values v_BSGH (N a multiple of G), with
+float32 scores that are not stored. Three arguments define the attention mask:
 
-causal: query t sees the keys up to t + S - T, so that the last query sees the last key.
-lengths_B: only so many keys of each row are real. None: all.
-segments: (of queries (B, T), of keys (B, S)), int32: a query sees the keys of its own segment only. None: all.
+causal: query t attends to keys up to t + S - T, so that the last query attends to the last key.
+lengths_B: number of valid keys of each row. None: all.
+segments: int32 ids (of queries (B, T), of keys (B, S)); a query attends to keys with the same id. None: all.
 
-A query that would see no key has a defined result that nobody may read.
+The result of a query that attends to no key is unspecified.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llm2vec_gen_jax.parallel import sharding
 
-_LANES = 128  # what a TPU computes at a time: splash takes multiples of it
-_UNREAL = -1  # the segment of padding
+_LANES = 128  # of a TPU vector register: splash attention needs lengths that are multiples of it
+_PADDING = -1  # segment id
 
 
-def cudnn(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments):
-    """Flash attention (Dao et al. 2022) of cuDNN. float16 or bfloat16, on Ampere or later. Returns (B, T, N, H)."""
+def cudnn(
+    q_BTNH: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGH: jax.Array,
+    causal: bool,
+    lengths_B: jax.Array | None,
+    segments: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """cuDNN's flash attention (Dao et al. 2022), float16 or bfloat16, on Ampere or later. Returns (B, T, N, H)."""
     T, S = q_BTNH.shape[1], k_BSGH.shape[1]
     mask = None
     if segments is not None:
         mask = segments[0][:, None, :, None] == segments[1][:, None, None, :]
-    if causal and S != T:  # its own causal mask would have the first query see the first key alone
+    if causal and S != T:  # cuDNN's causal mask aligns the first query with the first key
         causal, ahead = False, (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None, None]
         mask = ahead if mask is None else mask & ahead
-    even_T, even_S = T + T % 2, S + S % 2  # JAX refuses the backward pass of odd lengths
+    even_T, even_S = T + T % 2, S + S % 2  # JAX does not support the backward pass of odd lengths
     if (even_T, even_S) != (T, S):
         q_BTNH, k_BSGH, v_BSGH = _pad(q_BTNH, even_T), _pad(k_BSGH, even_S), _pad(v_BSGH, even_S)
         if mask is not None:
@@ -42,10 +50,19 @@ def cudnn(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments):
     return mixed_BTNH[:, :T]
 
 
-def splash(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments, mesh, interpret):
-    """Splash attention, the flash attention for TPUs that comes with JAX. Returns (B, T, N, H).
+def splash(
+    q_BTNH: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGH: jax.Array,
+    causal: bool,
+    lengths_B: jax.Array | None,
+    segments: tuple[jax.Array, jax.Array] | None,
+    mesh: Mesh | None,
+    interpret: bool,
+) -> jax.Array:
+    """Splash attention, JAX's flash attention for TPUs. Returns (B, T, N, H).
 
-    mesh: every device runs it on its own rows and heads. interpret: on any platform, slowly.
+    mesh: each device processes its rows and heads. interpret: run in the Pallas interpreter, slowly, on any platform.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -53,13 +70,13 @@ def splash(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments, mesh, interpret)
     B, T, N, H = q_BTNH.shape
     S = k_BSGH.shape[1]
     width_T, width_S = _round_up(T), _round_up(S)
-    # What is not real is a segment of its own. Behind all that is real, a causal pass does not see it anyway.
+    # Padding is a separate segment. A causal pass does not attend to padding at the end anyway.
     if segments is None and (lengths_B is not None or (not causal and width_S > S)):
         segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
-    if lengths_B is not None:
-        segments = segments[0], jnp.where(jnp.arange(S) < lengths_B[:, None], segments[1], _UNREAL)
+    if segments is not None and lengths_B is not None:
+        segments = segments[0], jnp.where(jnp.arange(S) < lengths_B[:, None], segments[1], _PADDING)
     if segments is not None:
-        segments = _pad(segments[0], width_T, _UNREAL), _pad(segments[1], width_S, _UNREAL)
+        segments = _pad(segments[0], width_T, _PADDING), _pad(segments[1], width_S, _PADDING)
     shape = (width_T, width_S)
     mask = splash_mask.CausalMask(shape, offset=S - T) if causal else splash_mask.FullMask(shape)
     block_T, block_S = _block(width_T), _block(width_S)
@@ -86,7 +103,7 @@ def splash(q_BTNH, k_BSGH, v_BSGH, causal, lengths_B, segments, mesh, interpret)
 
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)  # splash does not scale
     arrays = _pad(q_BTNH, width_T), _pad(k_BSGH, width_S), _pad(v_BSGH, width_S), *(segments or (None, None))
-    # A TPU multiplies float32 in one bfloat16 pass unless it is told otherwise.
+    # By default a TPU rounds float32 operands to bfloat16.
     with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else "default"):
         return sharding.on_shards(run, mesh, *arrays)[:, :T]
 
@@ -96,7 +113,7 @@ def _round_up(length):
 
 
 def _block(width):
-    """The tokens of a tile: a divisor of the width, at most 512 where that leaves no very small ones."""
+    """Returns the tile size: the largest divisor of the width up to 512, or a larger one if that is below 256."""
     divisors = [size for size in range(_LANES, min(width, 1024) + 1, _LANES) if width % size == 0]
     most = max(size for size in divisors if size <= 512)
     return most if most >= 256 else divisors[-1]

@@ -1,4 +1,4 @@
-"""The pieces of a transformer block, and the alphabet of its dimensions.
+"""Layers of a transformer block, and the letters of array dimensions.
 
 B batch, T query tokens or positions of a pass, S answer tokens or cache slots, K compression tokens, N query heads,
 G key/value heads, H head size, D hidden size, F MLP size, V vocabulary, L layers, E teacher size. Array names in
@@ -7,6 +7,7 @@ model code end in their dimensions: q_BTNH.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,24 +15,24 @@ import jax.numpy as jnp
 from flax import struct
 
 
-def einsum_f32(equation, *operands, dtype=jnp.float32):
-    """einsum that accumulates in float32. dtype: of the result.
+def einsum_f32(equation: str, *operands: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """einsum with float32 accumulation. dtype: of the result.
 
-    float32 operands are multiplied as float32: by default a TPU rounds them to bfloat16, and an NVIDIA GPU to TF32.
+    float32 operands are not rounded; by default a TPU rounds them to bfloat16, and an NVIDIA GPU to TF32.
     """
     precision = jax.lax.Precision.HIGHEST if operands[0].dtype == jnp.float32 else None
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(equation, x, y, sums=jnp.float32):
-    """einsum of two arrays, in the dtype of x, accumulated in float32. y: of that dtype, or int8.
+def product(equation: str, x: jax.Array, y: jax.Array, sums: Any = jnp.float32) -> jax.Array:
+    """einsum of two arrays in the dtype of x, accumulated in float32. y: of the same dtype, or int8.
 
-    sums: dtype of the result, in which devices that hold parts of a summed dimension add theirs.
+    sums: dtype of the result and of the all-reduce over devices that hold parts of a contracted dimension.
 
-    Its gradient is taken in that dtype too: without this a bfloat16 weight meets a float32 cotangent in the backward
-    pass, and XLA turns the whole product (and a copy of the weight) into float32. An int8 weight has none, and it is
-    itself what the backward pass keeps.
+    The gradient is computed in the dtype of x: otherwise the backward pass multiplies a bfloat16 weight by a float32
+    cotangent, and XLA converts the product and a copy of the weight to float32. An int8 weight has no gradient and is
+    stored as int8 for the backward pass.
     """
     inputs, out = equation.split("->")
     x_dims, y_dims = inputs.split(",")
@@ -42,7 +43,7 @@ def product(equation, x, y, sums=jnp.float32):
 
 
 def _merge_heads(dims, x):
-    """Makes one dimension of heads and head size: XLA would sum over the two in another order, and transpose for it."""
+    """Merges heads and head size: XLA would contract the two in another order, which needs a transpose."""
     place = dims.find("nh")
     return x if place < 0 else x.reshape(*x.shape[:place], -1, *x.shape[place + 2 :])
 
@@ -72,7 +73,7 @@ class RMSNorm(nn.Module):
     axis_name: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", _partitioned(nn.initializers.ones, self.axis_name), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -80,11 +81,11 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """`einsum(equation, x, kernel) + bias`: a projection whose axes keep their names.
+    """`einsum(equation, x, kernel) + bias`, a projection with named axes.
 
-    shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. The bias,
-    if any, has the kernel dimensions that the equation keeps, and so has the scale of a quantized kernel. sums: see
-    `product`.
+    shape: of the kernel. axes: logical axis of each kernel dimension, which sharding.py maps to the mesh. bias_dims:
+    the kernel dimensions of the bias, if any. The scale of a quantized kernel has all dimensions that are not
+    contracted. sums: see `product`.
     """
 
     equation: str
@@ -94,7 +95,7 @@ class Linear(nn.Module):
     sums: jnp.dtype = jnp.dtype(jnp.float32)
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         initializer = nn.initializers.normal(self.shape[0] ** -0.5)
         kernel = self.param("kernel", _partitioned(initializer, *self.axes), self.shape)
         y = product(self.equation, x, kernel, self.sums)
@@ -110,20 +111,20 @@ class Linear(nn.Module):
 
 @struct.dataclass
 class Dropout:
-    """Random zeros in a training pass. keys_L: a random key for each layer; inside a layer, its own."""
+    """Dropout of a training pass. keys_L: a random key for each layer; inside a layer, a single key."""
 
     keys_L: jax.Array
-    lora: float = struct.field(pytree_node=False)  # of the inputs of low-rank updates
-    attention: float = struct.field(pytree_node=False)  # of attention weights
+    lora: float = struct.field(pytree_node=False)  # rate for the inputs of LoRA updates
+    attention: float = struct.field(pytree_node=False)  # rate for attention weights
 
 
-def apply_dropout(x, key, rate):
-    """Zeroes each number with probability `rate` and scales up the others."""
+def apply_dropout(x: jax.Array, key: Any, rate: float) -> jax.Array:
+    """Sets each element to zero with probability `rate` and scales the others by 1 / (1 - rate)."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if rate else x
 
 
-def lora_delta(equation, x, a, b):
-    """What a LoRA (Hu et al. 2021) adds to the projection `equation` of x: x A B, in x's dtype.
+def lora_delta(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the LoRA update (Hu et al. 2021) of the projection `equation` of x: x A B, in x's dtype.
 
     a: the kernel's contracted dimensions, then the rank. b: the rank, then the kernel's other dimensions.
     """
@@ -132,16 +133,16 @@ def lora_delta(equation, x, a, b):
     inner = "".join(dim for dim in kernel_dims if dim not in out)
     outer = kernel_dims.removeprefix(inner)
     batch = x_dims.removesuffix(inner)
-    # The rank first: the gradient of `a` then transposes the narrow cotangent, not all of x.
+    # Rank first: the gradient of `a` then transposes the narrow cotangent instead of x.
     a = jnp.moveaxis(a, -1, 0).astype(x.dtype)
     down = product(f"{x_dims},r{inner}->{batch}r", x, a).astype(x.dtype)
     return product(f"{batch}r,r{outer}->{out}", down, b.astype(x.dtype)).astype(x.dtype)
 
 
-def rope_angles(positions_BT, head_dim, theta, scaling):
-    """Returns (cos_BTH, sin_BTH), float32, of the rotary embedding (Su et al. 2021, halves rotated as in Llama).
+def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, scaling: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns (cos_BTH, sin_BTH), float32, of rotary embeddings (Su et al. 2021; halves rotated as in Llama).
 
-    scaling: None, or a RopeScaling; its formula is Llama 3.1's.
+    scaling: None, or a RopeScaling, applied as in Llama 3.1.
     """
     frequency_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
@@ -154,8 +155,8 @@ def rope_angles(positions_BT, head_dim, theta, scaling):
     return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
 
 
-def apply_rope(x_BTNH, rope):
-    """Applies the angles of `rope_angles` to queries or keys, in float32. Returns x's dtype."""
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates queries or keys by the angles of `rope_angles`, in float32. Returns x's dtype."""
     cos, sin = (angle_BTH[:, :, None, :] for angle_BTH in rope)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

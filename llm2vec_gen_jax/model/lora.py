@@ -1,20 +1,22 @@
-"""LoRA trees (Hu et al. 2021): {projection: {"a": (L, in, r), "b": (L, r, out)}}, float32, stacked over the layers.
+"""LoRA trees (Hu et al. 2021): {projection: {"a": (L, in, r), "b": (L, r, out)}}, float32, stacked over layers.
 
-`in` and `out` are the contracted and the other dimensions of our kernels: a query has in D and out N H, the output
-projection in N H and out D.
+`in` and `out` are the contracted and the remaining dimensions of a kernel: D and N H for a query, N H and D for the
+output projection.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm2vec_gen_jax.model import quantization
+from llm2vec_gen_jax.model.architecture import Architecture
 from llm2vec_gen_jax.model.backbone import PROJECTIONS, abstract_params
 
 
-def kernel_dims(architecture):
+def kernel_dims(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Returns {projection: (in, out)} of one layer, each a tuple of sizes."""
     kernels = abstract_params(architecture)["layers"]
     shapes = {name: kernels[name]["kernel"].value.shape[1:] for name in PROJECTIONS}
@@ -22,8 +24,8 @@ def kernel_dims(architecture):
     return {name: (shape[: inner[name]], shape[inner[name] :]) for name, shape in shapes.items()}
 
 
-def init(architecture, rank, key):
-    """Returns a fresh tree that changes nothing yet: b is 0, a is U(-1/sqrt(in), 1/sqrt(in)), as PEFT starts."""
+def init(architecture: Architecture, rank: int, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Returns an initialized tree, as in PEFT: b is 0, a is U(-1/sqrt(in), 1/sqrt(in))."""
     L, tree = architecture.num_layers, {}
     for name, (inner, outer) in kernel_dims(architecture).items():
         key, part = jax.random.split(key)
@@ -33,17 +35,17 @@ def init(architecture, rank, key):
     return tree
 
 
-def scaled(tree, scale):
+def scaled(tree: Any, scale: float) -> dict[str, dict[str, Any]]:
     """Returns the tree with `scale` (alpha / r) folded into b."""
     return {name: {"a": pair["a"], "b": scale * pair["b"]} for name, pair in tree.items()}
 
 
-def merge(frozen, tree):
-    """Returns `frozen` with a scaled tree added: W + A B for each updated kernel, computed in float32.
+def merge(frozen: Any, tree: Any) -> dict[str, Any]:
+    """Returns `frozen` with a scaled tree merged: W + A B for each updated kernel, computed in float32.
 
     The updated kernels are donated: do not use `frozen` afterwards.
     """
-    quantization.refuse(frozen, "merging adapters")
+    quantization.require_unquantized(frozen, "merging adapters")
     layers = dict(frozen["layers"])
     for name, pair in tree.items():
         layers[name] = layers[name] | {"kernel": _add(layers[name]["kernel"], pair["a"], pair["b"])}
@@ -52,7 +54,7 @@ def merge(frozen, tree):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(kernel, a, b):
-    """Adds layer by layer, in place: the float32 sum of all layers would take twice the memory of the kernel."""
+    """Adds A B in place, one layer at a time: a float32 sum of all layers would need twice the kernel's memory."""
 
     def add_one(layer, kernel):
         a_IR, b_RO = a[layer].reshape(-1, b.shape[1]), b[layer].reshape(b.shape[1], -1)

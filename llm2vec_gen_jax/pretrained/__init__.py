@@ -1,1 +1,1 @@
-"""From a name or a folder to a loaded backbone or model, and back."""
+"""Loading and saving of backbones, tokenizers and model directories, by name, path or hub id."""

@@ -1,28 +1,30 @@
-"""From a name to a loaded backbone: parameters on their devices, tokenizer, identity."""
+"""Loads a backbone by name, path or hub id: parameters on the mesh, tokenizer, identity."""
 
 import dataclasses
 import hashlib
 import os
 import pathlib
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.config import BackboneConfig, options
 from llm2vec_gen_jax.formats import gguf, hf, weights
 from llm2vec_gen_jax.model import quantization
-from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.architecture import Architecture, from_hf_config
 from llm2vec_gen_jax.model.execution import AMPERE, Execution, compute_capability
 from llm2vec_gen_jax.pretrained import default_backbone
 from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
-# LoRA folders that come with the package: the default backbone's teacher, to be merged in this order.
+# LoRA folders shipped with the package: the default backbone's teacher, merged in this order.
 TEACHERS = ("smollm2-135m-mntp", "smollm2-135m-simcse")
-# Of a sentence-transformers model: not the exports to other runtimes that many repositories hold too.
+# Files of a sentence-transformers model, without the exports to other runtimes that many repositories have.
 EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_model*.bin")
 
 
@@ -30,10 +32,9 @@ EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_mo
 class LoadedBackbone:
     """A frozen backbone.
 
-    frozen: parameter tree on the mesh; None while only its description is loaded. identity: 16 hex digits that are the
-    same for the same weights, whatever file and dtype they came from. name: what the user called it. license: SPDX
-    id, where it is stated. former_identity: what earlier model directories have in its place, with no more of an untied
-    head in it than the first row.
+    name: as the user passed it. frozen: parameter tree on the mesh; None until the weights are loaded.
+    identity: 16 hex digits, the same for the same weights in any file format and dtype. license: SPDX id, if stated.
+    former_identity: the identity in model directories of earlier versions, which hashed one row of an untied head.
     """
 
     name: str
@@ -46,49 +47,52 @@ class LoadedBackbone:
     former_identity: str | None = None
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         """The name of the dtype of most parameters."""
         return "int8" if quantization.is_quantized(self.frozen) else str(self.frozen["embedding"].dtype)
 
     @property
-    def mesh(self):
-        """The mesh that the parameters are on."""
-        return self.execution.mesh
+    def mesh(self) -> Mesh:
+        """The mesh of the parameters."""
+        return cast(Mesh, self.execution.mesh)
 
 
-def resolve_dtype(name):
-    """Returns the jnp dtype of a config's dtype name. auto: `default_dtype` of this process's devices."""
+def resolve_dtype(name: str) -> jnp.dtype:
+    """Returns the dtype of a config's dtype name; auto is the `default_dtype` of the first device."""
     return jnp.dtype(default_dtype(jax.devices()[0]) if name == "auto" else name)
 
 
-def default_dtype(device):
-    """Returns the name of the dtype that `auto` is on a device: float32 on a CPU and on NVIDIA GPUs before Ampere,
-    which have no bfloat16 products, else bfloat16."""
+def default_dtype(device: jax.Device) -> str:
+    """Returns the dtype name that `auto` selects on a device.
+
+    float32 on CPUs and on NVIDIA GPUs before Ampere, which have no bfloat16 products; otherwise bfloat16.
+    """
     capability = compute_capability(device)
-    old = capability is not None and capability < AMPERE
-    return "float32" if old or device.platform == "cpu" else "bfloat16"
+    no_bfloat16 = capability is not None and capability < AMPERE
+    return "float32" if no_bfloat16 or device.platform == "cpu" else "bfloat16"
 
 
-_process = None  # that has loaded a backbone, by its id
+_loading_pid: int | None = None  # process that loaded the first backbone; a fork inherits the value
 
 
-def require_own_process():
-    """Raises InputError in a fork of a process that has loaded a backbone: JAX hangs there for ever."""
-    global _process
-    _process = _process or os.getpid()
-    if _process != os.getpid():
+def require_own_process() -> None:
+    """Raises InputError in a fork of a process that loaded a backbone: JAX would hang there."""
+    global _loading_pid
+    _loading_pid = _loading_pid or os.getpid()
+    if _loading_pid != os.getpid():
         raise InputError(
-            f"JAX was used by process {_process} and hangs in its fork, this process {os.getpid()}: start processes by "
-            'multiprocessing.get_context("spawn") (PyTorch\'s DataLoader: multiprocessing_context="spawn") and load '
-            "the model in each of them"
+            f"JAX was used by process {_loading_pid} and hangs in its fork, this process {os.getpid()}. Use "
+            'multiprocessing.get_context("spawn") (PyTorch DataLoader: multiprocessing_context="spawn") and load the '
+            "model in each process"
         )
 
 
-def load_backbone(path, dtype, mesh, attention="auto"):
-    """Loads a backbone: the default's name, a .gguf file, a local folder or a hub id.
+def load_backbone(path: str | os.PathLike[str], dtype: str, mesh: Any, attention: str = "auto") -> LoadedBackbone:
+    """Loads a backbone onto a mesh.
 
-    dtype: a config name (auto | float32 | bfloat16 | float16 | int8). attention: of kernels.attention.
-    Raises InputError for what is missing or unsupported.
+    path: the name of the default backbone, a .gguf file, a local folder or a hub id. dtype: auto | float32 | bfloat16 |
+    float16 | int8. mesh: a jax.sharding.Mesh with the axes of sharding.MESH_AXES. attention: a value of
+    kernels.attention. Raises InputError for missing or unsupported input.
     """
     require_own_process()
     options.check_arguments(BackboneConfig, dtype=dtype)
@@ -98,24 +102,23 @@ def load_backbone(path, dtype, mesh, attention="auto"):
     return dataclasses.replace(backbone, frozen=frozen)
 
 
-def open_checkpoint(path, execution):
-    """Returns (LoadedBackbone without its parameters, the source of its weights): cheap, whatever its size."""
+def open_checkpoint(path: str | os.PathLike[str], execution: Execution) -> tuple[LoadedBackbone, weights.WeightSource]:
+    """Returns (LoadedBackbone without parameters, source of its weights). Cheap for a checkpoint of any size."""
     where = resolve_path(path)
+    source: weights.WeightSource
     if where.suffix == ".gguf":
-        source = gguf.GGUFSource(where)
-        architecture, _ = gguf.read_architecture(source)
-        tokenizer = Tokenizer(gguf.read_tokenizer(source), gguf.stop_ids(source))
-        license = source.field("general.license")
+        source = file = gguf.GGUFSource(where)
+        architecture, _ = gguf.read_architecture(file)
+        tokenizer = Tokenizer(gguf.read_tokenizer(file), gguf.stop_ids(file))
+        license = file.field("general.license")
     else:
-        from llm2vec_gen_jax.model import architecture as architecture_lib
-
         config = hf.read_config(where)
-        architecture = architecture_lib.from_hf_config(config, where / "config.json")
-        source = hf.SafetensorsSource(where)
+        architecture = from_hf_config(config, where / "config.json")
+        source = folder = hf.SafetensorsSource(where)
         if architecture.tied_embeddings:
-            source.tie()
-            # As in transformers: a head that is in the file and is another than the embeddings is not tied.
-            architecture = dataclasses.replace(architecture, tied_embeddings=not weights.has_own_head(source))
+            folder.tie()
+            # As in transformers, a stored head that differs from the embeddings is not tied.
+            architecture = dataclasses.replace(architecture, tied_embeddings=not weights.has_untied_head(source))
         tokenizer = Tokenizer.from_folder(where, hf.stop_ids(where, config))
         license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)
@@ -127,44 +130,44 @@ def open_checkpoint(path, execution):
     return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license, former), source
 
 
-def resolve_path(path):
-    """Returns the local .gguf file or folder of a backbone, fetching it when it is the default or a hub id."""
+def resolve_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the local .gguf file or folder of a backbone; the default backbone and hub ids are downloaded."""
     if path == default_backbone.NAME:
         return default_backbone.default_backbone()
     local = pathlib.Path(path).expanduser()
     if local.exists():
         if not local.is_dir() and local.suffix != ".gguf":
-            raise InputError(f"{path}: a backbone is a folder or a .gguf file")
+            raise InputError(f"{path}: not a backbone: expected a folder or a .gguf file")
         return local
     if local.suffix == ".gguf" or not is_hub_id(path):
         raise InputError(f"{path}: no such file or folder (known name: {default_backbone.NAME})")
     return fetch_from_hub(path, hf.PATTERNS)
 
 
-def is_hub_id(path):
-    """Whether a name is to be looked up on the hub: NAMESPACE/NAME, and nothing local goes by it.
+def is_hub_id(path: str | os.PathLike[str]) -> bool:
+    """Whether a name is looked up on the hub: NAMESPACE/NAME, where NAMESPACE is not a local folder.
 
-    A local folder NAMESPACE makes it a (mistyped) path: a path never touches the network.
+    With a local folder NAMESPACE the name is a mistyped path, which must not cause network access.
     """
     match = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
     return match is not None and not pathlib.Path(match[1]).exists()
 
 
-def fetch_from_hub(repository, patterns):
-    """Returns the local snapshot of a hub repository. Raises InputError when it cannot be had."""
+def fetch_from_hub(repository: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
+    """Returns the local snapshot of a hub repository. Raises InputError when the download fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(snapshot_download(repository, allow_patterns=patterns))
+        return pathlib.Path(snapshot_download(str(repository), allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{repository}: no such local folder, and it cannot be fetched from the hub ({first_line(error)})"
         ) from None
 
 
-def resolve_adapter(path):
-    """Returns the local folder of a PEFT adapter: one of TEACHERS by its name, or fetched when it is a hub id."""
+def resolve_adapter(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the local folder of a PEFT adapter: a path, a name of TEACHERS, or a hub id, which is downloaded."""
     folder = pathlib.Path(path).expanduser()
     if not folder.exists() and str(path) in TEACHERS:
         return pathlib.Path(__file__).parent / "assets" / "teachers" / str(path)
@@ -176,8 +179,8 @@ def resolve_adapter(path):
     return folder
 
 
-def resolve_embedder(path):
-    """Returns the local folder of a sentence-transformers model, fetching it when it is a hub id."""
+def resolve_embedder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the local folder of a sentence-transformers model; a hub id is downloaded."""
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -1,14 +1,16 @@
-"""Chat templates: programs of whoever published the backbone, run in a process of their own with limits."""
+"""Renders chat templates. A template is untrusted code of the backbone: it runs in a subprocess with limits."""
 
 import functools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-SECONDS = 5  # of computing, for a template that takes milliseconds
-MEGABYTES = 500  # beyond what the process has at its start
+SECONDS = 5  # CPU time; a template takes milliseconds
+MEGABYTES = 500  # address space in addition to that of the interpreter
 
-# Standard input: a template, what to render, the limits, as JSON. Standard output: the results as JSON.
+# JSON on standard input: [template, requests, seconds, megabytes]. JSON on standard output: the results.
 _PROGRAM = """
 import contextlib, json, os, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -28,10 +30,12 @@ print(json.dumps(results))
 """
 
 
-def render(template, requests):
-    """Returns [(text, None) or (None, reason)]: what a Jinja chat template makes of messages, as in transformers.
+def render(
+    template: str, requests: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]
+) -> list[tuple[str | None, str | None]]:
+    """Renders messages with a Jinja chat template, as transformers does; results are cached.
 
-    requests: [(messages, keyword arguments of the template)]. Equal calls run once.
+    requests: (messages, keyword arguments of the template) pairs. Returns (text, None) or (None, reason) for each.
     """
     return _run(json.dumps([template, requests, SECONDS, MEGABYTES]), len(requests))
 
@@ -44,12 +48,12 @@ def _run(request, count):
             input=request,
             capture_output=True,
             text=True,
-            timeout=120,  # a busy machine may take long to start it
+            timeout=120,  # the start may be slow on a busy machine
         )
     except subprocess.TimeoutExpired:
-        return [(None, "it does not end")] * count
+        return [(None, "it does not terminate")] * count
     if process.returncode < 0:
-        return [(None, "it does not end, or needs too much memory")] * count
+        return [(None, "it does not terminate, or exceeds the memory limit")] * count
     if process.returncode:
         return [(None, (process.stderr.strip().splitlines() or ["no output"])[-1])] * count
     return [tuple(result) for result in json.loads(process.stdout.splitlines()[-1])]

@@ -1,7 +1,9 @@
-"""Taking a model elsewhere: its directory, the backbone in PyTorch's files, the encoder in one folder, the hub."""
+"""Exports: model directory, backbone as a Hugging Face folder, merged encoder, upload to the hub."""
 
+import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +14,13 @@ from llm2vec_gen_jax.common.files import UNFINISHED, require_new, write_text
 from llm2vec_gen_jax.formats import hf, published
 from llm2vec_gen_jax.model import lora
 from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 
 _MERGED_CARD = """\
 # {name}: the encoder of an LLM2Vec-Gen model, merged
 
 A plain transformers model: the backbone{lora}, with the {count} trained tokens in its embedding table. Append them to a
-text and apply the two heads, which lie beside it as safetensors:
+text and apply the two heads, which are safetensors files in this folder:
 
 ```python
 import torch
@@ -35,11 +38,17 @@ embeddings = hidden.mean(dim=1)
 """
 
 
-def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
-    """Writes an LLM2VecGen as a model directory of both frameworks. `path` must not exist.
+def save_pretrained(
+    embedder: Any,
+    path: str | os.PathLike[str],
+    dtype: str | None = None,
+    backbone: str | os.PathLike[str] | None = None,
+    shown: str | None = None,
+) -> None:
+    """Writes an LLM2VecGen as a model directory, which JAX and PyTorch load. `path` must not exist.
 
-    dtype: in which PyTorch is to run (float32 | bfloat16 | float16), default as it was. backbone: how the directory
-    is to name its backbone (a folder or hub id), default as it was loaded. shown: what the card's examples load.
+    dtype: of PyTorch (float32 | bfloat16 | float16), default as loaded. backbone: folder or hub id that the directory
+    names as its backbone, default as loaded. shown: the path or hub id in the examples of the model card.
     """
     record = embedder.record
     model_directory.save(
@@ -55,27 +64,27 @@ def save_pretrained(embedder, path, dtype=None, backbone=None, shown=None):
     )
 
 
-def save_backbone(backbone, folder, unfinished=False):
-    """Writes a loaded backbone as a Hugging Face folder that transformers 4 and 5 read. `folder` must not exist.
+def save_backbone(backbone: LoadedBackbone, folder: str | os.PathLike[str], unfinished: bool = False) -> None:
+    """Writes a loaded backbone as a Hugging Face folder for transformers 4 and 5. `folder` must not exist.
 
-    unfinished: it is marked so (files.UNFINISHED); the caller removes the mark when what belongs to it is written.
+    unfinished: adds the marker files.UNFINISHED, which the caller removes after it has written the other outputs.
     """
     require_new(folder)
     tokenizer = backbone.tokenizer
 
-    def also(temporary):
+    def write_other_files(temporary):
         published.write_tokenizer(temporary, tokenizer.hf)
         if unfinished:
             (temporary / UNFINISHED).touch()
 
-    hf.save(folder, backbone.frozen, backbone.architecture, also, tokenizer.stop_ids)
+    hf.save(folder, backbone.frozen, backbone.architecture, write_other_files, tokenizer.stop_ids)
 
 
-def save_merged(embedder, folder, unfinished=False):
-    """Writes the encoder as a plain Hugging Face folder: LoRA merged (in float32), trained tokens in the table.
+def save_merged(embedder: Any, folder: str | os.PathLike[str], unfinished: bool = False) -> None:
+    """Writes the encoder as a plain Hugging Face folder, with the trained tokens in the embedding table.
 
-    The backbone's dtype is kept. The heads lie beside the weights as safetensors. `folder` must not exist.
-    unfinished: as for save_backbone.
+    A LoRA is merged in float32; the stored dtype is that of the backbone. The heads are separate safetensors files.
+    `folder` must not exist. unfinished: as for `save_backbone`.
     """
     require_new(folder)
     model, trainable, backbone = embedder.model, embedder.trainable, embedder.backbone
@@ -83,11 +92,11 @@ def save_merged(embedder, folder, unfinished=False):
     frozen = backbone.frozen
     if model.lora_rank:
         updated = {name: jax.tree.map(lambda x: x.copy(), frozen["layers"][name]) for name in trainable["lora"]}
-        copy = {**frozen, "layers": {**frozen["layers"], **updated}}  # merging donates what it updates
+        copy = {**frozen, "layers": {**frozen["layers"], **updated}}  # `merge` donates the arrays that it updates
         frozen = lora.merge(copy, lora.scaled(trainable["lora"], model.lora_scale))
     ids, _ = published.special_token_ids(backbone.tokenizer.hf, tokens)
 
-    def also(temporary):
+    def write_other_files(temporary):
         published.write_tokenizer(temporary, backbone.tokenizer.hf, tokens)
         for name in model_directory.HEADS:
             bias, weight = (np.asarray(trainable[name][key], np.float32) for key in ("bias", "kernel"))
@@ -105,13 +114,19 @@ def save_merged(embedder, folder, unfinished=False):
             (temporary / UNFINISHED).touch()
 
     added = (ids, np.asarray(trainable["tokens"], np.float32))
-    hf.save(folder, frozen, backbone.architecture, also, backbone.tokenizer.stop_ids, added)
+    hf.save(folder, frozen, backbone.architecture, write_other_files, backbone.tokenizer.stop_ids, added)
 
 
-def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an LLM2Vec-Gen model"):
-    """Uploads the model directory to a repository of the Hugging Face hub, made if it is not there. Returns its URL.
+def push_to_hub(
+    embedder: Any,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Upload an LLM2Vec-Gen model",
+) -> str:
+    """Uploads the model directory to a repository of the Hugging Face hub, created if necessary. Returns its URL.
 
-    Raises InputError where the backbone is a local path, which nobody else could load, or the hub says no.
+    Raises InputError if the backbone is a local path, which other users cannot load, or if the upload fails.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -119,7 +134,7 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
     name = embedder.record.backbone if embedder.record else embedder.backbone.name
     if pathlib.Path(name).expanduser().exists():
         raise InputError(
-            f"the backbone is the local {name}, which nobody else has: load the model with backbone=HUB_ID first"
+            f"the backbone is the local {name}, which other users cannot load. Load the model with backbone=HUB_ID"
         )
     api = huggingface_hub.HfApi(token=token)
     with locks.temporary(pathlib.Path(tempfile.gettempdir(), "llm2vec-gen-upload"), folder=True) as temporary:
@@ -130,5 +145,5 @@ def push_to_hub(embedder, repo_id, private=False, token=None, message="Upload an
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
             reason = first_line(error)
-            raise InputError(f"{repo_id}: cannot be uploaded to the hub ({reason})") from None
+            raise InputError(f"{repo_id}: the upload to the hub failed ({reason})") from None
     return str(url)

@@ -1,23 +1,23 @@
-"""The model card: README.md of a model directory, with the metadata that the Hugging Face hub reads."""
+"""The model card: README.md of a model directory, with metadata for the Hugging Face hub."""
 
 import json
 
 from llm2vec_gen_jax.common.files import to_yaml
+from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.pretrained import default_backbone
 
 PAPER = "2603.10913"
 
 
-def model_card(record, identifier, license=None):
-    """Returns the text of a card.
+def model_card(record: PublishedModel, identifier: str, license: str | None = None) -> str:
+    """Returns the text of a model card.
 
-    record: a PublishedModel; of its `extra`, "config" (resolved settings of the training run), "data" (facts about
-    what it was trained on), "metrics" (last logged values) and "scores" ({task: its main score}) are shown where they
-    are there. identifier: what the usage examples load. license: SPDX id of the backbone, whose terms hold for what was
-    trained on it.
+    record: these keys of its `extra` are shown if present: "config" (resolved settings of the training run), "data"
+    (facts about the training data), "metrics" (last logged values) and "scores" ({task: main score}).
+    identifier: path or hub id in the usage examples. license: SPDX id of the backbone, which applies to the model too.
     """
     extra, base = record.extra, _hub_id(record.backbone)
-    convert = record.backbone == default_backbone.NAME  # a GGUF file of a wheel, which PyTorch does not find
+    convert = record.backbone == default_backbone.NAME  # a GGUF file in a wheel, which PyTorch cannot load by name
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
         "library_name": "llm2vec_gen_jax",
@@ -95,8 +95,8 @@ def _to_pytorch(identifier):
 
 def _local_backbone(record):
     return [
-        f"The backbone is the local `{record.backbone}`. Elsewhere, change `model_name_or_path` in `run_config.yml` "
-        "(PyTorch reads it too), or pass `backbone=` to `LLM2VecGen.from_pretrained`.",
+        f"The backbone is the local `{record.backbone}`. On another machine, change `model_name_or_path` in "
+        "`run_config.yml` (PyTorch reads it too), or pass `backbone=` to `LLM2VecGen.from_pretrained`.",
         "",
     ]
 
@@ -109,7 +109,7 @@ def _scores(scores):
 def _facts(extra):
     data, facts = extra.get("data") or {}, []
     if data:
-        facts.append(f"data: {data['examples']:,} responses of the LLM itself to queries of `{data['responses']}`")
+        facts.append(f"data: {data['examples']:,} responses of the LLM to the queries of `{data['responses']}`")
     if config := extra.get("config") or {}:
         teacher, train = config.get("teacher", {}), config.get("train", {})
         adapters = ", ".join(f"`{name}`" for name in teacher.get("adapters") or ()) or "no adapters"

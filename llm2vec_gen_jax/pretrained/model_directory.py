@@ -1,6 +1,9 @@
-"""The model directory, as trees: what a run writes at its end and `LLM2VecGen.from_pretrained` reads."""
+"""Model directories: written at the end of training, read by `LLM2VecGen.from_pretrained`."""
 
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +15,32 @@ from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained.backbone import fetch_from_hub, is_hub_id
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, fetch_from_hub, is_hub_id
 from llm2vec_gen_jax.pretrained.model_card import model_card
 
 HEADS = published.HEADS
-MODELS = ("smollm2-135m",)  # trained embedders that come with the package, in models/
+MODELS = ("smollm2-135m",)  # trained embedders shipped with the package, in assets/models/
 PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 
-def save(directory, model, trainable, backbone, extra, dtype=None, special_tokens=None, name=None, shown=None):
-    """Writes a model directory, complete or not at all. The directory must not exist.
+def save(
+    directory: str | os.PathLike[str],
+    model: LLM2VecGenModel,
+    trainable: Any,
+    backbone: LoadedBackbone,
+    extra: Mapping[str, Any],
+    dtype: str | None = None,
+    special_tokens: list[str] | None = None,
+    name: str | os.PathLike[str] | None = None,
+    shown: str | None = None,
+) -> None:
+    """Writes a model directory atomically. The directory must not exist.
 
-    Every process of a multi-host run calls it: arrays are gathered one at a time, process 0 alone keeps and writes
-    them. extra: our own record ("config", "data", "metrics"), which the card shows. dtype: in which PyTorch is to
-    run, default the backbone's. special_tokens: texts of the trained tokens, default <question1>, ...
-    name: how the backbone is called in the directory, default by what it was loaded from. shown: what the card's
-    examples load, default the directory.
+    Every process of a multi-host run must call it: arrays are gathered one at a time, and process 0 writes them.
+    extra: metadata of this package ("config", "data", "metrics"), shown in the model card. dtype: of PyTorch, default
+    that of the backbone. special_tokens: texts of the trained tokens, default <question1>, ...
+    name: of the backbone in the directory, default as loaded. shown: path or hub id in the examples of the model card,
+    default the directory.
     """
     dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
@@ -49,21 +62,21 @@ def save(directory, model, trainable, backbone, extra, dtype=None, special_token
             "tokenizer_identity": backbone.tokenizer.identity,
         },
     )
-    # The published generate() reads the end tokens from this config.
+    # The published package's generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
     card = model_card(record, shown or str(directory), backbone.license)
     published.write(directory, record, backbone.tokenizer.hf, backbone_config, card)
 
 
-def special_token_names(count):
-    """Returns the published names of `count` trained tokens."""
+def special_token_names(count: int) -> list[str]:
+    """Returns the names of `count` trained tokens in the published package."""
     return [f"<question{number}>" for number in range(1, count + 1)]
 
 
-def local_folder(path):
-    """Returns the folder of a model directory: one of MODELS by its name, or fetched when `path` is a hub id.
+def local_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the local folder of a model directory: a path, a name of MODELS, or a hub id, which is downloaded.
 
-    Raises InputError where there is none.
+    Raises InputError if it does not exist.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.exists():
@@ -75,22 +88,24 @@ def local_folder(path):
     raise InputError(f"{path}: no such directory, hub id (OWNER/NAME) or model of this package: {', '.join(MODELS)}")
 
 
-def read_model_directory(path):
-    """Returns the PublishedModel of a local directory or a hub repository of that layout."""
+def read_model_directory(path: str | os.PathLike[str]) -> published.PublishedModel:
+    """Reads a local model directory or a hub repository of that layout."""
     return published.read(local_folder(path))
 
 
-def to_model(record, backbone, source):
-    """Returns (Model, trainable tree on the backbone's mesh) of a PublishedModel.
+def to_model(
+    record: published.PublishedModel, backbone: LoadedBackbone, source: str | os.PathLike[str]
+) -> tuple[LLM2VecGenModel, Any]:
+    """Returns (model, trainable tree, replicated on the backbone's mesh) of a PublishedModel.
 
-    Raises InputError when it was trained on another backbone than the one given, or with another tokenizer.
+    source: for errors. Raises InputError if it was trained on another backbone or with another tokenizer.
     """
     identity = record.extra.get("backbone_identity", backbone.identity)
     D = backbone.architecture.hidden_size
     if identity not in (backbone.identity, backbone.former_identity) or record.tokens_MD.shape[1] != D:
         raise InputError(
             f"{source}: was trained on another backbone than {backbone.name} (weights {identity}, hidden size "
-            f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). It names {record.backbone}"
+            f"{record.tokens_MD.shape[1]}; here {backbone.identity}, {D}). Its backbone is {record.backbone}"
         )
     if record.extra.get("tokenizer_identity", backbone.tokenizer.identity) != backbone.tokenizer.identity:
         raise InputError(f"{source}: was trained with other tokenizer files than those of {backbone.name}")
@@ -99,7 +114,7 @@ def to_model(record, backbone, source):
     rank, scale = 0, 0.0
     if record.lora:
         config_file = f"{source}/{published.ADAPTER_CONFIG}"
-        config = peft.check(record.lora["config"], config_file, but=("trainable_token_indices",))
+        config = peft.check(record.lora["config"], config_file, ignore=("trainable_token_indices",))
         for key in ("rank_pattern", "alpha_pattern"):
             if config.get(key):
                 raise InputError(f"{config_file}: {key} is not supported on the encoder")
@@ -113,7 +128,7 @@ def to_model(record, backbone, source):
 
 
 def _lora_record(model, trainable):
-    """Returns the `lora` of a PublishedModel, as the published package's apply_peft would make it."""
+    """Returns the `lora` of a PublishedModel, as the published package's apply_peft creates it."""
     if not model.lora_rank:
         return None
     tree, r = trainable["lora"], model.lora_rank
@@ -129,7 +144,7 @@ def _lora_record(model, trainable):
     return {"config": config, "tensors": peft.tensors_of(tree)}
 
 
-def check_finite(trainable, what):
-    """Raises InputError when a trainable tree holds NaN or infinity."""
+def check_finite(trainable: Any, what: str) -> None:
+    """Raises InputError if a trainable tree contains NaN or infinity."""
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trainable)):
-        raise InputError(f"{what}: the trained tokens or heads hold NaN or infinity")
+        raise InputError(f"{what}: the trained tokens or heads contain NaN or infinity")

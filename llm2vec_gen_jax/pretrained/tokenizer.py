@@ -1,96 +1,99 @@
-"""Text to ids and back: user text is always plain text, chat templates come from the backbone."""
+"""Tokenizer of a backbone: control tokens in user text stay plain text; chat templates are those of the backbone."""
 
 import functools
 import json
+import os
+from collections.abc import Iterable, Sequence
 
 import tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint, has_lone_surrogate
 from llm2vec_gen_jax.pretrained.chat_template import render
 
-# What a user might write, between private-use characters, which no template contains: a template that cuts it, changes
-# its letters, strips its lines or escapes it shows.
+# Rendered in place of user text, to detect templates that truncate, strip, escape or change it. The private-use
+# characters at both ends occur in no template.
 _SENTINEL = '\ue000It\'s 1 < 2 & "A" {{ x }} {% y %} \\n\n  <b>Où?</b>\t\n' + 99 * "A long text. " + "\ue001"
 _PROBE = "It's 3,000 m² away; don't go!\n\tdef f(x): return x**2  # Größe, déjà vu, 你好, مرحبا, Привет, 🙂"
-CHARS_PER_TOKEN = 64  # ordinary text has shorter tokens; `encode` checks
-_CHARS_AT_A_TIME = 1 << 22
+CHARS_PER_TOKEN = 64  # upper bound for ordinary text; `encode` handles longer tokens
+_BATCH_CHARS = 1 << 22
 
 
 class Tokenizer:
-    """A backbone's tokenizer. Padding, truncation and compression tokens are not its business.
+    """A backbone's tokenizer, without padding, truncation and compression tokens.
 
-    hf: a transformers fast tokenizer. stop_ids: ids that end a turn, besides the tokenizer's own end token.
+    hf: a transformers fast tokenizer. stop_ids: ids that end a turn, in addition to the tokenizer's end token.
     """
 
-    def __init__(self, hf, stop_ids=()):
+    def __init__(self, hf: PreTrainedTokenizerFast, stop_ids: Iterable[int] = ()) -> None:
         self.hf = hf
         self.parsing = _bare_copy(hf)
-        # Plain: the literal of a control token in a user's text is text, never the token.
+        # In user text, the literal of a control token is text, never the token.
         self.plain = _bare_copy(hf)
         self.plain.encode_special_tokens = True
         self.control = {token.content for token in hf.added_tokens_decoder.values() if token.special}
         self.eos_id = hf.eos_token_id
-        self.source, self.vocab_size = hf.name_or_path, None  # where it is from; rows of the embedding table
+        self.source: str | os.PathLike[str] = hf.name_or_path  # for errors
+        self.vocab_size: int | None = None  # rows of the embedding table
         self.stop_ids = sorted({*stop_ids, *([] if self.eos_id is None else [self.eos_id])})
 
     @classmethod
-    def from_folder(cls, folder, stop_ids=()):
-        """Reads the tokenizer files of a local folder. Raises InputError when there are none."""
+    def from_folder(cls, folder: str | os.PathLike[str], stop_ids: Iterable[int] = ()) -> "Tokenizer":
+        """Reads the tokenizer files of a local folder. Raises InputError if there are none."""
         try:
-            # Never asks, never runs code that a folder brings along.
+            # No prompt, and no code from the folder is executed.
             hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the libraries raise many types, bare Exception among them
-            reason = first_line(error)
-            raise InputError(f"{folder}: no readable tokenizer ({reason})") from None
+            raise InputError(f"{folder}: no readable tokenizer ({first_line(error)})") from None
         if not hf.is_fast:
-            raise InputError(f"{folder}: needs a tokenizer.json (a fast tokenizer)")
+            raise InputError(f"{folder}: no tokenizer.json: only fast tokenizers are supported")
         return cls(hf, stop_ids)
 
     @functools.cached_property
-    def identity(self):
-        """16 hex digits: the same for tokenizers that give the same ids to ordinary text and to their added tokens.
+    def identity(self) -> str:
+        """16 hex digits, the same for tokenizers with the same ids for ordinary text and non-special added tokens.
 
-        Ordinary: words, numbers and many scripts. Added tokens: those that a text can hold (<think>), not special ones.
+        Ordinary text: words, numbers and many scripts. Added tokens: those that a text can contain, such as <think>.
         """
         ids = self.plain.encode(_PROBE).ids
         added = sorted(token.content for token in self.hf.added_tokens_decoder.values() if not token.special)
         return fingerprint([ids, [self.plain.encode(f"a {token} b").ids for token in added]] if added else ids)
 
     @functools.cached_property
-    def pieces(self):
-        """The text of every id alone, with its leading space; of a control token its name, of an unused id nothing."""
+    def pieces(self) -> list[str]:
+        """The text of every id, with its leading space; the name of a control token; empty for an unused id."""
         ids = range(1 + max(self.parsing.get_vocab(with_added_tokens=True).values()))
         texts = self.parsing.decode_batch([[id_] for id_ in ids], skip_special_tokens=False)
-        marked = [(self.parsing.id_to_token(id_) or "").startswith("▁") for id_ in ids]  # whose decoder drops the space
-        return [f" {text.removeprefix(' ')}" if mark else text for mark, text in zip(marked, texts)]
+        # SentencePiece decoders drop the leading space.
+        spaced = [(self.parsing.id_to_token(id_) or "").startswith("▁") for id_ in ids]
+        return [f" {text.removeprefix(' ')}" if space else text for space, text in zip(spaced, texts)]
 
-    def check_fits(self, vocab_size, source):
-        """Raises InputError if an id that a text can give, or the tokenizer itself, has no row in the embedding table.
+    def check_fits(self, vocab_size: int, source: str | os.PathLike[str]) -> None:
+        """Raises InputError if an id that `encode` can return has no row in the embedding table.
 
-        Special tokens beyond the table do no harm elsewhere; a chat template or a suffix that has one is refused.
+        Special tokens beyond the table are allowed; a chat template or a suffix that contains one is rejected later.
         """
         self.source, self.vocab_size = source, vocab_size
         vocabulary = self.parsing.get_vocab(with_added_tokens=True)
         special = {self.parsing.token_to_id(token) for token in self.control}
-        own = [*self.plain.encode("").ids, self.eos_id if self.eos_id is not None else 0]
-        top = max({*vocabulary.values()} - special | {*own}, default=0)
-        if top >= vocab_size:
-            token = self.parsing.id_to_token(top)
+        always_used = {*self.plain.encode("").ids, self.eos_id if self.eos_id is not None else 0}
+        largest = max({*vocabulary.values()} - special | always_used, default=0)
+        if largest >= vocab_size:
+            token = self.parsing.id_to_token(largest)
             raise InputError(
-                f"{source}: the tokenizer has id {top} ({token!r}), the embedding table only {vocab_size} rows: "
+                f"{source}: the tokenizer has id {largest} ({token!r}), the embedding table only {vocab_size} rows: "
                 "this tokenizer is not the backbone's"
             )
 
-    def encode(self, texts, max_length, first=0, prefix=""):
-        """Returns a list of id lists, each at most max_length long, with the tokenizer's own BOS if it has one.
+    def encode(self, texts: Sequence[str], max_length: int, first: int = 0, prefix: str = "") -> list[list[int]]:
+        """Returns one list of ids per text, truncated to max_length, with BOS if the tokenizer adds one.
 
-        first: the number that errors give to texts[0]. prefix: put before every text, with one space.
+        first: index of texts[0] in error messages. prefix: prepended to every text, followed by a space.
         """
         longest = max_length * CHARS_PER_TOKEN
-        # Only a few texts at a time are put together with a long prefix: it may be that of many texts.
-        step = max(1, _CHARS_AT_A_TIME // longest) if len(prefix) > CHARS_PER_TOKEN else len(texts)
+        # A long prefix is copied into every text: small batches limit the memory.
+        step = max(1, _BATCH_CHARS // longest) if len(prefix) > CHARS_PER_TOKEN else len(texts)
         return [
             row[:max_length]
             for start in range(0, len(texts), max(step, 1))
@@ -104,21 +107,21 @@ class Tokenizer:
         cut = [start_of(text, longest) for text in texts]
         try:
             ids = [encoding.ids for encoding in self.plain.encode_batch(cut)]
-        except TypeError:  # what tokenizers says of text that is not valid Unicode
+        except TypeError:  # raised by tokenizers for invalid Unicode
             bad = next(row for row, text in enumerate(cut) if has_lone_surrogate(text))
-            raise InputError(f"input {first + bad} holds half of a surrogate pair, which is no valid text") from None
+            raise InputError(f"input {first + bad} has an unpaired surrogate (not valid Unicode)") from None
         for row, text in enumerate(texts):
-            whole, count = len(text) + (len(prefix) + 1 if prefix else 0), longest
-            while count < whole and len(ids[row]) <= max_length:  # a text of very long tokens (runs of spaces)
+            total, count = len(text) + (len(prefix) + 1 if prefix else 0), longest
+            while count < total and len(ids[row]) <= max_length:  # very long tokens, such as runs of spaces
                 count *= 4
                 ids[row] = self.plain.encode_batch([start_of(text, count)])[0].ids
         return ids
 
-    def encode_answers(self, answers, max_length, suffix):
-        """Returns id lists of answers that end in the end token; an over-long answer is cut, its end token too.
+    def encode_answers(self, answers: Sequence[str], max_length: int, suffix: str) -> list[list[int]]:
+        """Returns one list of ids per answer, which ends in the end token unless the answer is truncated.
 
-        suffix: "auto" for the tokenizer's end token, else a literal that is tokenised with the text, as the
-        published package does: one id where it is a control token, plain text where it is not.
+        suffix: "auto" for the tokenizer's end token, otherwise a literal that is tokenized with the text, as in the
+        published package: one id if it is a control token, otherwise plain text.
         """
         if suffix == "auto" and self.eos_id is None:
             raise InputError("the backbone's tokenizer has no end token: set data.answer_suffix to a literal")
@@ -130,12 +133,12 @@ class Tokenizer:
             answers, end = [answer + suffix for answer in answers], []
         return [(ids + end)[:max_length] for ids in self.encode(answers, max_length)]
 
-    def chat_prompt(self, question, max_length):
-        """Returns the ids of a user turn up to where the assistant answers; a too long question is cut.
+    def chat_prompt(self, question: str, max_length: int) -> list[int]:
+        """Returns the ids of a user turn and the assistant header; a long question is truncated.
 
-        The question is in the prompt once, unchanged, also where the template would strip it.
+        The question occurs in the prompt exactly once and unchanged, even if the template strips it.
         """
-        before, after = self._around(True)
+        before, after = self._turn_affixes(True)
         if any(token in question for token in self.control):
             ids = self._parse(before) + self.plain.encode(question, add_special_tokens=False).ids + self._parse(after)
         else:
@@ -143,20 +146,20 @@ class Tokenizer:
         if len(ids) <= max_length:
             return ids
         head, tail = self._parse(before), self._parse(after)
-        room = max_length - len(head) - len(tail)
-        if room < 1:
-            raise InputError(f"a prompt of {max_length} tokens has no room for a question: raise max_prompt_length")
-        return head + self.plain.encode(question, add_special_tokens=False).ids[:room] + tail
+        budget = max_length - len(head) - len(tail)
+        if budget < 1:
+            raise InputError(f"max_prompt_length={max_length} leaves no tokens for the question. Increase it")
+        return head + self.plain.encode(question, add_special_tokens=False).ids[:budget] + tail
 
-    def user_turn(self):
-        """Returns the ids of a chat up to where the user writes: what the LLM continues is a query."""
-        return self._parse(self._around(False)[0])
+    def user_turn(self) -> list[int]:
+        """Returns the ids of a chat up to the user's text, so that the LLM generates a query."""
+        return self._parse(self._turn_affixes(False)[0])
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids without control tokens."""
         return self.parsing.decode(list(ids), skip_special_tokens=True)
 
-    def save(self, folder):
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer files."""
         self.hf.save_pretrained(folder)
 
@@ -171,38 +174,38 @@ class Tokenizer:
             )
         return ids
 
-    def _around(self, generation):
-        """Returns what the chat template puts before and after the text of a user turn."""
+    def _turn_affixes(self, generation):
+        """Returns the text that the chat template adds before and after a user turn."""
         if not self.hf.chat_template:
             raise InputError("the backbone has no chat template: synthesize and respond need an instruct model")
-        before, after, reason = self._turns[generation]
+        before, after, reason = self._affixes[generation]
         if reason is not None:
             raise InputError(f"{self.source}: the chat template cannot be used ({reason})")
         return before, after
 
     @functools.cached_property
-    def _turns(self):
-        """{whether an answer follows: (before, after, None) or (None, None, why the template cannot be used)}."""
+    def _affixes(self):
+        """{add_generation_prompt: (before, after, None) or (None, None, reason why the template cannot be used)}."""
         try:
             template = self.hf.get_chat_template()
-        except ValueError as error:  # named templates, none of which is the default
+        except ValueError as error:  # named templates without a default
             return dict.fromkeys((False, True), (None, None, _one_line(error)))
         names = {
             name: list(map(str, token)) if isinstance(token, list) else str(token)
             for name, token in self.hf.special_tokens_map.items()
         }
-        # Some templates take the text itself, some want it as a list of parts. Qwen3 has a switch for thinking.
+        # Some templates expect a string, others a list of parts. Qwen3's has a switch for thinking.
         requests = [
             ([{"role": "user", "content": content}], {**names, "add_generation_prompt": flag, "enable_thinking": False})
             for flag in (False, True)
             for content in (_SENTINEL, [{"type": "text", "text": _SENTINEL}])
         ]
         results = render(template, requests)
-        return {False: _around_text(results[:2]), True: _around_text(results[2:])}
+        return {False: _affixes_of(results[:2]), True: _affixes_of(results[2:])}
 
 
-def _around_text(results):
-    """Returns (before, after, None) of the first result that holds the user's text once, else (None, None, reason)."""
+def _affixes_of(results):
+    """Returns (before, after, None) from the first result with the user's text once, otherwise (None, None, reason)."""
     reasons = []
     for text, error in results:
         count = 0 if text is None else text.count(_SENTINEL)
@@ -218,7 +221,7 @@ def _one_line(error):
 
 
 def _bare_copy(hf):
-    """Copies the tokenizer's backend without the padding and truncation that a folder may have saved."""
+    """Copies the tokenizer's backend without its saved padding and truncation."""
     state = json.loads(hf.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None
     return tokenizers.Tokenizer.from_str(json.dumps(state))

@@ -80,7 +80,7 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
     The weights are loaded after the targets are computed, so that one copy of them is in memory at a time.
     """
     columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
-    records = read_records(config.data.responses, columns, config.data.split, key="data.responses")
+    records = read_records(str(config.data.responses), columns, config.data.split, key="data.responses")
     path, kernel = config.backbone.path, config.kernels.attention
     description = backbone or open_checkpoint(path, Execution(sharding.make_mesh(config.mesh), kernel))[0]
     num_appended = config.compression.num_tokens + config.compression.num_thought_tokens

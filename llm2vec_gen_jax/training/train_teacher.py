@@ -11,7 +11,7 @@ from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import require_written
 from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.data import records
+from llm2vec_gen_jax.data.texts import read_texts
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.inference.respond import load_configured_backbone, respond
 from llm2vec_gen_jax.inference.synthesize import synthesize
@@ -70,7 +70,7 @@ def corpus(config, output, backbone):
     """Returns the texts of a TeacherTrainConfig: of corpus.path, or responses that the backbone writes itself."""
     source = config.corpus
     if source.path is not None:
-        texts = [text.strip() for text in records.read_texts(source.path, source.field)]
+        texts = [text.strip() for text in read_texts(source.path, source.field)]
     else:
         common = {
             "backbone": config.backbone,
@@ -86,7 +86,7 @@ def corpus(config, output, backbone):
             output=str(output / "responses.jsonl"),
             max_new_tokens=source.max_new_tokens,
         )
-        texts = records.read_texts(respond(responses, backbone), "answer")
+        texts = read_texts(respond(responses, backbone), "answer")
     texts = list(dict.fromkeys(text for text in texts if text))
     if not texts:
         raise InputError(f"corpus.path={source.path}: every text is empty")
