@@ -261,7 +261,7 @@ def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
         content = bytearray((folder / name).read_bytes())
         content[-5] ^= 1
         (folder / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name} is not what build_index wrote"):
+        with pytest.raises(InputError, match=f"{name} was modified after it was built"):
             search.Index(folder, embedder.backbone).vectors(1)
 
 
@@ -291,7 +291,7 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
         path.write_bytes(content if damaged == "ids.npy" else content[:200])
     capsys.readouterr()
     index.build_index(model_folder, cut)
-    assert ("is not what was written; begun again" in capsys.readouterr().out) == bool(damaged)
+    assert ("modified after it was written; started again" in capsys.readouterr().out) == bool(damaged)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
