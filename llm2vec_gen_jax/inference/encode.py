@@ -161,7 +161,7 @@ def repair(
 ) -> Iterator[int]:
     """Recomputes, one by one, texts that are not finite and share a row with others.
 
-    A text that overflows makes its whole row NaN: masked tokens have weight zero, and 0 * NaN is NaN.
+    A text that overflows makes all texts of its row NaN: masked tokens have weight zero, and 0 * NaN is NaN.
     results: arrays (n, ...) of n `texts`, updated in place. rows: row of each text. alone(text): arrays (1, ...) of a
     text in a row without others. Yields the texts that are not finite alone.
     """

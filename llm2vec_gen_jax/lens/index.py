@@ -66,7 +66,7 @@ def build_index(path: str | os.PathLike[str], config: BuildIndexConfig) -> int:
     Raises InputError for invalid input, and naming the difference if the output belongs to another index.
     """
     options.require(config, "input", "output")
-    with locks.locked(config.output, "output"):
+    with locks.locked(str(config.output), "output"):
         count = _build_index(path, config)
         require_written(pathlib.Path(str(config.output), RECORD))
         return count

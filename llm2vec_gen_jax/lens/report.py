@@ -24,7 +24,7 @@ def write_report(model: Any, texts: list[str], path: str | os.PathLike[str], con
     options.require(config, "output")
     index = Index(config.index, model.backbone) if config.index is not None else None
     page = render(gather(model, texts, config, index) | {"name": str(path)})
-    write_text(config.output, page)
+    write_text(str(config.output), page)
 
 
 def gather(model: Any, texts: list[str], config: ReportConfig, index: Index | None = None) -> dict[str, Any]:

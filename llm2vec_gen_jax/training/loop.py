@@ -217,7 +217,7 @@ class Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             last = self.saved_step
-            saved = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
+            saved = f"the checkpoint of step {last} is intact" if last else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {saved}. "
                 f"The batch is {self.trainer.describe(number - 1)}"
