@@ -33,11 +33,11 @@ def mntp(
 ) -> jax.Array:
     """Mean cross-entropy of the masked tokens, each predicted from the preceding position, float32.
 
-    batch: masked text (B, S), text_lengths (B,), position `place` (B, M) > 0 and label (B, M) of the masked tokens.
+    batch: masked text (B, S), text_lengths (B,), positions (B, M) > 0 and label (B, M) of the masked tokens.
     updates: the trained LoRA, including its scale.
     """
     hidden_BSD = model.hidden_states(frozen, batch["text"], batch["text_lengths"], causal, updates, dropout)
-    before_BMD = jnp.take_along_axis(hidden_BSD, batch["place"][..., None] - 1, axis=1)
+    before_BMD = jnp.take_along_axis(hidden_BSD, batch["positions"][..., None] - 1, axis=1)
     label_BM = batch["label"]
     chunks = -(-label_BM.size // _CHUNK_TOKENS)
     ones = jnp.ones(label_BM.shape, jnp.float32)
@@ -114,17 +114,19 @@ class MaskedBlocks:
         label_BS = self.blocks[self.rows(step)]
         B, S = label_BS.shape
         # The first token has no position before it.
-        place_BM = np.sort(random.random((B, S - 1)).argpartition(self.count - 1, axis=1)[:, : self.count], axis=1) + 1
-        label_BM = np.take_along_axis(label_BS, place_BM, axis=1)
+        positions_BM = (
+            np.sort(random.random((B, S - 1)).argpartition(self.count - 1, axis=1)[:, : self.count], axis=1) + 1
+        )
+        label_BM = np.take_along_axis(label_BS, positions_BM, axis=1)
         shown_BM = np.full_like(label_BM, self.mask_id)
         if self.config.masking == "bert":
             draw_BM = random.random(label_BM.shape)
             other_BM = random.integers(0, self.vocab_size, label_BM.shape, np.int32)
             shown_BM = np.where(draw_BM < 0.8, shown_BM, np.where(draw_BM < 0.9, other_BM, label_BM))
         text_BS = label_BS.copy()
-        np.put_along_axis(text_BS, place_BM, shown_BM, axis=1)
+        np.put_along_axis(text_BS, positions_BM, shown_BM, axis=1)
         arrays = {"text": text_BS, "text_lengths": np.full(B, S, np.int32)}
-        arrays |= {"place": place_BM.astype(np.int32), "label": label_BM}
+        arrays |= {"positions": positions_BM.astype(np.int32), "label": label_BM}
         return {name: array[self.local] for name, array in arrays.items()}
 
 
