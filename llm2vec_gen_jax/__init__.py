@@ -3,12 +3,12 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time: __getattr__
+if TYPE_CHECKING:  # at run time __getattr__ imports these
     from llm2vec_gen_jax.api import LLM2VecGen
     from llm2vec_gen_jax.common.errors import InputError
     from llm2vec_gen_jax.inference.shards import load_embeddings
 
-# Before transformers is imported: no notice that PyTorch, which is not needed, is missing.
+# Before transformers is imported: suppresses its warning that PyTorch is missing, which is not needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ __all__ = ["LLM2VecGen", "InputError", "load_embeddings"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: `import llm2vec_gen_jax` alone must not start JAX, so that launch/ can set it up first.
+    # Lazy: importing the package must not initialize JAX, which the commands configure first.
     if name == "LLM2VecGen":
         from llm2vec_gen_jax.api import LLM2VecGen
 

@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, TypedDict, Unpack, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common import progress
@@ -20,17 +20,22 @@ from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.inference.encode import WINDOW, check_texts, encode_windows, warmup
 from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
-from llm2vec_gen_jax.lens import logit
+from llm2vec_gen_jax.lens.logit import Candidate, logit_lens
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, require_own_process
 
-_TOKENIZED = 512  # texts of one call of the tokenizer, whose own records of them are large
+_TOKENIZED = 512  # texts per call of the tokenizer, which keeps large objects for each of them
+
+
+Tag = TypeVar("Tag")
+Texts = str | Iterable[str]
+Path = str | os.PathLike[str]
 
 
 class EncodeOptions(TypedDict, total=False):
-    """What `LLM2VecGen.encode` can be told that does not change the type of what it returns."""
+    """Options of `LLM2VecGen.encode` that do not change the type of its result."""
 
     prompt_name: str | None
     prompt: str | None
@@ -45,9 +50,9 @@ class EncodeOptions(TypedDict, total=False):
 class LLM2VecGen:
     """Text embeddings that encode the answer an LLM would give (arXiv 2603.10913).
 
-    model: the method's shapes. trainable: tokens and heads. backbone: the frozen LLM with its tokenizer.
-    prompts: name -> text put before inputs. max_seq_length: tokens of a text, the compression tokens included.
-    record: the PublishedModel that it was read from, if it was.
+    model: shapes of the compressor and the backbone. trainable: compression tokens and heads. backbone: the frozen LLM
+    with its tokenizer. prompts: name -> text prepended to inputs. max_seq_length: maximum tokens per text, including
+    the compression tokens. record: the PublishedModel read from disk, if any.
     """
 
     def __init__(
@@ -66,19 +71,19 @@ class LLM2VecGen:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: Path,
         dtype: str = "auto",
-        backbone: str | os.PathLike[str] | None = None,
+        backbone: Path | None = None,
         mesh: jax.sharding.Mesh | config_lib.MeshConfig | None = None,
         prompts: dict[str, str] | None = None,
         attention: str = "auto",
     ) -> Self:
-        """Loads a model directory (ours or the published package's) or a hub repository of that layout.
+        """Loads a model directory, written by this or the published package, or a hub repository with that layout.
 
-        dtype: of the backbone (auto | float32 | bfloat16 | float16 | int8). backbone: where it is, if not where the
-        directory says. mesh: a Mesh, a MeshConfig of the devices of all processes, or by default this process's own
-        devices on the data axis. attention: which kernel computes it (auto | xla | cudnn | pallas).
-        Raises InputError that names what is missing or does not fit.
+        dtype: backbone dtype (auto | float32 | bfloat16 | float16 | int8). backbone: path or hub id, default the one
+        named in the directory. mesh: a Mesh, or a MeshConfig over the devices of all processes; default: the local
+        devices on the data axis. attention: kernel (auto | xla | cudnn | pallas).
+        Raises InputError naming the missing or incompatible part.
         """
         require_own_process()
         _checked_prompts(prompts)  # before the backbone is loaded
@@ -86,24 +91,36 @@ class LLM2VecGen:
         if not isinstance(mesh, jax.sharding.Mesh):
             if not isinstance(mesh, config_lib.MeshConfig | None):
                 raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
-            own = None if mesh else jax.local_devices()
-            mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), own)
+            devices = None if mesh else jax.local_devices()
+            mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), devices)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention)
         model, trainable = model_directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)
 
     @overload
-    def encode(self, inputs: str | Iterable[str], **options: Unpack[EncodeOptions]) -> np.ndarray: ...
-
-    @overload
     def encode(
-        self, inputs: str | Iterable[str], *, return_soft_prompts: Literal[True], **options: Unpack[EncodeOptions]
-    ) -> tuple[np.ndarray, np.ndarray]: ...
+        self, inputs: Texts, *, convert_to_numpy: Literal[True] = True, **options: Unpack[EncodeOptions]
+    ) -> np.ndarray: ...
 
     @overload
     def encode(
         self,
-        inputs: str | Iterable[str],
+        inputs: Texts,
+        *,
+        convert_to_numpy: Literal[True] = True,
+        return_soft_prompts: Literal[True],
+        **options: Unpack[EncodeOptions],
+    ) -> tuple[np.ndarray, NDArray[np.float32]]: ...
+
+    @overload
+    def encode(
+        self, inputs: Texts, *, convert_to_numpy: Literal[False], **options: Unpack[EncodeOptions]
+    ) -> jax.Array: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: Texts,
         *,
         convert_to_numpy: bool = True,
         return_soft_prompts: bool = False,
@@ -112,7 +129,7 @@ class LLM2VecGen:
 
     def encode(
         self,
-        inputs: str | Iterable[str],
+        inputs: Texts,
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -125,19 +142,19 @@ class LLM2VecGen:
         max_length: int | None = None,
         return_soft_prompts: bool = False,
     ) -> Any:
-        """Returns embeddings (n, E) of a list of texts, or (E,) of one string, in the order of the inputs.
+        """Returns embeddings (n, E) of a list of texts, or (E,) of one string, in input order.
 
-        prompt, prompt_name: text, or the name of one of self.prompts, put before every input with one space.
-        batch_size: rows of 256 tokens in a pass; short texts share a row. precision: float32; int8, uint8 (255 steps of
-        each dimension's range in this call); binary, ubinary (signs packed as in numpy.packbits): as in
-        sentence-transformers. convert_to_numpy=False gives a jax.Array. truncate_dim keeps the first dimensions,
-        before normalisation. max_length: tokens, the compression tokens included; default self.max_seq_length.
-        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), which `decode` reads.
-        Raises InputError for what is no text, a setting that the commands would refuse, and a text whose numbers exceed
-        the backbone's dtype.
+        prompt, prompt_name: a text, or the name of one in self.prompts, prepended to every input with a space.
+        batch_size: rows of 256 tokens per forward pass; short texts share a row. precision: float32; int8, uint8 (255
+        steps over the range of each dimension in this call); binary, ubinary (signs, packed as by numpy.packbits), as
+        in sentence-transformers. convert_to_numpy=False returns a jax.Array. truncate_dim: keep the first dimensions,
+        before normalization. max_length: maximum tokens including the compression tokens, default self.max_seq_length.
+        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), the input of `decode`.
+        Raises InputError for an input that is not a string, an invalid option, and a text whose states overflow the
+        dtype of the backbone.
 
-        A text's vector does not depend on the others of the call but by rounding, relative to its largest number: 1e-5
-        with a float32 backbone, 5e-3 with bfloat16 (SmolLM2-135M: 8e-7 and 2e-3 were seen).
+        Other texts in the call change a vector by rounding only, relative to its largest component: at most 1e-5 with
+        a float32 backbone, 5e-3 with bfloat16 (measured on SmolLM2-135M: 8e-7 and 2e-3).
         """
         texts, single = check_texts(inputs), isinstance(inputs, str)
         options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size, truncate_dim=truncate_dim)
@@ -150,56 +167,63 @@ class LLM2VecGen:
             for start in range(0, len(texts), WINDOW)
         )
 
-        def refuse(start: int, number: int) -> None:
-            name = f"input {start + number} (from 0), {quote(texts[start + number])}"
+        def on_not_finite(start: int, row: int) -> None:
+            name = f"input {start + row} (from 0), {quote(texts[start + row])}"
             raise not_finite(name, self.backbone.dtype)
 
         K, D, E = self.model.num_tokens, self.model.architecture.hidden_size, self.model.embedding_size
         embeddings = np.zeros((len(texts), E), np.float32)
         soft_prompts: Any = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
         with progress.bar(len(texts), "text", "encode", enabled=show_progress_bar) as bar:
-            for start, found, prompts in self.encode_windows(windows, batch_size, return_soft_prompts, bar, refuse):
-                embeddings[start : start + len(found)] = found
+            arguments = windows, batch_size, return_soft_prompts, bar, on_not_finite
+            for start, window_embeddings, window_soft_prompts in self.encode_windows(*arguments):
+                rows = slice(start, start + len(window_embeddings))
+                embeddings[rows] = window_embeddings
                 if return_soft_prompts:
-                    soft_prompts[start : start + len(found)] = prompts
-        result: Any = postprocess.quantize(
-            postprocess.finish(embeddings, truncate_dim, normalize_embeddings), precision
-        )
+                    soft_prompts[rows] = window_soft_prompts
+        embeddings = postprocess.finish(embeddings, truncate_dim, normalize_embeddings)
+        result: Any = postprocess.quantize(embeddings, precision)
         if not convert_to_numpy:
             result = jnp.asarray(result)
         if single:
-            result = result[0]
-            soft_prompts = soft_prompts[0] if return_soft_prompts else None
+            result, soft_prompts = result[0], soft_prompts[0] if return_soft_prompts else None
         return (result, soft_prompts) if return_soft_prompts else result
 
     def tokenize(
         self, texts: Sequence[str], prefix: str = "", limit: int | None = None, first: int = 0
-    ) -> list[np.ndarray]:
-        """Returns an int32 array of at most `limit` ids for each text, without the appended tokens.
+    ) -> list[NDArray[np.int32]]:
+        """Returns an array of at most `limit` ids for each text, without the appended tokens.
 
-        prefix: put before every text with one space. first: the number of texts[0] in errors.
+        prefix: prepended to every text with a space. first: index of texts[0] in error messages.
         """
         limit = self.text_length() if limit is None else limit
         ids = []
         for start in range(0, len(texts), _TOKENIZED):
-            found = self.backbone.tokenizer.encode(texts[start : start + _TOKENIZED], limit, first + start, prefix)
-            ids += [np.array(row, np.int32) for row in found]
+            rows = self.backbone.tokenizer.encode(texts[start : start + _TOKENIZED], limit, first + start, prefix)
+            ids += [np.array(row, np.int32) for row in rows]
         return ids
 
     def encode_windows(
-        self, windows: Iterable[Any], batch_size: int, soft_prompts: bool, bar: Any, refuse: Any = None
-    ) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
-        """The stream behind `encode`: see encode.encode_windows."""
+        self,
+        windows: Iterable[tuple[Tag, Sequence[NDArray[np.int32]]]],
+        batch_size: int,
+        soft_prompts: bool,
+        bar: Any,
+        on_not_finite: Callable[[Tag, int], None] | None = None,
+    ) -> Iterator[tuple[Tag, NDArray[np.float32], NDArray[np.float32] | None]]:
+        """Encodes a stream of tokenized texts: see inference.encode.encode_windows."""
         require_own_process()
-        return encode_windows(self.model, self.trainable, self.backbone, windows, batch_size, soft_prompts, bar, refuse)
+        parameters = self.model, self.trainable, self.backbone
+        return encode_windows(*parameters, windows, batch_size, soft_prompts, bar, on_not_finite)
 
     def text_length(self, max_length: int | None = None) -> int:
-        """Returns how many tokens of a text are read: max_length, or max_seq_length, less the appended ones."""
+        """Returns the maximum tokens of a text: max_length, default max_seq_length, minus the appended tokens."""
         max_length = self.max_seq_length if max_length is None else max_length
         if isinstance(max_length, int) and max_length <= self.model.num_appended:
             raise InputError(f"max_length must exceed the {self.model.num_appended} appended tokens")
         options.check_arguments(config_lib.EncodeConfig, max_length=max_length)
-        return max_length - self.model.num_appended
+        length: int = max_length - self.model.num_appended
+        return length
 
     def warmup(
         self,
@@ -208,19 +232,19 @@ class LLM2VecGen:
         return_soft_prompts: bool = False,
         show_progress_bar: bool = False,
     ) -> int:
-        """Compiles every program that `encode` with these options can need; returns their number.
+        """Compiles all programs that `encode` needs with these options. Returns their number.
 
-        Later calls compile nothing. Compiled programs are kept on disk where jax_compilation_cache_dir is set.
+        Later calls do not compile. Set jax_compilation_cache_dir to keep compiled programs on disk.
         """
         require_own_process()
         options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size)
         length = self.text_length(max_length) + self.model.num_appended
-        more = batch_size, return_soft_prompts, show_progress_bar
-        return warmup(self.model, self.trainable, self.backbone, length, *more)
+        parameters = self.model, self.trainable, self.backbone
+        return warmup(*parameters, length, batch_size, return_soft_prompts, show_progress_bar)
 
     @property
     def identity(self) -> str:
-        """16 hex digits of everything that a vector depends on: tokens, heads, LoRA, backbone weights, tokenizer."""
+        """Hash, 16 hex digits, of what the embeddings depend on: tokens, heads, LoRA, backbone weights, tokenizer."""
         digest = hashlib.sha256(repr(dataclasses.astuple(self.model)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.trainable):
             digest.update(jax.tree_util.keystr(path).encode())
@@ -229,12 +253,24 @@ class LLM2VecGen:
         digest.update(self.backbone.tokenizer.plain.to_str().encode())
         return digest.hexdigest()[:16]
 
-    def encode_query(self, inputs: str | Iterable[str], **options: Any) -> Any:
-        """`encode` with the prompt named "query", if there is one."""
+    @overload
+    def encode_query(self, inputs: Texts, **options: Unpack[EncodeOptions]) -> np.ndarray: ...
+
+    @overload
+    def encode_query(self, inputs: Texts, **options: Any) -> Any: ...
+
+    def encode_query(self, inputs: Texts, **options: Any) -> Any:
+        """`encode` with the prompt named "query", if it exists."""
         return self.encode(inputs, **self._default_prompt(options, "query"))
 
-    def encode_document(self, inputs: str | Iterable[str], **options: Any) -> Any:
-        """`encode` with the prompt named "document", "passage" or "corpus", the first that there is."""
+    @overload
+    def encode_document(self, inputs: Texts, **options: Unpack[EncodeOptions]) -> np.ndarray: ...
+
+    @overload
+    def encode_document(self, inputs: Texts, **options: Any) -> Any: ...
+
+    def encode_document(self, inputs: Texts, **options: Any) -> Any:
+        """`encode` with the first existing prompt of "document", "passage" and "corpus"."""
         return self.encode(inputs, **self._default_prompt(options, "document", "passage", "corpus"))
 
     def decode(
@@ -247,7 +283,7 @@ class LLM2VecGen:
         batch_size: int = 16,
         show_progress_bar: bool = False,
     ) -> list[str] | str:
-        """Returns the texts that the frozen LLM reads out of soft prompts (n, K, D); of one (K, D), a string.
+        """Returns the texts that the frozen LLM generates from soft prompts (n, K, D); a string for (K, D).
 
         Raises InputError as `encode` does.
         """
@@ -257,7 +293,7 @@ class LLM2VecGen:
         try:
             soft_prompts = np.asarray(soft_prompts)
         except ValueError:
-            raise InputError("soft prompts must be one array: rows of different lengths") from None
+            raise InputError("soft prompts must be one array: the rows have different lengths") from None
         K, D = self.model.num_tokens, self.model.architecture.hidden_size
         if soft_prompts.shape[-2:] != (K, D) or soft_prompts.ndim not in (2, 3) or soft_prompts.dtype.kind not in "fiu":
             found = f"{soft_prompts.dtype} {soft_prompts.shape}"
@@ -265,8 +301,8 @@ class LLM2VecGen:
         with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
             soft_prompts = soft_prompts.astype(np.float32)
         rows = soft_prompts.reshape(-1, K, D)
-        if not (sound := np.isfinite(rows).all(axis=(1, 2))).all():
-            raise InputError(f"soft prompts: row {np.argmin(sound)} (from 0) holds NaN or infinity")
+        if not (is_finite := np.isfinite(rows).all(axis=(1, 2))).all():
+            raise InputError(f"soft prompts: row {np.argmin(is_finite)} (from 0) holds NaN or infinity")
         texts = []
         with progress.bar(len(rows), "text", "decode", enabled=show_progress_bar) as bar:
             for start in range(0, len(rows), batch_size):
@@ -280,43 +316,48 @@ class LLM2VecGen:
                 bar.update(len(part))
         return texts[0] if soft_prompts.ndim == 2 else texts
 
-    def logit_lens(self, inputs: str | Iterable[str], top_k: int = 5, **options: Any) -> list[Any]:
-        """Returns, of each text, for each of its K compression tokens, the top_k (text, probability) that the LM head
-        finds in its state (lens.logit.logit_lens, which has the options); of one string, those of its tokens."""
-        require_own_process()
-        found = logit.logit_lens(self, check_texts(inputs), top_k, **options)
-        return found[0] if isinstance(inputs, str) else found
+    @overload
+    def logit_lens(self, inputs: str, top_k: int = 5, **options: Any) -> list[list[Candidate]]: ...
 
-    def similarity(self, first: ArrayLike, second: ArrayLike) -> np.ndarray:
-        """Returns the cosine matrix (n, m) of two sets of embeddings."""
+    @overload
+    def logit_lens(self, inputs: Iterable[str], top_k: int = 5, **options: Any) -> list[list[list[Candidate]]]: ...
+
+    def logit_lens(self, inputs: Texts, top_k: int = 5, **options: Any) -> list[Any]:
+        """Returns the top_k (text, probability) of the LM head, for each of the K compression tokens of each text.
+
+        For one string: for each of its K tokens. options: those of lens.logit.logit_lens.
+        """
+        require_own_process()
+        candidates = logit_lens(self, check_texts(inputs), top_k, **options)
+        return candidates[0] if isinstance(inputs, str) else candidates
+
+    def similarity(self, first: ArrayLike, second: ArrayLike) -> NDArray[np.float32]:
+        """Returns the cosine similarities (n, m) of two sets of embeddings."""
         first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
         for x in (first, second):
             postprocess.require_finite(x, "NaN or infinity", what="similarity: vector")
-        return postprocess.l2_normalize(first) @ postprocess.l2_normalize(second).T
+        cosines: NDArray[np.float32] = postprocess.l2_normalize(first) @ postprocess.l2_normalize(second).T
+        return cosines
 
-    def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        dtype: str | None = None,
-        backbone: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Writes a model directory of both frameworks (export.save_pretrained). `path` must not exist."""
+    def save_pretrained(self, path: Path, dtype: str | None = None, backbone: Path | None = None) -> None:
+        """Writes a model directory that both packages load (export.save_pretrained). `path` must not exist."""
         if dtype is not None:
             options.check_arguments(config_lib.FromPytorchConfig, dtype=dtype)
         export.save_pretrained(self, pathlib.Path(path).expanduser(), dtype, backbone)
 
-    def save_merged(self, path: str | os.PathLike[str]) -> None:
-        """Writes the encoder as a plain transformers folder (export.save_merged). `path` must not exist."""
+    def save_merged(self, path: Path) -> None:
+        """Writes the encoder as a transformers model folder (export.save_merged). `path` must not exist."""
         export.save_merged(self, pathlib.Path(path).expanduser())
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Uploads the model directory to the Hugging Face hub (export.push_to_hub). Returns its URL."""
-        return export.push_to_hub(self, repo_id, private, token)
+        url: str = export.push_to_hub(self, repo_id, private, token)
+        return url
 
     def __getstate__(self) -> Any:
         raise TypeError(
-            "an LLM2VecGen is on its devices and cannot be pickled: pass the path of its model directory, and load it "
-            "with from_pretrained in the other process"
+            "an LLM2VecGen holds device arrays and cannot be pickled: pass the path of its model directory, and load "
+            "it with from_pretrained in the other process"
         )
 
     def __copy__(self) -> Self:
@@ -326,13 +367,12 @@ class LLM2VecGen:
 
     @property
     def special_tokens(self) -> list[str]:
-        """Texts of the trained tokens, in the order in which they follow a text."""
-        if self.record:
-            return self.record.special_tokens
-        return model_directory.special_token_names(self.model.num_appended)
+        """Texts of the compression tokens, in the order in which they are appended to a text."""
+        names: list[str] = model_directory.special_token_names(self.model.num_appended)
+        return self.record.special_tokens if self.record else names
 
     def get_embedding_dimension(self) -> int:
-        """Returns E."""
+        """Returns the embedding dimension E."""
         return self.model.embedding_size
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
@@ -348,8 +388,7 @@ class LLM2VecGen:
     def _default_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
         if options.get("prompt") is not None or options.get("prompt_name") is not None:
             return options
-        name = next((name for name in names if name in self.prompts), None)
-        return {**options, "prompt_name": name}
+        return {**options, "prompt_name": next((name for name in names if name in self.prompts), None)}
 
 
 def _checked_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:

@@ -164,7 +164,7 @@ class Programs:
         state = self.whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), tree))
         batch = {"text": self.rows(self.T), "text_lengths": self.rows()}
         if name == "mntp":
-            batch |= {"place": self.rows(self.T // 5), "label": self.rows(self.T // 5)}
+            batch |= {"positions": self.rows(self.T // 5), "label": self.rows(self.T // 5)}
         jitted = jax.jit(step, donate_argnums=0, compiler_options=self.execution.compiler_options)
         return jitted, (state, self.frozen, batch)
 

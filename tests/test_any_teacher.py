@@ -115,7 +115,7 @@ def test_kept_vectors_need_no_embedder_and_an_interrupted_computation_goes_on(mi
 
 
 def test_a_path_that_is_no_embedder_is_named(embed, tmp_path, tiny_folder):
-    with pytest.raises(InputError, match="teacher.path is needed"):
+    with pytest.raises(InputError, match="teacher.path is required"):
         embed("null")
     with pytest.raises(InputError, match="teacher.path=nowhere: no such folder"):
         embed("nowhere")
@@ -123,7 +123,7 @@ def test_a_path_that_is_no_embedder_is_named(embed, tmp_path, tiny_folder):
         embed("owner/none")
     pytest.importorskip("sentence_transformers")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=f"teacher.path={tmp_path / 'empty'}: not a model of sentence-transformers"):
+    with pytest.raises(InputError, match=f"teacher.path={tmp_path / 'empty'}: not a sentence-transformers model"):
         embed(tmp_path / "empty")
 
 

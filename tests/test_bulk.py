@@ -178,7 +178,7 @@ def test_modified_and_missing_files_are_errors(model_folder, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="embeddings-00002.npy: is not what was written"):
+    with pytest.raises(InputError, match="embeddings-00002.npy: modified after it was written"):
         load_embeddings(tmp_path / "out", verify=True)
     assert load_embeddings(tmp_path / "out", rows=(0, 16), verify=True).shape == (16, E)
     path.unlink()
@@ -227,10 +227,10 @@ def test_invalid_manifests_are_errors(tmp_path, change):
     manifest["shards"] = [{"shard": 0, "file": "x.npy", "rows": [0, 2]}]
     files.write_json(tmp_path / "out/manifest.json", manifest)
     assert load_embeddings(tmp_path / "out").shape == (2, 3)
-    with pytest.raises(InputError, match="x.npy: is not what was written"):  # without a checksum
+    with pytest.raises(InputError, match="x.npy: modified after it was written"):  # without a checksum
         load_embeddings(tmp_path / "out", verify=True)
     files.write_json(tmp_path / "out/manifest.json", manifest | change)
-    with pytest.raises(InputError, match="manifest.json: is not as encode wrote it"):
+    with pytest.raises(InputError, match="manifest.json: not a valid manifest of encode"):
         load_embeddings(tmp_path / "out")
 
 

@@ -108,7 +108,7 @@ def test_when_none_is_sound_all_stay_and_are_named(saved, tmp_path):
     for path in folder.rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint is sound .2: .*; 1: .*overwrite=true"):
+    with pytest.raises(InputError, match="all checkpoints are damaged .2: .*; 1: .*overwrite=true"):
         restore(folder)
     assert (folder / "1").is_dir() and (folder / "2").is_dir()
 

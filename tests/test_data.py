@@ -272,6 +272,14 @@ def test_who_sits_out_changes_from_epoch_to_epoch():
     assert len(out) > 6
 
 
+@hypothesis.given(st.lists(st.integers(0, 30)), st.integers(1, 8), st.integers(0, 5))
+def test_length_sorted_batches_are_the_longest_first(lengths, batch_size, first):
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[first:]
+    found = [batch.tolist() for batch in buckets.length_sorted_batches(lengths, batch_size, first)]
+    assert sum(found, []) == order
+    assert all(len(batch) == batch_size for batch in found[:-1])
+
+
 # Some lists of lengths that fewer edges than allowed serve well: in most, one edge more always helps.
 
 

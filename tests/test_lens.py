@@ -261,7 +261,7 @@ def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
         content = bytearray((folder / name).read_bytes())
         content[-5] ^= 1
         (folder / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name} is not what build_index wrote"):
+        with pytest.raises(InputError, match=f"{name} was modified after it was built"):
             search.Index(folder, embedder.backbone).vectors(1)
 
 
@@ -272,7 +272,7 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
     common = {"input": str(corpus), "batch_size": 1, "dtype": "float32", "layers": ["1", "2"], "contexts": 100000}
     whole, cut = (config.BuildIndexConfig(**common, output=str(tmp_path / name)) for name in ("whole", "cut"))
     index.build_index(model_folder, whole)
-    keep, calls = index._keep, []
+    keep, calls = index._write_progress, []
 
     def stop(*arguments):
         keep(*arguments)
@@ -282,7 +282,7 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
 
     monkeypatch.setattr(index, "_FLUSH_EVERY", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "_keep", stop)
+        patch.setattr(index, "_write_progress", stop)
         index.build_index(model_folder, cut)
     if damaged:
         path = tmp_path / "cut.partial" / damaged
@@ -291,7 +291,7 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
         path.write_bytes(content if damaged == "ids.npy" else content[:200])
     capsys.readouterr()
     index.build_index(model_folder, cut)
-    assert ("is not what was written; begun again" in capsys.readouterr().out) == bool(damaged)
+    assert ("modified after it was written; started again" in capsys.readouterr().out) == bool(damaged)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

@@ -109,7 +109,7 @@ def test_padding_that_overflows_changes_no_training_and_no_lens(half, model):
 
     @jax.jit
     def passes(frozen):
-        cache = core.prefix(frozen, ids_BT, lengths_B, 8)
+        cache = core.prefill(frozen, ids_BT, lengths_B, 8)
         embedding_BE, soft_prompts_BKD = core.compress(trainable, frozen, cache, lengths_B)
         encoded, _ = core.encode(trainable, frozen, ids_BT, lengths_B)
         read_BSD = core.predict_answer(frozen, soft_prompts_BKD, ids_BT, lengths_B)[0, : core.num_tokens]

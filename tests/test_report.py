@@ -82,7 +82,8 @@ def test_the_page_shows_what_the_parts_give(model, values):
 def test_without_a_comparable_teacher_there_is_no_map_and_the_page_says_why(embedder):
     values = report.gather(embedder, TEXTS[:2], SETTINGS)
     text = html.unescape(report.render(values | {"name": "x"}))
-    assert "There is no map: the teacher's vectors have 32 numbers, the model's 12." in text and "figure>" not in text
+    assert "There is no map: the teacher's vectors have 32 dimensions, the model's 12." in text
+    assert "figure>" not in text
 
 
 def test_principal_components_are_those_of_the_covariance():

@@ -22,14 +22,14 @@ from .conftest import write_jsonl
 
 
 def test_targets_are_kept_beside_the_responses_and_reused(tiny, tiny_folder, responses):
-    first, _ = computed(tiny(FAMILY), tiny_folder, responses)
+    first = computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
     before = file.stat().st_mtime_ns
-    again, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
+    again = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=2")
     np.testing.assert_array_equal(again, first)
     assert file.stat().st_mtime_ns == before
     # Another attention, text or backbone is another file.
-    other, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
+    other = computed(tiny(FAMILY), tiny_folder, responses, "teacher.attention=bidirectional")
     assert np.abs(other - first).max() > 1e-3
     computed(tiny(FAMILY), tiny_folder, responses, answers=[*ANSWERS[:-1], "y"])
     computed(tiny(FAMILY), tiny_folder, responses, "data.max_answer_length=3")
@@ -59,12 +59,12 @@ def _flip(path):
     ],
 )
 def test_kept_targets_that_are_not_what_was_written_are_computed_again(tiny, tiny_folder, responses, damage, capsys):
-    first, _ = computed(tiny(FAMILY), tiny_folder, responses)
+    first = computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
     damage(file)
-    again, _ = computed(tiny(FAMILY), tiny_folder, responses)
+    again = computed(tiny(FAMILY), tiny_folder, responses)
     np.testing.assert_array_equal(again, first)
-    assert f"{file}: is not what was written, or has no record of it; computed again" in capsys.readouterr().out
+    assert f"{file}: modified after it was written, or without a record; computed again" in capsys.readouterr().out
     assert kept(responses) == [file]
     np.testing.assert_array_equal(np.load(file), first)
 
@@ -72,13 +72,13 @@ def test_kept_targets_that_are_not_what_was_written_are_computed_again(tiny, tin
 def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, responses):
     answers = [f"answer {'x' * (number % 30)}" for number in range(50)]
     words = ("teacher.batch_size=4",)
-    whole, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+    whole = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
     (file,) = kept(responses)
     partial, marker = file.with_suffix(".partial.npy"), file.with_suffix(".partial.json")
     order = np.argsort([-len(answer) for answer in answers], kind="stable")  # a token per byte
     for done in (0, 4, 24, 48):
         interrupted(file, whole + 0.5, order, done)  # to see that these are not computed again
-        found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        found = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found[order[:done]], whole[order[:done]] + 0.5)
         np.testing.assert_array_equal(found[order[done:]], whole[order[done:]])
         assert kept(responses) == [file]
@@ -95,7 +95,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, 
     for damage in damages:
         interrupted(file, whole + 0.5, order, 48)
         damage()
-        found, _ = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
+        found = computed(tiny(FAMILY), tiny_folder, responses, *words, answers=answers)
         np.testing.assert_array_equal(found, whole)
         assert kept(responses) == [file]
 
@@ -107,16 +107,16 @@ def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, mo
     other = locks.Lock(file.with_suffix(".lock"))
     assert other.acquire()
     monkeypatch.setattr(preemption, "_asked", True)
-    with pytest.raises(preemption.Stopped, match="stopped as asked, while another process computes it"):
+    with pytest.raises(preemption.Stopped, match="stopped as asked, while another process computes the targets"):
         computed(tiny(FAMILY), tiny_folder, responses)
     assert "waiting for another process" in capsys.readouterr().out
     other.release()
 
 
 def test_the_batch_a_text_is_in_is_no_matter(tiny, tiny_folder, responses):
-    one, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=1")
+    one = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=1")
     kept(responses)[0].unlink()
-    all_, _ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=8")
+    all_ = computed(tiny(FAMILY), tiny_folder, responses, "teacher.batch_size=8")
     np.testing.assert_allclose(one, all_, atol=1e-5)
 
 

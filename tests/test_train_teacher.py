@@ -91,7 +91,7 @@ def test_mntp_is_a_plain_pytorch_computation(both):
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(tree)
     hidden = bidirectional(theirs, batch["text"], batch["text_lengths"])
-    place, label = torch.tensor(batch["place"]).long(), torch.tensor(batch["label"]).long()
+    place, label = torch.tensor(batch["positions"]).long(), torch.tensor(batch["label"]).long()
     before = hidden.gather(1, (place - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
     expected = torch.nn.functional.cross_entropy((before @ head.T).flatten(0, 1), label.flatten())
     expected.backward()
@@ -145,21 +145,21 @@ def test_masked_blocks(masking, shares):
     shown, seen = [], set()
     for step in range(100):
         batch = blocks[step]
-        assert batch["place"].shape == (16, 10) and batch["place"].min() >= 1
-        assert all(len(set(row)) == 10 for row in batch["place"])
+        assert batch["positions"].shape == (16, 10) and batch["positions"].min() >= 1
+        assert all(len(set(row)) == 10 for row in batch["positions"])
         original = stream.reshape(40, 50)[blocks.rows(step)]
-        np.testing.assert_array_equal(np.take_along_axis(original, batch["place"], 1), batch["label"])
+        np.testing.assert_array_equal(np.take_along_axis(original, batch["positions"], 1), batch["label"])
         untouched = np.ones_like(original, bool)
-        np.put_along_axis(untouched, batch["place"], False, axis=1)
+        np.put_along_axis(untouched, batch["positions"], False, axis=1)
         np.testing.assert_array_equal(batch["text"][untouched], original[untouched])
-        hidden = np.take_along_axis(batch["text"], batch["place"], axis=1)
+        hidden = np.take_along_axis(batch["text"], batch["positions"], axis=1)
         shown.append([(hidden == 1).mean(), ((hidden != 1) & (hidden != batch["label"])).mean()])
-        seen |= set(batch["place"].ravel().tolist())
+        seen |= set(batch["positions"].ravel().tolist())
     np.testing.assert_allclose(np.mean(shown, axis=0), shares[:2], atol=0.01)
     assert seen == set(range(1, 50))
     same = llm2vec.MaskedBlocks(np.array_split(stream, 3), settings, 1, 5000, 0, 1, 2)[99]
     np.testing.assert_array_equal(same["text"], blocks[99]["text"][8:])
-    assert not np.array_equal(blocks[0]["place"], blocks[5]["place"])
+    assert not np.array_equal(blocks[0]["positions"], blocks[5]["positions"])
 
 
 def test_sentences_are_split_once_each():

@@ -1,6 +1,6 @@
 """Bucketing of lengths: few padded lengths to compile, with little padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -56,3 +56,15 @@ def bucket_length(length: int) -> int:
             return step + step // 2
         step *= 2
     return step
+
+
+def longest_first(lengths: Sequence[int]) -> np.ndarray:
+    """Returns the indices that sort texts by length, descending; texts of equal length keep their order."""
+    return np.argsort([-length for length in lengths], kind="stable")
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Yields the indices of texts in batches, longest first, without the `first` longest ones."""
+    order = longest_first(lengths)
+    for start in range(first, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length
+from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches
 from llm2vec_gen_jax.inference.postprocess import l2_normalize
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
@@ -96,10 +96,8 @@ def nll(backbone: LoadedBackbone, texts: Sequence[str], max_length: int) -> tupl
     ids = backbone.tokenizer.encode(texts, max_length)
     shards = sharding.batch_shards(backbone.mesh)
     batch_size = -(-_BATCH_SIZE // shards) * shards
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
     sums, counts = np.zeros(len(ids)), np.array([max(len(row) - 1, 0) for row in ids])
-    for start in range(0, len(ids), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in length_sorted_batches([len(row) for row in ids], batch_size):
         batch = [ids[row] for row in rows] + [[]] * (batch_size - len(rows))
         lengths_B = np.array([len(row) for row in batch], np.int32)
         arrays = sharding.put_rows((pad(batch, bucket_length(max(len(batch[0]), 2))), lengths_B), backbone.mesh)

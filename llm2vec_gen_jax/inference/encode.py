@@ -1,4 +1,4 @@
-"""Texts to vectors: packed into rows of a few fixed lengths, read and tokenised ahead by a thread, order restored."""
+"""Encoding: texts packed into rows of a few fixed lengths, tokenized ahead in a thread, results in input order."""
 
 import bisect
 import collections
@@ -7,62 +7,72 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
 from llm2vec_gen_jax.data.buckets import row_length
 from llm2vec_gen_jax.model.execution import platform_jit
-from llm2vec_gen_jax.model.llm2vec_gen import Packed
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel, Packed
 from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+
+T = TypeVar("T")
+IdLists = Sequence[NDArray[np.int32]]
 
 WINDOW = 8192  # texts that are packed together
-_BASES = (256, 384, 512)  # row lengths for texts that are shorter
-_QUADRATIC = 2048  # in a row this long attention costs about as much as the matrix products (SmolLM2-135M)
-_SHORT = (32, 64, 128)  # of a call that fits one row
-_SHRINK = 4  # batches of n, n/4, n/16, ... rows compile, so that few rows are not padded to n
+_BASES = (256, 384, 512)  # row lengths for shorter texts
+_QUADRATIC = 2048  # row length at which attention costs about as much as the matrix products (SmolLM2-135M)
+_SHORT = (32, 64, 128)  # row lengths for a call that fits one row
+_SHRINK = 4  # compiled batch sizes are n, n/4, n/16, ..., so that a few rows are not padded to n
 
 
 @functools.partial(platform_jit, static_argnums=(1,))
-def _encode(model, soft_prompts, trainable, frozen, packed):
+def _encode(
+    model: LLM2VecGenModel, soft_prompts: bool, trainable: Any, frozen: Any, packed: Packed
+) -> tuple[jax.Array, jax.Array | None]:
     return model.encode_packed(trainable, frozen, packed, soft_prompts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One pass: `rows` lists of texts (their numbers), in an array of `height` rows of `width` tokens."""
+    """One forward pass over `height` rows of `width` tokens; rows: indices of the texts in each row."""
 
     height: int
     width: int
-    rows: list
+    rows: list[list[int]]
 
 
-def pack(lengths, base):
-    """Returns rows [(width, texts)]: each text in the row that it fills best, the longest first.
+def pack(lengths: Sequence[int], base: int) -> list[tuple[int, list[int]]]:
+    """Returns rows [(width, texts)], by best-fit decreasing bin packing.
 
-    A text that fits no row opens one of `row_length`.
+    A text that fits into no row starts one of `row_length`.
     """
-    rows, gaps, least = [], [], min(lengths, default=0)
+    rows: list[tuple[int, list[int]]] = []
+    gaps: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    shortest = min(lengths, default=0)
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        at = bisect.bisect_left(gaps, (lengths[text],))
-        if at < len(gaps):
-            free, row = gaps.pop(at)
+        index = bisect.bisect_left(gaps, (lengths[text],))
+        if index < len(gaps):
+            free, row = gaps.pop(index)
         else:
             free, row = row_length(lengths[text], base), len(rows)
             rows.append((free, []))
         rows[row][1].append(text)
-        if free - lengths[text] >= least:
+        if free - lengths[text] >= shortest:
             bisect.insort(gaps, (free - lengths[text], row))
     return rows
 
 
-def pack_batches(lengths, batch_size, shards):
-    """Returns the Batches of texts of these lengths (appended tokens included): a pure function of its arguments.
+def pack_batches(lengths: Sequence[int], batch_size: int, shards: int) -> list[Batch]:
+    """Returns the Batches for texts of `lengths` tokens, including the appended tokens. Deterministic.
 
-    batch_size: rows of 256 tokens in a pass; fewer of longer ones. shards: devices that split a batch.
+    batch_size: rows of 256 tokens per pass, fewer if they are longer. shards: devices over which a batch is split.
     """
     total = sum(lengths)
     if 0 < total <= _SHORT[-1]:
@@ -72,42 +82,44 @@ def pack_batches(lengths, batch_size, shards):
     rows = min(packings, key=lambda rows: sum(width * (1 + width / _QUADRATIC) for width, _ in rows))
     batches = []
     for width in sorted({width for width, _ in rows}, reverse=True):
-        waiting = [texts for its_width, texts in rows if its_width == width]
+        remaining = [texts for row_width, texts in rows if row_width == width]
         for height in heights(width, batch_size, shards):
-            while len(waiting) >= height or (waiting and height == shards):
-                batches.append(Batch(height, width, waiting[:height]))
-                waiting = waiting[height:]
+            while len(remaining) >= height or (remaining and height == shards):
+                batches.append(Batch(height, width, remaining[:height]))
+                remaining = remaining[height:]
     return batches
 
 
-def heights(width, batch_size, shards):
-    """The numbers of rows that a pass may have, descending: multiples of `shards`, down to it."""
-    most, found = max(batch_size * _BASES[0] // width // shards, 1), []
-    while most > 1:
-        found.append(most * shards)
-        most //= _SHRINK
-    return [*found, shards]
+def heights(width: int, batch_size: int, shards: int) -> list[int]:
+    """Returns the possible numbers of rows of a pass, descending: multiples of `shards`."""
+    multiple, result = max(batch_size * _BASES[0] // width // shards, 1), []
+    while multiple > 1:
+        result.append(multiple * shards)
+        multiple //= _SHRINK
+    return [*result, shards]
 
 
-def shapes(max_length, batch_size, shards):
-    """Returns every (rows, tokens) that texts of at most max_length tokens, the appended ones included, can need."""
+def shapes(max_length: int, batch_size: int, shards: int) -> list[tuple[int, int]]:
+    """Returns all possible (rows, tokens) for texts of at most max_length tokens, including the appended tokens."""
     widths = {row_length(length, base) for base in _BASES for length in range(1, max_length + 1)}
-    found = {(height, width) for width in widths for height in heights(width, batch_size, shards)}
-    return sorted(found | {(shards, width) for width in _SHORT})
+    long = {(height, width) for width in widths for height in heights(width, batch_size, shards)}
+    return sorted(long | {(shards, width) for width in _SHORT})
 
 
-def computed_tokens(batches):
-    """Tokens that the passes of a plan compute, padding included."""
+def computed_tokens(batches: Iterable[Batch]) -> int:
+    """Returns the number of tokens computed for Batches, including padding."""
     return sum(batch.height * batch.width for batch in batches)
 
 
-def arrange(batch, ids, num_thought_tokens, num_appended):
-    """Returns (Packed of a Batch, as numpy; its texts; the row and the slot of each, for indexing results)."""
+def arrange(
+    batch: Batch, ids: IdLists, num_thought_tokens: int, num_appended: int
+) -> tuple[Packed, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (Packed of a Batch, as numpy; indices of its texts; row and slot of each text in the results)."""
     shape = (batch.height, batch.width)
     ids_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
     first_BS = np.zeros((batch.height, batch.width // num_appended), np.int32)
     appended = -1 - np.arange(num_appended)
-    places = []
+    positions = []
     for row, texts in enumerate(batch.rows):
         start = 0
         for slot, text in enumerate(texts):
@@ -118,50 +130,53 @@ def arrange(batch, ids, num_thought_tokens, num_appended):
             segments_BT[row, start:last] = slot + 1
             positions_BT[row, start:last] = np.arange(last - start)
             first_BS[row, slot] = end + num_thought_tokens
-            places.append((text, row, slot))
+            positions.append((text, row, slot))
             start = last
-    return Packed(ids_BT, segments_BT, positions_BT, first_BS), *np.array(places).T
+    arrays: Any = ids_BT, segments_BT, positions_BT, first_BS
+    return Packed(*arrays), *np.array(positions).T
 
 
 @dataclasses.dataclass
 class _Window:
-    """The results of some texts while they are made. tag: whatever the caller gave with them."""
+    """Partial results of a window of texts. tag: see encode_windows."""
 
     tag: Any
-    ids: list
-    embeddings: np.ndarray
-    soft_prompts: np.ndarray | None
+    ids: IdLists
+    embeddings: NDArray[np.float32]
+    soft_prompts: NDArray[np.float32] | None
 
 
-def finite(arrays):
-    """Whether all numbers of each row are finite: bool (n,), of arrays (n, ...)."""
+def finite(arrays: Iterable[np.ndarray]) -> NDArray[np.bool_]:
+    """Returns whether all values of each row of arrays (n, ...) are finite: bool (n,)."""
     return np.logical_and.reduce([np.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in arrays])
 
 
-def unpack(result, rows, slots):
-    """Returns the arrays of a pass, without those that are None, at the places of its texts: (n, ...) each."""
+def unpack(result: Iterable[Any], rows: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
+    """Returns the results of a pass that are not None, by text: arrays (n, ...)."""
     return [np.asarray(array)[rows, slots] for array in result if array is not None]
 
 
-def repair(found, texts, rows, alone):
-    """Computes anew, one by one, the texts of a pass that are not finite because another text of their row is not:
-    a hidden token has the weight zero, and zero times NaN is NaN.
+def repair(
+    results: Sequence[np.ndarray], texts: np.ndarray, rows: np.ndarray, alone: Callable[[int], Sequence[np.ndarray]]
+) -> Iterator[int]:
+    """Recomputes, one by one, texts that are not finite and share a row with others.
 
-    found: arrays (n, ...) of n `texts`, changed in place. rows: the row of each. alone(text): the arrays (1, ...) of a
-    text in a row of its own. Yields the texts that are not finite alone.
+    A text that overflows makes all texts of its row NaN: masked tokens have weight zero, and 0 * NaN is NaN.
+    results: arrays (n, ...) of n `texts`, updated in place. rows: row of each text. alone(text): arrays (1, ...) of a
+    text in a row without others. Yields the texts that are not finite alone.
     """
-    for place in np.flatnonzero(~finite(found)):
-        if np.count_nonzero(rows == rows[place]) > 1:
-            for array, one in zip(found, alone(texts[place])):
-                array[place] = one[0]
-        if not finite([array[place : place + 1] for array in found])[0]:
-            yield texts[place]
+    for index in np.flatnonzero(~finite(results)):
+        if np.count_nonzero(rows == rows[index]) > 1:
+            for array, recomputed in zip(results, alone(texts[index])):
+                array[index] = recomputed[0]
+        if not finite([array[index : index + 1] for array in results])[0]:
+            yield texts[index]
 
 
-def check_texts(inputs):
-    """Returns the list of texts that `inputs`, a string or an iterable of them, holds.
+def check_texts(inputs: Any) -> list[str]:
+    """Returns the list of texts of a string or an iterable of strings.
 
-    Raises InputError for all else: a dict or a table would iterate over its keys, a set in no order.
+    Raises InputError for anything else: iterating over a dict or a table gives keys, over a set an arbitrary order.
     """
     if isinstance(inputs, str):
         return [inputs]
@@ -175,18 +190,27 @@ def check_texts(inputs):
     return texts
 
 
-def _name(value):
+def _name(value: object) -> str:
     return type(value).__name__
 
 
-def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts, bar, refuse=None):
-    """Yields (tag, embeddings (n, E), soft prompts (n, K, D) or None), float32, of each (tag, n id lists).
+def encode_windows(
+    model: LLM2VecGenModel,
+    trainable: Any,
+    backbone: LoadedBackbone,
+    windows: Iterable[tuple[T, IdLists]],
+    batch_size: int,
+    soft_prompts: bool,
+    bar: Any,
+    on_not_finite: Callable[[T, int], None] | None = None,
+) -> Generator[tuple[T, NDArray[np.float32], NDArray[np.float32] | None]]:
+    """Yields (tag, embeddings (n, E), soft prompts (n, K, D) or None) for each (tag, n id lists).
 
-    The next pass is dispatched before the results of the last are fetched, across windows; `windows` is read, and its
-    passes are arranged, by a thread. bar: a tqdm bar, moved by texts. refuse(tag, number): is called for a text of
-    which the vectors hold NaN or infinity, and raises what names it; where it returns, they are yielded as they are.
+    A pass is dispatched before the results of the previous one are fetched, across windows; a thread reads `windows`
+    and arranges the passes. bar: a tqdm bar, updated by texts. on_not_finite(tag, index): called for a text with NaN
+    or infinite results, default raises InputError; if it returns, the results are yielded unchanged.
     """
-    refuse = refuse or _refuse(backbone)
+    on_not_finite = on_not_finite or _raise_not_finite(backbone)
     mesh, K, D = backbone.mesh, model.num_tokens, model.architecture.hidden_size
     shards = sharding.batch_shards(mesh)
 
@@ -202,10 +226,10 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
 
     def finish(window, result, where, tokens):
         texts, rows, slots = where
-        found = unpack(result, rows, slots)
-        for text in repair(found, texts, rows, lambda text: alone(window.ids[text])):
-            refuse(window.tag, int(text))
-        for array, values in zip((window.embeddings, window.soft_prompts), found):
+        results = unpack(result, rows, slots)
+        for text in repair(results, texts, rows, lambda text: alone(window.ids[text])):
+            on_not_finite(window.tag, int(text))
+        for array, values in zip((window.embeddings, window.soft_prompts), results):
             array[texts] = values
         bar.update(len(texts))
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
@@ -216,7 +240,8 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
         packed = sharding.put_batch(packed, mesh)
         return unpack(_encode(model, soft_prompts, trainable, backbone.frozen, packed), *where)
 
-    dispatched, tokens = collections.deque(), 0
+    dispatched: collections.deque[tuple[Any, ...]] = collections.deque()
+    tokens = 0
 
     def completed():
         window, result, *rest = dispatched.popleft()
@@ -239,38 +264,48 @@ def encode_windows(model, trainable, backbone, windows, batch_size, soft_prompts
         yield from completed()
 
 
-def _refuse(backbone):
-    def refuse(_, number):
-        raise not_finite(f"text {number} (from 0)", backbone.dtype)
+def _raise_not_finite(backbone: LoadedBackbone) -> Callable[[Any, int], None]:
+    def on_not_finite(_: Any, index: int) -> None:
+        raise not_finite(f"text {index} (from 0)", backbone.dtype)
 
-    return refuse
+    return on_not_finite
 
 
-def warmup(model, trainable, backbone, max_length, batch_size, soft_prompts, show_progress_bar=False):
-    """Compiles every program that texts of up to max_length tokens can need. Returns their number."""
+def warmup(
+    model: LLM2VecGenModel,
+    trainable: Any,
+    backbone: LoadedBackbone,
+    max_length: int,
+    batch_size: int,
+    soft_prompts: bool,
+    show_progress_bar: bool = False,
+) -> int:
+    """Compiles all programs for texts of at most max_length tokens. Returns their number."""
     shards = sharding.batch_shards(backbone.mesh)
     needed = shapes(max_length, batch_size, shards)
     with progress.bar(len(needed), "program", "compile", enabled=show_progress_bar) as bar:
         for height, width in needed:
-            packed = Packed(*(np.zeros((height, width), np.int32) for _ in range(3)), None)
-            packed = packed.replace(first_BS=np.zeros((height, width // model.num_appended), np.int32))
-            _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, backbone.mesh))
+            shapes_of = [(height, width)] * 3 + [(height, width // model.num_appended)]
+            arrays: Any = (np.zeros(shape, np.int32) for shape in shapes_of)
+            packed = sharding.put_batch(Packed(*arrays), backbone.mesh)
+            _encode(model, soft_prompts, trainable, backbone.frozen, packed)
             bar.update(1)
     return len(needed)
 
 
-def ahead(iterable, depth=4):
-    """Yields the items of an iterable, which a thread makes up to `depth` ahead. Its exceptions come through."""
-    made, stop, end = queue.Queue(depth), threading.Event(), object()
+def ahead(iterable: Iterable[T], depth: int = 4) -> Generator[T]:
+    """Yields the items of an iterable, which a thread reads up to `depth` ahead. Propagates its exceptions."""
+    items: queue.Queue[Any] = queue.Queue(depth)
+    stop, end = threading.Event(), object()
 
     def put(item):
         while not stop.is_set():
             try:
-                return made.put(item, timeout=0.1)
+                return items.put(item, timeout=0.1)
             except queue.Full:
                 pass
 
-    def make():
+    def read():
         try:
             for item in iterable:
                 put((item, None))
@@ -280,12 +315,12 @@ def ahead(iterable, depth=4):
         except BaseException as error:
             put((end, error))
 
-    # A daemon: a read of standard input that nobody ends must not keep an interrupted process alive.
-    thread = threading.Thread(target=make, daemon=True)
+    # A daemon: a blocked read of standard input must not keep an interrupted process alive.
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = items.get()
             if error is not None:
                 raise error
             if item is end:
@@ -293,4 +328,4 @@ def ahead(iterable, depth=4):
             yield item
     finally:
         stop.set()
-        thread.join(timeout=5)  # a thread that is inside native code when Python ends would abort the process
+        thread.join(timeout=5)  # a thread in native code at interpreter exit would abort the process

@@ -1,6 +1,8 @@
-"""Batched generation with a KV cache: prompts of any length in one batch, one compiled decode loop."""
+"""Batched generation with a KV cache: prompts of different lengths in one batch, one compiled decode loop."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,39 +13,51 @@ from llm2vec_gen_jax.data.batches import pad
 from llm2vec_gen_jax.data.buckets import bucket_length
 from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask
 from llm2vec_gen_jax.model.backbone import Backbone, unstack_layers
-from llm2vec_gen_jax.model.execution import platform_jit
+from llm2vec_gen_jax.model.execution import Execution, platform_jit
 from llm2vec_gen_jax.parallel import memory, sharding
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_p is the nucleus (Holtzman et al. 2020)."""
+    """Sampling parameters. temperature 0 is greedy; top_p: nucleus sampling (Holtzman et al. 2020)."""
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         options.check_arguments(DecodeConfig, **vars(self))
 
 
-def generate(backbone, ids, sampling, seed=0, row_ids=None):
-    """Continues prompts given as id lists. Returns a list of id lists without their stop token; None for a prompt
-    whose logits were NaN or infinite before its end.
+def generate(
+    backbone: LoadedBackbone,
+    ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int = 0,
+    row_ids: Sequence[int] | np.ndarray | None = None,
+) -> list[list[int] | None]:
+    """Continues prompts, lists of ids. Returns lists of ids without the stop token; None where logits were not finite.
 
-    row_ids: integers that, with the seed, fix each row's random numbers, so that a sample does not depend on the
-    batch it is in; default: 0, 1, ...
+    row_ids: integers that determine, with the seed, the random numbers of each row, so that a sample does not depend
+    on its batch; default 0, 1, ...
     """
     return _continue(backbone, ids, None, sampling, seed, row_ids)
 
 
-def generate_from_soft_prompts(backbone, soft_prompts_BKD, sampling, seed=0, row_ids=None):
-    """`generate` from soft prompts (B, K, D): the text that the frozen LLM reads out of them."""
+def generate_from_soft_prompts(
+    backbone: LoadedBackbone,
+    soft_prompts_BKD: np.ndarray,
+    sampling: Sampling,
+    seed: int = 0,
+    row_ids: Sequence[int] | np.ndarray | None = None,
+) -> list[list[int] | None]:
+    """`generate` from soft prompts (B, K, D) instead of ids."""
     return _continue(backbone, None, np.asarray(soft_prompts_BKD, np.float32), sampling, seed, row_ids)
 
 
-def ended(ids, sampling):
-    """Whether a generated row came to its own end, rather than to max_new_tokens."""
+def ended(ids: Sequence[int], sampling: Sampling) -> bool:
+    """Returns whether a generated row ended with a stop token, before max_new_tokens."""
     return len(ids) < sampling.max_new_tokens
 
 
@@ -61,25 +75,25 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, backbone.execution)
     seed = np.uint32(seed % 2**32)
     unroll = unrolls(model, backbone.frozen, size, prompt.shape[1] + sampling.max_new_tokens)
-    found = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
-    out_BN, count_B, finite_B = map(np.asarray, found)
+    outputs = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
+    out_BN, count_B, finite_B = map(np.asarray, outputs)
     return [out_BN[row, : count_B[row]].tolist() if finite_B[row] else None for row in range(count)]
 
 
-def batch_rows(count, execution):
-    """Returns the rows of a batch of `count` prompts: a multiple of its shards, on GPUs at least two for each device.
+def batch_rows(count: int, execution: Execution) -> int:
+    """Returns the padded batch size for `count` prompts: a multiple of the shards, on GPUs at least two per shard.
 
-    XLA's GPU compiler multiplies a single row by way of a float32 copy of the weight.
+    XLA's GPU compiler multiplies a single row with a float32 copy of the weight.
     """
     shards = sharding.batch_shards(execution.mesh) if execution.mesh else 1
     return max(-(-count // shards), 2 if execution.target == "gpu" else 1) * shards
 
 
-def unrolls(model, frozen, batch_size, slots):
-    """Returns whether to decode by a Python loop over the layers (`Backbone.decode_step`): on GPUs, where the copy of
-    the layers that it needs fits.
+def unrolls(model: Backbone, frozen: Any, batch_size: int, slots: int) -> bool:
+    """Returns whether to decode with a Python loop over layers (`Backbone.decode_step`).
 
-    model: a Backbone. frozen: arrays or ShapeDtypeStructs with shardings. slots: prompt and new tokens of a row.
+    True on GPUs if the copy of the layers that it needs fits in memory.
+    frozen: arrays or ShapeDtypeStructs with shardings. slots: prompt and new tokens per row.
     """
     a, execution = model.architecture, model.execution
     if execution.target != "gpu":
@@ -90,26 +104,36 @@ def unrolls(model, frozen, batch_size, slots):
     mesh, itemsize = execution.mesh, frozen["embedding"].dtype.itemsize
     shards = sharding.batch_shards(mesh) * mesh.shape["tensor"] if mesh else 1
     cache = 2 * a.num_layers * batch_size * a.num_kv_heads * slots * a.head_dim * itemsize / shards
-    # XLA gathers what fsdp divides before the loop, not in each iteration. The cache: as the prompts' pass leaves it,
-    # padded, and by layer.
+    # XLA gathers fsdp-sharded weights before the loop, not in each iteration. Three copies of the cache: after the
+    # prefill, padded, and unstacked by layer.
     copies = 1 + mesh.shape["fsdp"] if mesh and mesh.shape["fsdp"] > 1 else 1
     needed = memory.bytes_per_device(frozen) + copies * memory.bytes_per_device(frozen["layers"]) + 3 * cache
-    return needed < limit
+    return bool(needed < limit)
 
 
-def continue_prompts(model, sampling, stop_ids, unroll, frozen, prompt, lengths_B, row_ids_B, seed):
-    """model: a Backbone. prompt: ids (B, P) or soft prompts (B, P, D). unroll: see `unrolls`.
+def continue_prompts(
+    model: Backbone,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    unroll: bool,
+    frozen: Any,
+    prompt: jax.Array,
+    lengths_B: jax.Array,
+    row_ids_B: jax.Array,
+    seed: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Generates from a batch of prompts: ids (B, P) or soft prompts (B, P, D). unroll: see `unrolls`.
 
-    Returns (ids (B, max_new_tokens), number of ids before a stop, whether all logits that chose them were finite).
+    Returns (ids (B, max_new_tokens), number of ids before a stop token (B,), whether all logits were finite (B,)).
 
-    The cache has P slots for the right-padded prompts, then one for every new token; the gap between a short prompt
-    and its first new token is never visible, and positions count real tokens only.
+    The cache has P slots for the right-padded prompts, then one per new token; the gap between a short prompt and its
+    first new token is masked, and positions count real tokens only.
     """
     variables, N = {"params": frozen}, sampling.max_new_tokens
-    x_BPD = prompt if prompt.ndim == 3 else model.apply(variables, prompt, method="embed")
+    x_BPD: Any = prompt if prompt.ndim == 3 else model.apply(variables, prompt, method="embed")
     x_BPD = x_BPD.astype(frozen["embedding"].dtype)
     B, P, _ = x_BPD.shape
-    # An overflow in the padding would reach the real tokens: a weight of zero times NaN is NaN.
+    # An overflow in the padding would reach real tokens: 0 * NaN is NaN.
     x_BPD = jnp.where((jnp.arange(P) < lengths_B[:, None])[..., None], x_BPD, 0)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_ids_B)
     stop = jnp.array(stop_ids, jnp.int32)
@@ -166,10 +190,10 @@ _generate = platform_jit(continue_prompts, static_argnums=(1, 2, 3))
 
 
 def _nucleus(logits_BV, top_p):
-    """Keeps the most likely tokens up to a total probability of top_p, the one that crosses it included."""
+    """Masks all but the most likely tokens whose total probability reaches top_p."""
     if top_p >= 1:
         return logits_BV
-    # A bisection of the smallest probability kept: much cheaper than sorting the vocabulary.
+    # Bisection for the smallest probability to keep: much cheaper than sorting the vocabulary.
     probability_BV = jax.nn.softmax(logits_BV, axis=-1)
 
     def halve(_, bounds):

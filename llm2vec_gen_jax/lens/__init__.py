@@ -1,1 +1,1 @@
-"""What an embedding holds: logit lens, latent lens, and a report beside what is decoded."""
+"""Analysis of embeddings: logit lens, latent lens, decoded text, and an HTML report."""

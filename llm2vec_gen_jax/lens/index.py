@@ -1,6 +1,6 @@
-"""The latent lens' index: hidden states of the words of a corpus, in their contexts, under the backbone.
+"""Index of the latent lens: hidden states of the words of a corpus in context.
 
-After LatentLens (McGill-NLP/latentlens): what a state means is said by the words, in context, whose states are nearest.
+After LatentLens (McGill-NLP/latentlens): a state is described by the words in context with the nearest states.
 """
 
 import functools
@@ -9,8 +9,12 @@ import itertools
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
@@ -23,9 +27,9 @@ from llm2vec_gen_jax.common.files import (
     sha256_file,
     write_json,
 )
-from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.config import BuildIndexConfig, options
 from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length
+from llm2vec_gen_jax.data.buckets import bucket_length, longest_first
 from llm2vec_gen_jax.data.texts import Corpus
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.lens.states import check_layers
@@ -37,40 +41,40 @@ from llm2vec_gen_jax.pretrained.backbone import load_backbone
 
 RECORD = "index.json"
 _PROGRESS = "progress.json"
-_FIRST = 2  # the states of the first two tokens say nothing of the text: attention that has no aim ends there
-_TOKENIZED = 512  # texts of one call of the tokenizer
+_FIRST = 2  # the first two tokens are attention sinks: their states do not depend on the text
+_TOKENIZED = 512  # texts per call of the tokenizer
 _TEXTS = ("contexts.npy", "offsets.npy", "ids.npy")
-_HASHED = 8192  # vectors that are read at a time to see whether they are what was written
-_FLUSH_EVERY = 20  # passes between records of how far the index is
+_HASHED = 8192  # vectors read at a time to verify the digest
+_FLUSH_EVERY = 20  # passes between progress records
 
 
-def layer_file(layer):
-    """Returns the name of the file of a layer's vectors."""
+def layer_file(layer: int) -> str:
+    """Returns the file name of a layer's vectors."""
     return f"layer-{layer:02}.npy"
 
 
-def default_layers(num_layers):
-    """Returns the layers that latentlens takes (1, 2, 4, ... and the two before the last), and the last."""
+def default_layers(num_layers: int) -> list[int]:
+    """Returns the layers that latentlens uses (1, 2, 4, ... and the two before the last), and the last."""
     early = [layer for layer in (1, 2, 4, 8, 16, 24) if layer < num_layers]
     return sorted({*early, *range(max(num_layers - 2, 0), num_layers + 1)})
 
 
-def build_index(path, config):
+def build_index(path: str | os.PathLike[str], config: BuildIndexConfig) -> int:
     """Writes the index of a BuildIndexConfig for the backbone of the model at `path`. Returns the number of contexts.
 
-    A call that is ended at any moment is continued by the same one, with the same bytes in the end.
-    Raises InputError for bad input, and where another index was begun at the same place, naming the difference.
+    Repeating an interrupted call resumes it and writes the same bytes.
+    Raises InputError for invalid input, and naming the difference if the output belongs to another index.
     """
     options.require(config, "input", "output")
-    with locks.locked(config.output, "output"):
+    with locks.locked(str(config.output), "output"):
         count = _build_index(path, config)
-        require_written(pathlib.Path(config.output, RECORD))
+        require_written(pathlib.Path(str(config.output), RECORD))
         return count
 
 
 def _build_index(path, config):
     require_new(config.output, "output")
-    output = pathlib.Path(config.output)
+    output = pathlib.Path(str(config.output))
     corpus = Corpus(config.input, config.field)
     if corpus.streamed:
         raise InputError("input=-: an index is built from files, which a repeated command can read again")
@@ -86,7 +90,7 @@ def _build_index(path, config):
     _begin(partial, backbone, corpus, config, run)
     _fill(partial, backbone, config, run)
     count = len(np.load(partial / "contexts.npy", mmap_mode="r"))
-    names = sorted([*_TEXTS, *map(layer_file, layers)])  # one that was removed meanwhile is an error
+    names = sorted([*_TEXTS, *map(layer_file, layers)])  # a removed file is an error
     hashes = {name: sha256_file(partial / name) for name in names}
     write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
     (partial / _PROGRESS).unlink(missing_ok=True)
@@ -95,7 +99,7 @@ def _build_index(path, config):
 
 
 def _run_record(backbone, corpus, config, layers):
-    """What the bytes of an index follow from."""
+    """Returns everything that determines the bytes of an index."""
     settings = options.to_dict(config)
     for key in ("input", "output"):
         del settings[key]
@@ -114,18 +118,18 @@ def _width(backbone):
     return backbone.architecture.hidden_size
 
 
-def choose_contexts(ids, limit, per_token, seed):
-    """Draws tokens of texts. Returns int32 (n, 2): rows (text, position), sorted; at most `limit`.
+def choose_contexts(ids: Sequence[np.ndarray], limit: int, per_token: int, seed: int) -> NDArray[np.int32]:
+    """Samples tokens of texts. Returns at most `limit` rows (text, position), sorted: (n, 2).
 
-    Left out are the first two tokens of a text, all but one of the tokens that follow equal beginnings (their states
-    are equal), and what goes beyond per_token of the same token.
+    Excluded are the first two tokens of a text, duplicates with an equal prefix (their states are equal), and more
+    than per_token contexts of the same token.
     """
     lengths = np.array([len(row) for row in ids], np.int64)
     starts = np.cumsum(lengths) - lengths
     flat = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.uint64)
     text = np.repeat(np.arange(len(ids)), lengths)
     position = np.arange(len(flat)) - starts[text]
-    # A prefix is known by the sum of a hash of each (token, position) of it.
+    # A prefix is identified by the sum of the hashes of its (token, position) pairs.
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix(flat + (position.astype(np.uint64) << 32)))])
     prefix = sums[1:] - sums[starts[text]]
     candidates = np.flatnonzero(position >= _FIRST)
@@ -135,8 +139,8 @@ def choose_contexts(ids, limit, per_token, seed):
     token = flat[drawn][by_token]
     rank = np.empty(len(drawn), np.int64)
     rank[by_token] = np.arange(len(drawn)) - np.searchsorted(token, token)
-    kept = np.sort(drawn[rank < per_token][:limit])
-    return np.stack([text[kept], position[kept]], axis=1).astype(np.int32)
+    chosen = np.sort(drawn[rank < per_token][:limit])
+    return np.stack([text[chosen], position[chosen]], axis=1).astype(np.int32)
 
 
 def _mix(x):
@@ -147,13 +151,13 @@ def _mix(x):
 
 
 def _begin(partial, backbone, corpus, config, run):
-    """Writes contexts and texts, and makes room for the vectors, if that is not done; checks that `run` began it."""
+    """Writes contexts and texts and allocates the vectors, or verifies those of an earlier call with an equal `run`."""
     if (partial / _PROGRESS).exists():
         remedy = "choose another output, or remove it"
         require_same_run(partial, read_json(partial / _PROGRESS)["run"], run, remedy)
-        if _is_whole(partial):
+        if _is_valid(partial):
             return
-        print(f"{partial}: is not what was written; begun again", flush=True)
+        print(f"{partial}: modified after it was written; started again", flush=True)
         (partial / _PROGRESS).unlink()
     ids, texts = [], [row.text for row in itertools.islice(corpus.read(), config.limit)]
     with progress.bar(len(texts), "text", "tokenize") as bar:
@@ -164,32 +168,32 @@ def _begin(partial, backbone, corpus, config, run):
     contexts = choose_contexts(ids, config.contexts, config.contexts_per_token, config.seed)
     if not len(contexts):
         raise InputError(f"input={config.input}: no text of more than {_FIRST} tokens")
-    # Ordered by their last context, the latest first, so that a pass holds texts of one length.
+    # Texts are sorted by the position of their last context, descending: the texts of a pass have similar lengths.
     ends = np.zeros(len(ids), np.int32)
     np.maximum.at(ends, contexts[:, 0], contexts[:, 1] + 1)
-    kept = np.flatnonzero(ends)
-    kept = kept[np.argsort(-ends[kept], kind="stable")]
-    place = np.zeros(len(ids), np.int32)
-    place[kept] = np.arange(len(kept))
-    contexts[:, 0] = place[contexts[:, 0]]
+    order = np.flatnonzero(ends)
+    order = order[longest_first(ends[order])]
+    rank = np.zeros(len(ids), np.int32)
+    rank[order] = np.arange(len(order))
+    contexts[:, 0] = rank[contexts[:, 0]]
     np.save(partial / "contexts.npy", contexts[np.lexsort(contexts.T[::-1])])
-    np.save(partial / "offsets.npy", np.cumsum([0, *(len(ids[text]) for text in kept)]))
-    np.save(partial / "ids.npy", np.concatenate([ids[text] for text in kept]))
+    np.save(partial / "offsets.npy", np.cumsum([0, *(len(ids[text]) for text in order)]))
+    np.save(partial / "ids.npy", np.concatenate([ids[text] for text in order]))
     for layer in run["config"]["layers"]:
         new_array(partial / layer_file(layer), (len(contexts), _width(backbone)), run["config"]["precision"])
-    _keep(partial, {}, run, {name: sha256_file(partial / name) for name in _TEXTS}, 0)
+    _write_progress(partial, {}, run, {name: sha256_file(partial / name) for name in _TEXTS}, 0)
 
 
-def _is_whole(partial):
-    """Whether what an interrupted call left is what its record says."""
+def _is_valid(partial):
+    """Returns whether the files of an interrupted call match their record."""
     record = read_json(partial / _PROGRESS)
     texts = {name: sha256_file(partial / name) for name in _TEXTS if (partial / name).exists()}
     return texts == record.get("sha256") and _digests(partial, record) is not None
 
 
 def _digests(partial, record):
-    """Returns {layer: (array, hash of its vectors that are done)}; None where one is not as the record says."""
-    found = {}
+    """Returns {layer: (array, hash of its computed vectors)}; None if one does not match the record."""
+    digests = {}
     for layer in record["run"]["config"]["layers"]:
         try:
             array = np.lib.format.open_memmap(partial / layer_file(layer), "r+")
@@ -200,19 +204,19 @@ def _digests(partial, record):
             digest.update(array[start : min(start + _HASHED, record["done"])].tobytes())
         if record["done"] and record.get("layers", {}).get(str(layer)) != digest.hexdigest():
             return None
-        found[layer] = array, digest
-    return found
+        digests[layer] = array, digest
+    return digests
 
 
 def _fill(partial, backbone, config, run):
-    """Computes the vectors that are not there yet."""
+    """Computes the missing vectors."""
     contexts, offsets, flat = (np.load(partial / f"{name}.npy") for name in ("contexts", "offsets", "ids"))
     record = read_json(partial / _PROGRESS)
     layers, done, arrays = run["config"]["layers"], record["done"], _digests(partial, record)
     shards = sharding.batch_shards(backbone.mesh)
     size = -(-config.batch_size // shards) * shards
     model = LLM2VecGenModel(backbone.architecture, 1, 0, _width(backbone), execution=backbone.execution)
-    firsts = np.searchsorted(contexts[:, 0], np.arange(len(offsets)))  # of each text's contexts
+    firsts = np.searchsorted(contexts[:, 0], np.arange(len(offsets)))  # first context of each text
     with progress.bar(len(contexts), "context", "index", initial=done) as bar:
         for number, start in enumerate(range(0, len(offsets) - 1, size)):
             end = min(start + size, len(offsets) - 1)
@@ -220,7 +224,7 @@ def _fill(partial, backbone, config, run):
             if last <= done:
                 continue
             rows = contexts[first:last]
-            ends = contexts[firsts[start + 1 : end + 1] - 1, 1] + 1  # what is behind the last context changes nothing
+            ends = contexts[firsts[start + 1 : end + 1] - 1, 1] + 1  # later tokens do not affect the states
             ids = [flat[offset : offset + length] for offset, length in zip(offsets[start:], ends)]
             ids_BT = pad([*ids, *[[]] * (size - len(ids))], bucket_length(ends[0]))
             where = rows[:, 0] - start, np.arange(first, last) - firsts[rows[:, 0]]
@@ -236,11 +240,11 @@ def _fill(partial, backbone, config, run):
                 digest.update(array[first:last].tobytes())
             bar.update(len(rows))
             if number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
-                _keep(partial, arrays, run, record["sha256"], int(last))
-    _keep(partial, arrays, run, record["sha256"], len(contexts))
+                _write_progress(partial, arrays, run, record["sha256"], int(last))
+    _write_progress(partial, arrays, run, record["sha256"], len(contexts))
 
 
-def _keep(partial, arrays, run, texts, done):
+def _write_progress(partial, arrays, run, texts, done):
     for array, _ in arrays.values():
         array.flush()
     layers = {str(layer): digest.hexdigest() for layer, (_, digest) in arrays.items()}
@@ -248,5 +252,7 @@ def _keep(partial, arrays, run, texts, done):
 
 
 @functools.partial(platform_jit, static_argnums=(1,))
-def _states(model, layers, frozen, ids_BT, index_BP):
+def _states(
+    model: LLM2VecGenModel, layers: tuple[int, ...], frozen: Any, ids_BT: jax.Array, index_BP: jax.Array
+) -> jax.Array:
     return model.states_of_text(frozen, ids_BT, index_BP, layers)

@@ -1,8 +1,9 @@
-"""The logit lens: which tokens of the vocabulary the LM head finds in a compression token (nostalgebraist 2020)."""
+"""Logit lens (nostalgebraist 2020): the most probable tokens when the LM head reads a compression token."""
 
 import collections
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.config.lens import READINGS, LogitLensConfig
 from llm2vec_gen_jax.inference.encode import check_texts, finite
-from llm2vec_gen_jax.lens.states import compression_states
+from llm2vec_gen_jax.lens.states import Embedder, compression_states
 from llm2vec_gen_jax.model.execution import platform_jit
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
-_ROWS = 128  # states that are projected together: the logits of more would be large
-_POOL = 64  # tokens of which the whole words are made
-# English function words, which say little about a text.
+_ROWS = 128  # states per call of the LM head, which bounds the memory of the logits
+_POOL = 64  # candidate tokens that are merged to words
+# English function words
 STOP_WORDS = frozenset(
     """about above after again all also am an and any are as at be because been before being below between both but by
     can could did do does doing don down during each few for from further had has have having he her here hers him his
@@ -30,30 +33,29 @@ STOP_WORDS = frozenset(
 
 
 class Candidate(NamedTuple):
-    """A token of the vocabulary, its leading space kept, or a whole word; with its probability."""
+    """A token, including its leading space, or a word; with its probability."""
 
     text: str
     probability: float
 
 
 def logit_lens(
-    embedder,
-    texts,
-    top_k=5,
-    state="hidden",
-    words=False,
-    stop_words=False,
-    batch_size=16,
-    max_length=None,
-    show_progress_bar=False,
-):
-    """Returns, of each text, for each of the K compression tokens, the top_k Candidates, the most probable first.
+    embedder: Embedder,
+    texts: str | Iterable[str],
+    top_k: int = 5,
+    state: str = "hidden",
+    words: bool = False,
+    stop_words: bool = False,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    show_progress_bar: bool = False,
+) -> list[list[list[Candidate]]]:
+    """Returns the top_k Candidates of each of the K compression tokens of each text, the most probable first.
 
-    embedder: an LLM2VecGen. state: "hidden", the last hidden state that the heads read, as the published analysis
-    takes it; "soft_prompts", after the reconstruction head: what the decoder reads.
-    words: whole words in place of tokens, made of the 64 most probable: spellings that differ in case and leading
-    space are one word, their probabilities added; pieces that begin no word are left out, and function words
-    (STOP_WORDS) unless stop_words is True.
+    state: "hidden", the last hidden state (the input of the heads), as in the published analysis; "soft_prompts", the
+    output of the reconstruction head (the input of the decoder).
+    words: merge the 64 most probable tokens to words: the probabilities of spellings that differ in case or leading
+    space are added; tokens that do not begin a word are dropped, and STOP_WORDS unless stop_words is True.
     Raises InputError for an unknown state or a top_k beyond the vocabulary.
     """
     options.check_arguments(LogitLensConfig, top_k=top_k, words=words, stop_words=stop_words, batch_size=batch_size)
@@ -69,20 +71,24 @@ def logit_lens(
     probabilities, ids = _top(embedder, state, states, min(pool, model.architecture.vocab_size))
     for text in np.flatnonzero(~finite([probabilities])):  # soft prompts may exceed the backbone's dtype
         raise not_finite(f"text {text} (from 0), {quote(texts[text])}", embedder.backbone.dtype)
-    found = [
+    candidates = [
         [_candidates(tokenizer, *token) for token in zip(*text)] for text in zip(ids.tolist(), probabilities.tolist())
     ]
     if words:
-        return [[whole_words(token, _starts(tokenizer), stop_words)[:top_k] for token in text] for text in found]
-    return found
+        starts = _starts(tokenizer)
+        return [[whole_words(token, starts, stop_words)[:top_k] for token in text] for text in candidates]
+    return candidates
 
 
-def whole_words(candidates, starts, stop_words=False):
-    """Returns Candidates merged by word, the most probable first; each is spelt as its most probable token.
+def whole_words(
+    candidates: Iterable[Candidate], starts: frozenset[str] | set[str], stop_words: bool = False
+) -> list[Candidate]:
+    """Returns Candidates merged by word, the most probable first, with the spelling of the most probable token.
 
-    starts: lower-cased words with which the vocabulary begins a word.
+    starts: lower-cased tokens of the vocabulary that begin a word.
     """
-    spelling, total = {}, collections.Counter()
+    spelling: dict[str, str] = {}
+    total: collections.defaultdict[str, float] = collections.defaultdict(float)
     for text, probability in candidates:
         word = text.strip(" \t\r\n.,:;!?\"'()[]{}*_`#-")
         key = word.lower()
@@ -92,26 +98,31 @@ def whole_words(candidates, starts, stop_words=False):
             continue
         spelling.setdefault(key, word)
         total[key] += probability
-    return [Candidate(spelling[key], probability) for key, probability in total.most_common()]
+    return [Candidate(spelling[key], probability) for key, probability in _descending(total)]
 
 
 def _is_word(text, word, starts, stop_words):
-    """Whether an English token is likely to be a word: it can begin one, and is long, in capitals or known."""
+    """Returns whether an English token is likely a word: it can begin one, and is long, upper-case or known."""
     begins = text.startswith(" ") or word.lower() in starts
     known = stop_words and word.lower() in STOP_WORDS
     return begins and (len(word) > 2 or (len(word) == 2 and word.isupper()) or known)
 
 
-def over_tokens(text):
-    """Returns the Candidates of all compression tokens of a text as one list: mean probability over the tokens."""
-    spelling, total = {}, collections.Counter()
+def over_tokens(text: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """Returns the Candidates of a text with their probabilities averaged over its compression tokens."""
+    spelling: dict[str, str] = {}
+    total: collections.defaultdict[str, float] = collections.defaultdict(float)
     for word, probability in (candidate for token in text for candidate in token):
         total[spelling.setdefault(word.lower(), word)] += probability / len(text)
-    return [Candidate(*pair) for pair in total.most_common()]
+    return [Candidate(*pair) for pair in _descending(total)]
+
+
+def _descending(total: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(total.items(), key=lambda pair: pair[1], reverse=True)
 
 
 @functools.lru_cache(maxsize=4)
-def _starts(tokenizer):
+def _starts(tokenizer: Tokenizer) -> frozenset[str]:
     return frozenset(piece[1:].lower() for piece in tokenizer.pieces if piece.startswith(" "))
 
 
@@ -130,14 +141,16 @@ def _top(embedder, state, states_BKD, count):
         part_ND = rows_ND[start : start + _ROWS]
         part_ND = np.pad(part_ND, ((0, _ROWS - len(part_ND)), (0, 0)))
         part_ND = sharding.put_replicated(part_ND, backbone.mesh)
-        found = _project(embedder.model, state, count, embedder.trainable, backbone.frozen, part_ND)
+        top = _project(embedder.model, state, count, embedder.trainable, backbone.frozen, part_ND)
         end = min(start + _ROWS, B * K)
-        probabilities[start:end], ids[start:end] = (np.asarray(x)[: end - start] for x in found)
+        probabilities[start:end], ids[start:end] = (np.asarray(x)[: end - start] for x in top)
     return probabilities.reshape(B, K, count), ids.reshape(B, K, count)
 
 
 @functools.partial(platform_jit, static_argnums=(1, 2))
-def _project(model, state, count, trainable, frozen, state_ND):
+def _project(
+    model: LLM2VecGenModel, state: str, count: int, trainable: Any, frozen: Any, state_ND: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     if state == "soft_prompts":
         state_ND = model.heads(trainable, state_ND[:, None])[1][:, 0]
     logits_NV = model.logits(frozen, state_ND.astype(frozen["embedding"].dtype))

@@ -1,7 +1,9 @@
-"""Reading with the latent lens: exact nearest neighbours of compression tokens among the contexts of an index."""
+"""Latent lens: exact nearest neighbors of compression tokens among the contexts of an index."""
 
+import os
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,17 +16,19 @@ from llm2vec_gen_jax.config import QueryIndexConfig, options
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.inference.encode import check_texts
 from llm2vec_gen_jax.lens.index import RECORD, layer_file
-from llm2vec_gen_jax.lens.states import check_layers, compression_states
+from llm2vec_gen_jax.lens.states import Embedder, check_layers, compression_states
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 
-_CHUNK = 16384  # contexts that are on the device together
-_QUERIES = 1024  # states that are compared with them together
+_CHUNK = 16384  # contexts per chunk on the device
+_QUERIES = 1024  # states compared with a chunk at a time
 _LETTER = re.compile(r"[\w'’-]")
 _ENDED = re.compile(r"[.!?]$")  # a word that ends its sentence
-_AROUND = 80  # characters of a sentence that are shown before a word, and after it
+_AROUND = 80  # characters of the sentence shown before and after a word
 
 
 class Neighbour(NamedTuple):
-    """A context near a state: its word, the cosine, its layer, and what of its sentence is before and after it."""
+    """A context near a state: its word, the cosine, its layer, and its sentence before and after the word."""
 
     word: str
     cosine: float
@@ -34,53 +38,55 @@ class Neighbour(NamedTuple):
 
 
 class Index:
-    """A folder that build_index wrote; its vectors are mapped, not read.
+    """A folder written by build_index, with memory-mapped vectors.
 
-    layers: those that it has. count: contexts in each. contexts: (count, 2), text and position.
-    Raises InputError where it is not such a folder, or not of this LoadedBackbone.
+    layers: the indexed layers. count: contexts per layer. contexts: (count, 2), text and position.
+    Raises InputError for any other folder, and for an index of another backbone.
     """
 
-    def __init__(self, folder, backbone):
+    def __init__(self, folder: str | os.PathLike[str], backbone: LoadedBackbone) -> None:
         self.folder, self.backbone = pathlib.Path(folder).expanduser(), backbone
         if not (self.folder / RECORD).is_file():
-            raise InputError(f"index={folder}: no {RECORD} in it. Make one with `python -m launch.lens build_index`")
+            raise InputError(f"index={folder}: no {RECORD} in it. Build it with `python -m launch.lens build_index`")
         record = read_json(self.folder / RECORD)
         ours = {"backbone": backbone.identity, "tokenizer": backbone.tokenizer.identity}
         if wrong := [key for key in ours if record[key] != ours[key]]:
-            raise InputError(f"index={folder}: is of another {wrong[0]} than {backbone.name}. Build one for this model")
+            raise InputError(f"index={folder}: built for another {wrong[0]} than {backbone.name}. Build it again")
         self._sha256 = record["sha256"]
         self.layers, self.count = record["config"]["layers"], record["count"]
         self.contexts, self._offsets, self._ids = (self._map(name) for name in ("contexts", "offsets", "ids"))
 
-    def vectors(self, layer):
-        """Returns the unit vectors (count, D) of a layer, mapped."""
+    def vectors(self, layer: int) -> np.ndarray:
+        """Returns the unit vectors (count, D) of a layer, memory-mapped."""
         return self._map(layer_file(layer).removesuffix(".npy"))
 
-    def search(self, states_QD, top_k=5, layers=None):
-        """Returns (cosines, layers, rows), (Q, top_k) each: the nearest contexts of `layers` together, nearest first.
+    def search(
+        self, states_QD: np.ndarray, top_k: int = 5, layers: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (cosines, layers, rows), (Q, top_k) each: the nearest contexts over all `layers`, nearest first.
 
-        layers: default all. Exact: every cosine is computed. Of equal ones the lower layer and row comes first.
+        layers: default all. Exact search; ties are ordered by layer and row.
         """
-        found = [
+        results = [
             self._search_layer(postprocess.l2_normalize(states_QD), top_k, layer) for layer in layers or self.layers
         ]
-        cosines, rows = (np.concatenate(parts, axis=1) for parts in zip(*found))
-        of_layer = np.repeat(layers or self.layers, [part[0].shape[1] for part in found])
+        cosines, rows = (np.concatenate(parts, axis=1) for parts in zip(*results))
+        of_layer = np.repeat(layers or self.layers, [part[0].shape[1] for part in results])
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :top_k]
         cosines, rows = (np.take_along_axis(x, order, axis=1) for x in (cosines, rows))
         return cosines, of_layer[order], rows
 
-    def neighbour(self, cosine, layer, row):
-        """Returns the Neighbour that a result of `search` is."""
+    def neighbour(self, cosine: float, layer: int, row: int) -> Neighbour:
+        """Returns the Neighbour of a result of `search`."""
         text, position = self.contexts[row]
         ids = self._ids[self._offsets[text] : self._offsets[text + 1]].tolist()
         before, word, after = in_sentence(self.backbone.tokenizer, ids, int(position))
         return Neighbour(word, float(cosine), int(layer), before, after)
 
-    def _map(self, name):
+    def _map(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         if (expected := self._sha256.pop(path.name, None)) and (not path.is_file() or sha256_file(path) != expected):
-            raise InputError(f"index={self.folder}: {path.name} is not what build_index wrote. Build the index again")
+            raise InputError(f"index={self.folder}: {path.name} was modified after it was built. Build the index again")
         return read_array(path, "index")
 
     def _search_layer(self, states_QD, top_k, layer):
@@ -91,39 +97,39 @@ class Index:
         size = min(max(self.count, top_k), _CHUNK)
         for start in range(0, self.count, size):
             chunk = np.asarray(contexts_CD[start : start + size])
-            real = len(chunk)
-            chunk = jnp.asarray(np.pad(chunk, ((0, size - real), (0, 0))))
-            best = [_nearer(kept, block, chunk, start, real) for kept, block in zip(best, blocks)]
+            count = len(chunk)
+            chunk = jnp.asarray(np.pad(chunk, ((0, size - count), (0, 0))))
+            best = [_merge_chunk(pair, block, chunk, start, count) for pair, block in zip(best, blocks)]
         return tuple(np.concatenate([np.asarray(part[side]) for part in best]) for side in (0, 1))
 
 
 @jax.jit
-def _nearer(best, states_QD, chunk_CD, start, real):
-    """Merges the best (cosines, rows), (Q, k) each, with the `real` contexts of a chunk that begins at row `start`."""
+def _merge_chunk(best, states_QD, chunk_CD, start, count):
+    """Merges the best (cosines, rows), (Q, k) each, with the `count` contexts of a chunk whose first row is `start`."""
     cosines_QC = jnp.einsum("qd,cd->qc", states_QD, chunk_CD.astype(jnp.float32), precision="highest")
-    cosines_QC = jnp.where(jnp.arange(cosines_QC.shape[1]) < real, cosines_QC, -jnp.inf)
-    top_Qk, at_Qk = jax.lax.top_k(cosines_QC, min(best[0].shape[1], cosines_QC.shape[1]))
-    cosines, rows = jnp.concatenate([best[0], top_Qk], axis=1), jnp.concatenate([best[1], start + at_Qk], axis=1)
-    top_Qk, at_Qk = jax.lax.top_k(cosines, best[0].shape[1])
-    return top_Qk, jnp.take_along_axis(rows, at_Qk, axis=1)
+    cosines_QC = jnp.where(jnp.arange(cosines_QC.shape[1]) < count, cosines_QC, -jnp.inf)
+    top_Qk, index_Qk = jax.lax.top_k(cosines_QC, min(best[0].shape[1], cosines_QC.shape[1]))
+    cosines, rows = jnp.concatenate([best[0], top_Qk], axis=1), jnp.concatenate([best[1], start + index_Qk], axis=1)
+    top_Qk, index_Qk = jax.lax.top_k(cosines, best[0].shape[1])
+    return top_Qk, jnp.take_along_axis(rows, index_Qk, axis=1)
 
 
 def latent_lens(
-    embedder,
-    index,
-    texts,
-    top_k=5,
-    layers=None,
-    same_layer=False,
-    batch_size=16,
-    max_length=None,
-    show_progress_bar=False,
-):
-    """Returns, of each text, {layer: for each of the K compression tokens the top_k Neighbours, nearest first}.
+    embedder: Embedder,
+    index: Index,
+    texts: str | Iterable[str],
+    top_k: int = 5,
+    layers: Sequence[int | str] | None = None,
+    same_layer: bool = False,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    show_progress_bar: bool = False,
+) -> list[dict[int, list[list[Neighbour]]]]:
+    """Returns, for each text, {layer: top_k Neighbours of each of the K compression tokens, nearest first}.
 
-    embedder: an LLM2VecGen. index: an Index of its backbone. layers: of the compression tokens, default the index's.
-    same_layer: compare with contexts of the same layer only; otherwise with those of all layers, as LatentLens does.
-    Raises InputError for a layer that there is not.
+    index: an Index of the embedder's backbone. layers: of the compression tokens, default those of the index.
+    same_layer: search contexts of the same layer only, default those of all layers, as in LatentLens.
+    Raises InputError for an invalid layer.
     """
     options.check_arguments(QueryIndexConfig, top_k=top_k, same_layer=same_layer, batch_size=batch_size)
     texts = check_texts(texts)
@@ -132,26 +138,31 @@ def latent_lens(
         raise InputError(f"layers: {missing[0]} is not in the index, which has {', '.join(map(str, index.layers))}")
     states = compression_states(embedder, texts, layers, batch_size, max_length, show_progress_bar)
     n, _, K, D = states.shape
-    found = [{} for _ in range(n)]
+    by_text: list[dict[int, list[list[Neighbour]]]] = [{} for _ in range(n)]
     for number, layer in enumerate(layers):
         results = index.search(states[:, number].reshape(-1, D), top_k, [layer] if same_layer else None)
         neighbours = [[index.neighbour(*one) for one in zip(*token)] for token in zip(*results)]
         for text in range(n):
-            found[text][layer] = neighbours[text * K : (text + 1) * K]
-    return found
+            by_text[text][layer] = neighbours[text * K : (text + 1) * K]
+    return by_text
 
 
-def in_sentence(tokenizer, ids, position):
-    """Returns (before, word, after): the whole word that a token is of, in its sentence, which is cut if it is long."""
-    before, through, whole = (tokenizer.decode(part) for part in (ids[:position], ids[: position + 1], ids))
+def in_sentence(tokenizer: Tokenizer, ids: Sequence[int], position: int) -> tuple[str, str, str]:
+    """Returns (before, word, after): the complete word of a token and its sentence, truncated on both sides."""
+    before, through, text = (tokenizer.decode(part) for part in (ids[:position], ids[: position + 1], ids))
     start, end = len(before), len(through)
-    start += len(whole[start:end]) - len(whole[start:end].lstrip())
-    if start < end and _LETTER.match(whole[start]):
-        start -= len(re.search(rf"{_LETTER.pattern}*$", whole[:start])[0])
-    if start < end and _LETTER.match(whole[end - 1]):
-        end += len(re.match(rf"{_LETTER.pattern}*", whole[end:])[0])
-    left = re.split(r"[.!?] |\n", whole[:start])[-1]
-    right = re.match(r".*?(?:[.!?](?= |$)|$)", "" if _ENDED.search(whole[start:end]) else whole[end:], re.MULTILINE)[0]
+    start += len(text[start:end]) - len(text[start:end].lstrip())
+    if start < end and _LETTER.match(text[start]):
+        start -= len(_matched(rf"{_LETTER.pattern}*$", text[:start]))
+    if start < end and _LETTER.match(text[end - 1]):
+        end += len(_matched(rf"\A{_LETTER.pattern}*", text[end:]))
+    left = re.split(r"[.!?] |\n", text[:start])[-1]
+    right = _matched(r"\A.*?(?:[.!?](?= |$)|$)", "" if _ENDED.search(text[start:end]) else text[end:], re.MULTILINE)
     left = f"… {left[-_AROUND:].partition(' ')[2]}" if len(left) > _AROUND else left
     right = f"{right[:_AROUND].rpartition(' ')[0]} …" if len(right) > _AROUND else right
-    return left, whole[start:end], right
+    return left, text[start:end], right
+
+
+def _matched(pattern: str, text: str, flags: int = 0) -> str:
+    match = re.search(pattern, text, flags)
+    return match[0] if match else ""

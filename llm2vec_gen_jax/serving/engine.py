@@ -122,7 +122,7 @@ class Engine:
             stream = self.model.encode_windows([(None, ids)], batch_size, soft_prompts, bar, lambda *_: None)
             ((_, embeddings, prompts),) = stream
         results = list(zip(embeddings, prompts)) if prompts is not None else list(embeddings)
-        is_finite = finite([embeddings, prompts] if soft_prompts else [embeddings])
+        is_finite = finite([embeddings, prompts] if prompts is not None else [embeddings])
         return [result if valid else None for result, valid in zip(results, is_finite)]
 
     def _decode(self, tokens: int, seed: int, items: list[tuple[int, np.ndarray]]) -> list[Any]:

@@ -1,26 +1,35 @@
-"""A backbone as a text encoder: mean of the last hidden states."""
+"""Text encoder that averages the last hidden states of a backbone."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import not_finite, quote
 from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length
+from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches
 from llm2vec_gen_jax.inference.encode import finite
-from llm2vec_gen_jax.model.execution import platform_jit
+from llm2vec_gen_jax.model.architecture import Architecture
+from llm2vec_gen_jax.model.execution import Execution, platform_jit
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained.backbone import (
-    LoadedBackbone,
-)
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 
 
-def pool_rows(architecture, frozen, causal, ids, shape, execution):
-    """Returns the llm2vec teacher's vectors (n, D), float32, of n id lists, padded to `shape` rows and tokens."""
+def pool_rows(
+    architecture: Architecture,
+    frozen: Any,
+    causal: bool,
+    ids: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    execution: Execution,
+) -> NDArray[np.float32]:
+    """Returns the mean-pooled last hidden states (n, D) of n id lists, padded to `shape` (rows, tokens)."""
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
     arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), execution.mesh)
@@ -29,15 +38,15 @@ def pool_rows(architecture, frozen, causal, ids, shape, execution):
 
 
 @functools.partial(platform_jit, static_argnums=(1,))
-def _mean_pool(model, causal, frozen, ids_BT, lengths_B):
+def _mean_pool(model: LLM2VecGenModel, causal: bool, frozen: Any, ids_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
     return model.mean_pool(frozen, ids_BT, lengths_B, causal)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A backbone whose last hidden states are averaged, as the alignment targets are computed.
+    """Encoder of texts as mean-pooled last hidden states of a backbone, the form of the alignment targets.
 
-    frozen: its parameters, with the adapters merged.
+    frozen: parameters of the backbone with the adapters merged.
     """
 
     backbone: LoadedBackbone
@@ -47,28 +56,26 @@ class Teacher:
     max_length: int = 512
     show_progress: bool = False
 
-    def encode(self, texts, instruction=""):
+    def encode(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
         """Returns the mean-pooled last hidden states (n, D) of texts."""
         ids = self.backbone.tokenizer.encode([join_instruction(instruction, text) for text in texts], self.max_length)
         architecture, execution = self.backbone.architecture, self.backbone.execution
         shards = sharding.batch_shards(execution.mesh)
-        few = shards << (-(-len(ids) // shards) - 1).bit_length()  # rows: powers of two, so that few shapes compile
-        height = min(-(-self.batch_size // shards) * shards, few)
-        order = np.argsort([-len(row) for row in ids], kind="stable")
+        needed = shards << (-(-len(ids) // shards) - 1).bit_length()  # powers of two, so that few shapes compile
+        height = min(-(-self.batch_size // shards) * shards, needed)
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
         with progress.bar(len(ids), "text", "encode", enabled=self.show_progress) as bar:
-            for start in range(0, len(ids), height):
-                rows = order[start : start + height]
+            for rows in length_sorted_batches([len(row) for row in ids], height):
                 shape = (height, bucket_length(len(ids[rows[0]])))
                 batch = [ids[row] for row in rows]
-                found = pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
-                for row in rows[~finite([found])]:
+                pooled = pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
+                for row in rows[~finite([pooled])]:
                     raise not_finite(f"text {row} (from 0), {quote(texts[row])}", self.backbone.dtype)
-                embeddings[rows] = found
+                embeddings[rows] = pooled
                 bar.update(len(rows))
         return embeddings
 
 
-def join_instruction(instruction, text):
-    """Returns an instruction and a text, joined with a space; the text alone where the instruction is empty."""
+def join_instruction(instruction: str, text: str) -> str:
+    """Returns an instruction and a text joined with a space; the text alone if the instruction is empty."""
     return f"{instruction} {text}" if instruction else text

@@ -1,36 +1,43 @@
-"""Target files: computed once, resumable, verified by digest."""
+"""Files of alignment targets: computed once, resumable, verified by digest."""
 
 import hashlib
 import pathlib
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import (
-    fingerprint,
-    new_array,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from llm2vec_gen_jax.common.files import fingerprint, new_array, read_json, sha256_file, write_json
+from llm2vec_gen_jax.data.buckets import length_sorted_batches, longest_first
 from llm2vec_gen_jax.parallel import preemption, processes
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
 
-_FLUSH_EVERY = 20  # batches between records of how far a target file is
-_HASHED = 8192  # vectors that are read at a time to see whether they are what was written
+_FLUSH_EVERY = 20  # batches between progress records
+_HASHED = 8192  # vectors read at a time to verify the digest
+
+Embed = Callable[[np.ndarray], np.ndarray]
 
 
-def compute_once(responses, key, lengths, batch_size, make, together=False):
-    """Returns the targets (n, E) of the file next to the responses that `key` names, computed if they are not there.
+def compute_once(
+    responses: str,
+    key: dict[str, Any],
+    lengths: Sequence[int],
+    batch_size: int,
+    make: Callable[[], tuple[Embed, int]],
+    together: bool = False,
+) -> NDArray[np.float32]:
+    """Returns the targets (n, E) stored next to the responses under a hash of `key`, computing them if needed.
 
-    make() loads the teacher and returns (embed, E), where embed(rows) gives the vectors (len(rows), E) of texts.
-    together: it takes all processes to embed; otherwise process 0 does it alone. It alone reads and writes files.
+    make() loads the teacher and returns (embed, E), where embed(rows) returns the vectors (len(rows), E) of texts.
+    together: all processes embed; otherwise process 0 only. Only process 0 reads and writes files.
     """
     file = _folder(responses) / f"{fingerprint(key)}.npy"
-    computed = not processes.run_on_process_0(lambda: _is_kept(file))
+    computed = not processes.run_on_process_0(lambda: _is_valid(file))
     if computed:
         first = jax.process_index() == 0
         lock = locks.Lock(file.with_suffix(".lock"))
@@ -41,8 +48,8 @@ def compute_once(responses, key, lengths, batch_size, make, together=False):
                     print(f"waiting for another process, which holds {lock.path}", flush=True)
                 waiting = True
                 if processes.stop_requested():
-                    raise preemption.Stopped(f"{file}: stopped as asked, while another process computes it")
-            computed = not processes.run_on_process_0(lambda: _is_kept(file))  # else the other process has
+                    raise preemption.Stopped(f"{file}: stopped as asked, while another process computes the targets")
+            computed = not processes.run_on_process_0(lambda: _is_valid(file))  # unless the other process wrote it
             if computed and (together or first):
                 stop = processes.stop_requested if together or jax.process_count() == 1 else lambda: False
                 embed, width = make()
@@ -52,9 +59,9 @@ def compute_once(responses, key, lengths, batch_size, make, together=False):
             lock.release()
         processes.barrier("teacher targets")
     if not file.exists():
-        raise InputError(f"{file}: was written by process 0, but cannot be seen here: data must be on a shared disk")
-    if jax.process_index() != 0 and not _is_kept(file):
-        raise InputError(f"{file}: cannot be read here as process 0 wrote it: data must be on a shared disk")
+        raise InputError(f"{file}: written by process 0, but not visible here: data must be on a shared disk")
+    if jax.process_index() != 0 and not _is_valid(file):
+        raise InputError(f"{file}: differs here from what process 0 wrote: data must be on a shared disk")
     return np.load(file)
 
 
@@ -64,7 +71,7 @@ def _folder(responses):
 
 
 def _acquire(lock, seconds=1.0):
-    """Returns whether this process got the lock within some time."""
+    """Returns whether the lock was acquired before a timeout."""
     end = time.monotonic() + seconds
     while not lock.acquire():
         if time.monotonic() > end:
@@ -73,38 +80,38 @@ def _acquire(lock, seconds=1.0):
     return True
 
 
-def _is_kept(file):
-    """Whether a file of targets is there, as its record beside it says."""
+def _is_valid(file):
+    """Returns whether a file of targets exists and matches its record."""
     if not file.exists():
         return False
     try:
         record = read_json(file.with_suffix(".json"))
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        found = {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256_file(file)}
-    except (InputError, OSError, ValueError, EOFError):  # numpy's, of a header or a length that is damaged
-        record, found = {}, None
-    if record != found:
-        print(f"{file}: is not what was written, or has no record of it; computed again", flush=True)
-    return record == found
+        actual = {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256_file(file)}
+    except (InputError, OSError, ValueError, EOFError):  # numpy raises these for a damaged header or length
+        record, actual = {}, None
+    if record != actual:
+        print(f"{file}: modified after it was written, or without a record; computed again", flush=True)
+    return record == actual
 
 
 class _Partial:
-    """A file of targets (n, width) that is filled text by text in a given order, and a record of how far it is.
+    """A partial file of targets (n, width), filled in the order of texts `order`, and its progress record.
 
-    The record has a digest of the vectors in that order: a file that does not fit it is begun again.
+    The record has a digest of the vectors in that order; a file that does not match it is started again.
     """
 
     def __init__(self, file, order, width):
         self.file, self.order, self.shape = file, order, (len(order), width)
         self.path, self.marker = file.with_name(f"{file.stem}.partial.npy"), file.with_name(f"{file.stem}.partial.json")
-        self.targets = self._begun()
+        self.targets = self._resume()
         if self.targets is None:
             self.done, self.digest = 0, hashlib.sha256()
             self.marker.unlink(missing_ok=True)
             self.targets = new_array(self.path, self.shape)
 
-    def _begun(self):
-        """Returns the array of an interrupted computation; None where there is none, or not what was written."""
+    def _resume(self):
+        """Returns the array of an interrupted computation; None if there is none or it does not match its record."""
         if not (self.marker.exists() and self.path.exists()):
             return None
         try:
@@ -116,8 +123,8 @@ class _Partial:
                 if record == self._record():
                     return targets
         except (InputError, OSError, ValueError, EOFError, KeyError, TypeError):
-            pass  # numpy reads the header as Python: damage of it raises many types
-        print(f"{self.path}: is not what was written; computed from the start", flush=True)
+            pass  # numpy evaluates the header as Python, so damage raises many types
+        print(f"{self.path}: modified after it was written; computed from the start", flush=True)
         return None
 
     def _record(self):
@@ -130,13 +137,13 @@ class _Partial:
         self.digest.update(vectors.tobytes())
         self.done += len(vectors)
 
-    def keep(self):
-        """Makes a later call go on from here."""
+    def flush(self):
+        """Writes everything to disk, with the record from which a later call resumes."""
         self.targets.flush()
         write_json(self.marker, self._record())
 
     def finish(self):
-        """Makes it the whole file. The record of that comes first: without it the file would not be trusted."""
+        """Renames it to the final file, after writing the record without which that would not be valid."""
         self.targets.flush()
         record = {"shape": list(self.shape), "dtype": str(self.targets.dtype), "sha256": sha256_file(self.path)}
         write_json(self.file.with_suffix(".json"), record)
@@ -145,29 +152,28 @@ class _Partial:
 
 
 def _fill(file, lengths, batch_size, embed, width, stop, together):
-    """Fills `file` batch by batch, longest texts first, through a partial file that a later call continues.
+    """Computes `file` batch by batch, longest texts first, resuming from a partial file.
 
-    together: all processes call it, and process 0 writes. Raises preemption.Stopped when stop() says so.
+    together: all processes call it, and process 0 writes. Raises preemption.Stopped if stop() returns True.
     """
-    order = np.argsort([-length for length in lengths], kind="stable")
     partial = None
 
     def begin():
         nonlocal partial
-        partial = _Partial(file, order, width)
+        partial = _Partial(file, longest_first(lengths), width)
         return partial.done
 
     done = processes.run_on_process_0(begin) if together else begin()
     with progress.bar(len(lengths), "text", "teacher targets", initial=done) as bar:
-        for number, start in enumerate(range(done, len(lengths), batch_size)):
-            rows = order[start : start + batch_size]
+        for number, rows in enumerate(length_sorted_batches(lengths, batch_size, done)):
             vectors, stopping = embed(rows), stop()
             bar.update(len(rows))
+            done += len(rows)
             if partial:
                 partial.write(vectors)
                 if stopping or number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
-                    partial.keep()
+                    partial.flush()
             if stopping:
-                raise preemption.Stopped(f"{file}: stopped as asked, {start + len(rows)} of {len(lengths)} are kept")
+                raise preemption.Stopped(f"{file}: stopped as asked, {done} of {len(lengths)} are kept")
     if partial:
         partial.finish()

@@ -1,15 +1,21 @@
-"""Alignment targets: the teacher's vector of every response, computed once and kept, or read from a file."""
+"""Alignment targets: the teacher's vectors of the responses, computed once and stored, or read from a file."""
+
+import os
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from llm2vec_gen_jax.common.errors import InputError, first_line, not_finite, quote
 from llm2vec_gen_jax.common.files import fingerprint, install_command, read_array, sha256_file, visible
+from llm2vec_gen_jax.config import EvaluateConfig, TeacherConfig, TrainConfig
 from llm2vec_gen_jax.data.buckets import choose_edges
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import (
     EMBEDDER_PATTERNS,
+    LoadedBackbone,
     load_backbone,
     open_checkpoint,
     resolve_adapter,
@@ -20,18 +26,18 @@ from llm2vec_gen_jax.teachers.encoder import pool_rows
 from llm2vec_gen_jax.teachers.target_files import compute_once
 
 
-def is_causal(config):
-    """Whether the llm2vec teacher of a TeacherConfig attends causally.
+def is_causal(config: TeacherConfig | EvaluateConfig) -> bool:
+    """Returns whether the llm2vec teacher of a config uses causal attention.
 
-    Without adapters an untrained bidirectional pass is far worse than the causal one, so `auto` depends on them.
+    `auto` is causal without adapters: a backbone not trained for bidirectional attention is far worse with it.
     """
     return config.attention == "causal" or (config.attention == "auto" and not config.adapters)
 
 
-def read_targets(path, records, rows):
-    """Returns the targets (len(rows), E) that a .npy (records, E) holds for the used rows.
+def read_targets(path: str | os.PathLike[str], records: int, rows: np.ndarray) -> NDArray[np.float32]:
+    """Returns rows of a .npy file of targets (records, E) as an array (len(rows), E).
 
-    Raises InputError when it is no such array.
+    Raises InputError for any other file.
     """
     targets = read_array(path, "teacher.path")
     if targets.ndim != 2 or len(targets) != records or not np.issubdtype(targets.dtype, np.floating):
@@ -41,16 +47,18 @@ def read_targets(path, records, rows):
         )
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
         targets = np.asarray(targets[rows], np.float32)
-    if not (sound := np.isfinite(targets).all(axis=1)).all():
-        raise InputError(f"teacher.path={path}: row {rows[np.argmin(sound)]} (from 0) holds NaN or infinity")
+    if not (is_finite := np.isfinite(targets).all(axis=1)).all():
+        raise InputError(f"teacher.path={path}: row {rows[np.argmin(is_finite)]} (from 0) holds NaN or infinity")
     return targets
 
 
-def compute_targets(backbone, config, answers, responses):
-    """Returns the targets (n, E), float32, of stripped answers by the teacher of a TrainConfig.
+def compute_targets(
+    backbone: LoadedBackbone, config: TrainConfig, answers: Sequence[str], responses: str
+) -> NDArray[np.float32]:
+    """Returns the targets (n, E) of stripped answers, computed by the teacher of a TrainConfig.
 
-    They are stored next to the responses file under a hash of teacher and texts; an interrupted computation continues
-    where it stopped. backbone: that of the config; its weights are used if they are loaded and are the teacher's.
+    They are stored next to the file `responses` under a hash of teacher and texts; an interrupted computation is
+    resumed. backbone: that of the config; its weights are reused if they are loaded and equal to the teacher's.
     """
     if config.teacher.kind == "sentence_transformers":
         return _by_sentence_transformers(config.teacher, answers, responses)
@@ -58,13 +66,13 @@ def compute_targets(backbone, config, answers, responses):
 
 
 def _by_llm2vec(backbone, config, answers, responses):
-    """Mean-pooled last hidden states: E is the width D of the teacher's backbone."""
+    """Targets of an llm2vec teacher: mean-pooled last hidden states, so E is the hidden size of its backbone."""
     path, mesh, attention = config.teacher.path, backbone.mesh, backbone.execution.attention
     adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
     reader = open_checkpoint(path, backbone.execution)[0] if path else backbone
     dtype = backbone.dtype if backbone.frozen is not None else str(resolve_dtype(config.backbone.dtype))
-    quantized = dtype == "int8"  # targets are of the weights before quantization
+    quantized = dtype == "int8"  # targets are computed with the weights before quantization
     dtype = "bfloat16" if quantized else dtype
     ids = reader.tokenizer.encode(answers, config.data.max_answer_length)
     key = {
@@ -80,7 +88,7 @@ def _by_llm2vec(backbone, config, answers, responses):
 
     def make():
         frozen = backbone.frozen
-        if path or adapters or quantized or frozen is None:  # merging donates the weights: not the caller's
+        if path or adapters or quantized or frozen is None:  # merging donates its input
             frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention).frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, reader.architecture)
@@ -99,9 +107,9 @@ def _by_llm2vec(backbone, config, answers, responses):
 
 
 def _by_sentence_transformers(config, answers, responses):
-    """Any model of that library, with its own pooling; texts are cut to its own longest length."""
+    """Targets of a sentence-transformers model, which truncates texts to its max_seq_length."""
     if config.path is None:
-        raise InputError("teacher.path is needed: the folder or hub id of a sentence-transformers model")
+        raise InputError("teacher.path is required: the folder or hub id of a sentence-transformers model")
     folder = resolve_embedder(config.path)
     files = sorted({path for pattern in EMBEDDER_PATTERNS for path in visible(folder, pattern)})
     key = {
@@ -137,9 +145,9 @@ def _load_embedder(path, folder):
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise InputError(
-            f"teacher.kind=sentence_transformers needs that library: {install_command('teachers')} ({error})"
+            f"teacher.kind=sentence_transformers needs sentence-transformers: {install_command('teachers')} ({error})"
         ) from None
     try:
         return SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"teacher.path={path}: not a model of sentence-transformers ({first_line(error)})") from None
+        raise InputError(f"teacher.path={path}: not a sentence-transformers model ({first_line(error)})") from None

@@ -1,56 +1,63 @@
-"""What may be done to the alignment targets before training; beyond the paper, and off by default."""
+"""Optional transforms of the alignment targets: averaging, centering, whitening. Not in the paper."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-# Directions with less variance than this part of the largest carry rounding and too few texts, and are left out.
-_LEAST_VARIANCE = 1e-6
+from llm2vec_gen_jax.config import TeacherConfig
+from llm2vec_gen_jax.data.examples import Examples
+
+# Directions with less variance than this, relative to the largest, are dominated by noise and dropped.
+_MIN_VARIANCE = 1e-6
 
 
-def transform_targets(examples, config, questions):
-    """Applies what a TeacherConfig says to the targets of Examples: averaging, then centring or whitening.
+def transform_targets(examples: Examples, config: TeacherConfig, questions: Sequence[str]) -> None:
+    """Transforms the targets of Examples in place, as set by a TeacherConfig: averaging, then centering or whitening.
 
-    questions: the texts of the examples' queries. Targets of negative answers are moved and scaled as the others.
+    questions: the texts of the queries. Targets of negative answers get the same shift and scale.
     """
+    target_BE: Any = examples.target
     if config.average:
-        examples.target = average(examples.target, questions)
+        target_BE = examples.target = average(target_BE, questions)
+    matrix_EE = None
     if config.whiten:
-        mean_E, matrix_EE = whitening(examples.target, config.whiten)
+        mean_E, matrix_EE = whitening(target_BE, config.whiten)
     elif config.centre:
-        mean_E, matrix_EE = _mean(examples.target), None
+        mean_E = _mean(target_BE)
     else:
         return
     for name in ("target", "negative_target"):
         if (targets_BE := getattr(examples, name)) is not None:
-            moved_BE = targets_BE - mean_E
-            setattr(examples, name, moved_BE if matrix_EE is None else moved_BE @ matrix_EE)
+            centered_BE = targets_BE - mean_E
+            setattr(examples, name, centered_BE if matrix_EE is None else centered_BE @ matrix_EE)
 
 
-def average(targets_BE, questions):
-    """Returns targets of which those of equal questions are their mean: of several sampled responses to a query, what
-    they have in common."""
+def average(targets_BE: np.ndarray, questions: Sequence[str]) -> NDArray[np.float32]:
+    """Returns targets (B, E) averaged over equal questions, such as over several sampled responses to a query."""
     _, group_B, count_G = np.unique(np.asarray(questions, dtype=object), return_inverse=True, return_counts=True)
     sums_GE = np.zeros((len(count_G), targets_BE.shape[1]))
     np.add.at(sums_GE, group_B, targets_BE)
     return (sums_GE / count_G[:, None])[group_B].astype(np.float32)
 
 
-def whitening(targets_BE, power):
-    """Returns (mean (E,), symmetric matrix (E, E)), float32: (targets - mean) @ matrix has covariance C^(1 - power),
-    scaled to the trace of C, the covariance of the targets.
+def whitening(targets_BE: np.ndarray, power: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns the (mean (E,), symmetric matrix (E, E)) that whiten targets with covariance C.
 
-    A few directions dominate all vectors of an LLM. power 0 keeps them (centring), 1 gives every direction the same
-    variance (ZCA; Su et al. 2021, "Whitening Sentence Representations").
+    (targets - mean) @ matrix has covariance C^(1 - power), rescaled to the trace of C. A few directions dominate all
+    vectors of an LLM: power 0 only centers, power 1 gives every direction the same variance (ZCA; Su et al. 2021,
+    "Whitening Sentence Representations").
     """
     mean_E = _mean(targets_BE)
-    centred_BE = np.asarray(targets_BE, np.float64) - mean_E
-    variances_E, axes_EE = np.linalg.eigh(centred_BE.T @ centred_BE / len(centred_BE))
-    kept = variances_E > _LEAST_VARIANCE * variances_E.max()
+    centered_BE = np.asarray(targets_BE, np.float64) - mean_E
+    variances_E, axes_EE = np.linalg.eigh(centered_BE.T @ centered_BE / len(centered_BE))
+    nonzero = variances_E > _MIN_VARIANCE * variances_E.max()
     factors_E = np.zeros_like(variances_E)
-    factors_E[kept] = variances_E[kept] ** (-power / 2)
-    scale = np.sqrt(variances_E.sum() / (variances_E * factors_E**2).sum()) if kept.any() else 1.0
+    factors_E[nonzero] = variances_E[nonzero] ** (-power / 2)
+    scale = np.sqrt(variances_E.sum() / (variances_E * factors_E**2).sum()) if nonzero.any() else 1.0
     return mean_E, (axes_EE * (scale * factors_E) @ axes_EE.T).astype(np.float32)
 
 
 def _mean(targets_BE):
-    """What all vectors share says nothing about a text."""
     return targets_BE.mean(axis=0, dtype=np.float64).astype(np.float32)

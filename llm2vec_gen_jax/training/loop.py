@@ -4,8 +4,8 @@ import collections
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,31 @@ from llm2vec_gen_jax.training.metrics import MetricsWriter
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
 from llm2vec_gen_jax.training.step import TrainState, new_state
 
-_SAVE, _STOP = 1, 2  # what a process asks of all of them; the largest is done
+_SAVE, _STOP = 1, 2  # requests of a process to all processes; the largest is executed
+
+Metrics = dict[str, jax.Array]
+_Pending = tuple[int, dict[str, Any], int]  # step, its metrics on the device, computed tokens
+StepFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
 
 
-StepFunction = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+class BatchSource(Protocol):
+    """Padded numpy batches by step, from 0; a data source of grain."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
 
 
 class Trainer(Protocol):
-    """What a Run trains.
+    """Model-specific part of a training run.
 
-    batches: padded numpy batches by step from 0, this process's rows of each; `NAME` with a `NAME_lengths` are counted
-    as tokens. record: JSON dict of what a checkpoint belongs to; restoring with another one is an error.
+    record: JSON dict that identifies the run in its checkpoints; another one cannot restore them.
     """
 
-    batches: Sequence[dict[str, np.ndarray]]
     record: dict[str, Any]
+
+    @property
+    def batches(self) -> BatchSource:
+        """Batches of this process; every `NAME` with a `NAME_lengths` counts as tokens."""
 
     def init(self) -> Any:
         """Returns the trainable tree on the mesh."""
@@ -48,17 +58,46 @@ class Trainer(Protocol):
     def compile(
         self, state: TrainState, steps: range, show_progress: bool, heartbeat: Callable[[str], None]
     ) -> StepFunction:
-        """Returns the step as a function of (state, batch on the mesh), with what `steps` (from 0) need compiled.
+        """Returns the step as a function of (state, batch on the mesh), compiled for `steps` (from 0).
 
-        heartbeat: to be called with a description before each compilation.
+        heartbeat: called with a description before each compilation.
         """
 
     def describe(self, step: int) -> str:
-        """Names the rows that a step (from 0) reads, for the error about a loss that is not finite."""
+        """Returns a description of the rows that a step (from 0) reads, for errors about a non-finite loss."""
+
+
+class _Window:
+    """Metrics of the steps since the last record, of which a record holds the means."""
+
+    def __init__(self, learning_rates: np.ndarray) -> None:
+        self.learning_rates = learning_rates
+        self._reset(time.perf_counter())
+
+    def _reset(self, now: float) -> None:
+        self.started, self.tokens = now, 0.0
+        self.rows: list[dict[str, float]] = []
+        self.padding: list[float] = []
+
+    def add(self, values: dict[str, float], computed: int) -> None:
+        real = values.pop("tokens")
+        self.rows.append(values)
+        self.padding.append(1 - real / computed)
+        self.tokens += real
+
+    def flush(self, number: int) -> dict[str, Any]:
+        now = time.perf_counter()
+        record: dict[str, Any] = {"step": number}
+        record |= {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
+        record["learning_rate"] = float(self.learning_rates[number - 1])
+        record["tokens_per_second"] = round(self.tokens / (now - self.started), 1)
+        record["padding_fraction"] = round(float(np.mean(self.padding)), 4)
+        self._reset(now)
+        return record
 
 
 class Run:
-    """A training run: a Trainer, its checkpoints, and the state reached."""
+    """A training run: a Trainer, its checkpoints and its current state."""
 
     def __init__(
         self,
@@ -69,36 +108,37 @@ class Run:
         output: pathlib.Path,
         config: TrackingConfig,
     ) -> None:
-        """config: the whole configuration of the command, for the tracker."""
+        """config: complete configuration of the command, for the tracker."""
         shards = sharding.batch_shards(mesh)
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
         self.trainer, self.settings, self.mesh, self.output, self.config = trainer, settings, mesh, output, config
-        # All at once and before the loop: one by one, each would wait on the device behind the step under way.
+        # Computed before the loop: inside it, each value would wait for the running step.
         rates = make_schedule(optimizer)(jnp.arange(settings.steps))
         self.learning_rates = np.broadcast_to(rates, settings.steps)
         self.optimizer = make_optimizer(optimizer)
-        self.last_record = None
+        self.last_record: dict[str, Any] | None = None
 
-    def start(self, resuming):
-        """Sets state and first step: from the newest sound checkpoint, or fresh."""
+    def start(self, resuming: bool) -> None:
+        """Initializes state and first step, from the newest valid checkpoint if `resuming`."""
         processes.assert_equal_across_processes({"record": self.trainer.record})
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
-        self.state, self.first_step = start(self.trainer.init()), 0
+        self.state: TrainState = start(self.trainer.init())
+        self.first_step = 0
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, self.settings.keep_checkpoints)
-        found = self.checkpoints.restore(self.state) if resuming else None
-        if found is not None:
-            self.state, self.first_step = found
+        restored = self.checkpoints.restore(self.state) if resuming else None
+        if restored is not None:
+            self.state, self.first_step = restored
             print(f"resuming {self.output} at step {self.first_step}")
         else:
             self.state = start(self.trainer.begin(self.state.trainable))
 
-    def loop(self, show_progress, name="train"):
-        """Trains to train.steps, logging and checkpointing on the way.
+    def loop(self, show_progress: bool, name: str = "train") -> None:
+        """Trains until train.steps, with logging and checkpoints.
 
-        Raises preemption.Stopped when asked to stop, with a checkpoint of the last step. Step n is dispatched before
-        the metrics of step n-1 are read, so the device never waits for the host.
+        Raises preemption.Stopped on a stop request, after saving a checkpoint of the last step. Step n is dispatched
+        before the metrics of step n-1 are read, so that the device does not wait for the host.
         """
         settings = self.settings
         if processes.stop_requested():
@@ -106,8 +146,8 @@ class Run:
             raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
         watchdog = Watchdog(settings.watchdog, self.checkpoints.check)
 
-        def before_compiling(what):
-            watchdog.beat(what)
+        def before_compiling(description: str) -> None:
+            watchdog.beat(description)
             if processes.stop_requested():
                 raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
 
@@ -118,7 +158,7 @@ class Run:
                 self._train(train_step, show_progress, name, watchdog.beat)
         self.checkpoints.close()
 
-    def _train(self, train_step, show_progress, name, beat):
+    def _train(self, train_step: StepFunction, show_progress: bool, name: str, beat: Callable[[str], None]) -> None:
         settings, state = self.settings, self.state
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
@@ -126,63 +166,63 @@ class Run:
         batches = iterate(self.trainer.batches, self.first_step, settings.steps)
         self.saved_step, self.saved_at = self.first_step, time.monotonic()
         with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
-            pending = None
+            pending: _Pending | None = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
                 beat(f"step {number}")
                 self.checkpoints.check()
                 profile.before(number)
                 due = number % settings.checkpoint_every == 0 or number == settings.steps
                 real, computed = count_tokens(on_mesh if jax.process_count() > 1 else batch)
-                asked = self._asked_on_any()
-                # What goes over to the device unasked would wait there for the step under way, and the host with it.
+                request: Any = self._request_of_any()
+                # An implicit transfer would wait for the running step and block the host.
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, on_mesh)
-                    wish = self._finish(pending, window, writer, bar)
-                    pending = (number, metrics | {"tokens": real, "asked": asked}, computed)
-                    if due or wish or number in (steps[0], profile.last):  # the first has a time of its own
-                        wish = max(wish, self._finish(pending, window, writer, bar))
+                    action = self._finish(pending, window, writer, bar)
+                    pending = (number, metrics | {"tokens": real, "request": request}, computed)
+                    if due or action or number in (steps[0], profile.last):  # the first step is timed separately
+                        action = max(action, self._finish(pending, window, writer, bar))
                         pending = None
                 profile.after(number)
-                if due or wish:
+                if due or action:
                     self.checkpoints.save(number, state)
                     self.saved_step, self.saved_at = number, time.monotonic()
-                if wish == _STOP and number < settings.steps:
+                if action == _STOP and number < settings.steps:
                     self.checkpoints.close()
                     raise preemption.Stopped(f"{self.output}: stopped as asked, and saved at step {number}")
         self.state = state
 
-    def _writer(self):
+    def _writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:
         if jax.process_index() > 0:
             return contextlib.nullcontext()
         return MetricsWriter(self.output, self.first_step, self.config.tracking, options.to_dict(self.config))
 
-    def _asked_on_any(self):
-        """Whether any process was asked to stop, or is due to save by its clock: the same on all of them.
+    def _request_of_any(self) -> jax.Array | int:
+        """Returns the largest request of all processes: to stop, to save because of checkpoint_minutes, or 0.
 
-        Read with the metrics of its step, so that nobody waits for it.
+        It is read with the metrics of its step, which avoids another synchronization.
         """
         minutes = self.settings.checkpoint_minutes
         due = 0 < minutes * 60 <= time.monotonic() - self.saved_at
-        asked = _STOP if preemption.asked() else _SAVE * due
+        request = _STOP if preemption.asked() else _SAVE * due
         if jax.process_count() == 1:
-            return asked
-        rows = np.full(self.settings.batch_size // jax.process_count(), asked, np.int32)
+            return request
+        rows = np.full(self.settings.batch_size // jax.process_count(), request, np.int32)
         return jnp.max(sharding.put_batch(rows, self.mesh))
 
-    def _finish(self, pending, window, writer, bar):
-        """Reads the metrics of a dispatched step; logs them when they are due. Returns what any process asked for."""
+    def _finish(self, pending: _Pending | None, window: _Window, writer: MetricsWriter | None, bar: Any) -> int:
+        """Reads the metrics of a dispatched step and logs them if due. Returns the request of the processes."""
         if pending is None:
             return 0
         number, metrics, computed = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
             last = self.saved_step
-            kept = f"the checkpoint of step {last} is sound" if last else "there is no checkpoint yet"
+            saved = f"the checkpoint of step {last} is intact" if last else "there is no checkpoint yet"
             raise FloatingPointError(
-                f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {kept}. "
+                f"step {number}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {saved}. "
                 f"The batch is {self.trainer.describe(number - 1)}"
             )
-        asked = int(values.pop("asked"))
+        request = int(values.pop("request"))
         window.add(values, computed)
         bar.update(1)
         bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
@@ -190,76 +230,53 @@ class Run:
             self.last_record = window.flush(number)
             if writer:
                 writer.write(self.last_record)
-        return asked
+        return request
 
 
-def _ahead(batches, mesh, depth=2):
-    """Yields (batch, batch on the mesh): what the next steps read goes over while the device computes."""
-    waiting = collections.deque()
+def _ahead(
+    batches: Iterable[dict[str, np.ndarray]], mesh: jax.sharding.Mesh, depth: int = 2
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]:
+    """Yields (batch, batch on the mesh). Transfers of the next batches overlap with the computation."""
+    transferred: collections.deque[tuple[dict[str, np.ndarray], dict[str, jax.Array]]] = collections.deque()
     for batch in batches:
-        waiting.append((batch, sharding.put_batch(batch, mesh)))
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
+        transferred.append((batch, sharding.put_batch(batch, mesh)))
+        if len(transferred) > depth:
+            yield transferred.popleft()
+    yield from transferred
 
 
 class _Profile:
-    """Writes a trace of the steps START:STOP to output/profile, which TensorBoard and xprof show."""
+    """Writes a trace of the steps START:STOP to output/profile, for TensorBoard and xprof."""
 
-    def __init__(self, steps, output):
-        self.folder, self.first, self.last, self.running = output / "profile", None, None, False
+    def __init__(self, steps: str | None, output: pathlib.Path) -> None:
+        self.folder, self.running = output / "profile", False
+        self.first: int | None = None
+        self.last: int | None = None
         if steps is not None:
             first, _, last = steps.partition(":")
             self.first, self.last = whole_number(first), whole_number(last)
-            if None in (self.first, self.last) or not 1 <= self.first <= self.last:
+            if self.first is None or self.last is None or not 1 <= self.first <= self.last:
                 raise InputError(f"train.profile={steps}: expected START:STOP, the first and the last step of a trace")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.running:
             self._stop()
 
-    def before(self, number):
+    def before(self, number: int) -> None:
         if number == self.first:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
-    def after(self, number):
-        """Call it when the metrics of step `last` have been read: then the device is done with it."""
+    def after(self, number: int) -> None:
+        """Stops the trace after step `last`. Call it when the metrics of that step have been read."""
         if self.running and number == self.last:
             self._stop()
 
-    def _stop(self):
+    def _stop(self) -> None:
         self.running = False
         jax.profiler.stop_trace()
         if jax.process_index() == 0:
             print(f"profile: {self.folder}", flush=True)
-
-
-class _Window:
-    """Means of the steps since the last record."""
-
-    def __init__(self, learning_rates):
-        self.learning_rates = learning_rates
-        self._open(time.perf_counter())
-
-    def _open(self, now):
-        self.started, self.rows, self.tokens, self.padding = now, [], 0, []
-
-    def add(self, values, computed):
-        real = values.pop("tokens")
-        self.rows.append(values)
-        self.padding.append(1 - real / computed)
-        self.tokens += real
-
-    def flush(self, number):
-        now = time.perf_counter()
-        record = {"step": number}
-        record |= {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
-        record["learning_rate"] = float(self.learning_rates[number - 1])
-        record["tokens_per_second"] = round(self.tokens / (now - self.started), 1)
-        record["padding_fraction"] = round(float(np.mean(self.padding)), 4)
-        self._open(now)
-        return record

@@ -1,9 +1,11 @@
-"""A start for the alignment head: ridge regression of the targets on what compression tokens give before training.
+"""Initialization of the alignment head by ridge regression of the targets on the untrained compression states.
 
-Beyond the paper, whose head starts at random and spends its first thousands of steps on what is a linear problem.
+Not in the paper, whose randomly initialized head takes thousands of steps for this linear problem.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,52 +13,70 @@ import numpy as np
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
+from llm2vec_gen_jax.config import TrainConfig
 from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data.examples import Examples
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 
-_PENALTIES = 10.0 ** np.arange(-6, 3)  # in mean variances of the inputs
-_HELD_OUT = 10  # each tenth batch chooses among them
+_PENALTIES = 10.0 ** np.arange(-6, 3)  # relative to the mean variance of the inputs
+_HELD_OUT = 10  # every tenth batch is held out to choose the penalty
 
 
-def solve_alignment_head(trainer, trainable, examples):
-    """Returns a trainable tree with the alignment head solved on the first batches of a CompressionTrainer's schedule.
+class RidgeTrainer(Protocol):
+    """The part of a CompressionTrainer that ridge regression uses."""
 
-    examples: how many to use, at most one epoch. The penalty is that of the least error on batches that are held out;
-    the solution is of all of them. Every process of a run calls it, and gets the same.
-    Raises InputError where there are too few examples to hold any out, and for a query whose states are not finite.
+    model: LLM2VecGenModel
+    backbone: LoadedBackbone
+    schedule: batches.BatchSchedule
+    batches: batches.Batches
+    examples: Examples
+    config: TrainConfig
+
+    def prefill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """See CompressionTrainer.prefill."""
+
+
+def solve_alignment_head(trainer: RidgeTrainer, trainable: dict[str, Any], examples: int) -> dict[str, Any]:
+    """Returns a trainable tree with the alignment head solved on the first batches of the trainer's schedule.
+
+    examples: number of examples, at most one epoch. The penalty minimizes the error on held-out batches; the solution
+    uses all batches. All processes call it and get the same result.
+    Raises InputError for too few examples, and for a query whose states are not finite.
     """
     schedule, mesh, frozen = trainer.schedule, trainer.backbone.mesh, trainer.backbone.frozen
     replicated = sharding.replicated(mesh)
     count = min(-(-examples // schedule.batch_size), schedule.batches_per_epoch)
     if count < 2:
-        raise InputError(f"train.ridge_examples={examples}: less than two batches of {schedule.batch_size} are too few")
+        raise InputError(f"train.ridge_examples={examples}: at least two batches of {schedule.batch_size} are needed")
     D, E = trainer.model.architecture.hidden_size, trainer.model.embedding_size
-    sums = {part: sharding.put_replicated(_nothing(D, E), mesh) for part in ("kept", "held out")}
+    sums = {part: sharding.put_replicated(_zero_sums(D, E), mesh) for part in ("fit", "held out")}
     means = jax.jit(functools.partial(_means, trainer.model), out_shardings=replicated)
     add = jax.jit(functools.partial(_add, trainer.model), donate_argnums=0, out_shardings=replicated)
-    origin = None
+    origin: Any = None
     with progress.bar(count * schedule.batch_size, "example", "ridge") as bar:
         for number, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
             if processes.stop_requested():
                 raise preemption.Stopped("stopped as asked, before the first step")
             batch = _prefill(trainer, batch)
-            if origin is None:  # numbers near zero, because their squares are summed in float32
+            if origin is None:  # centers the values, because their squares are summed in float32
                 origin = means(trainable, frozen, batch)
-            part = "kept" if number % _HELD_OUT else "held out"
+            part = "fit" if number % _HELD_OUT else "held out"
             sums[part] = add(sums[part], origin, trainable, frozen, batch)
             bar.update(schedule.batch_size)
-    kept, held_out = (jax.tree.map(lambda x: np.asarray(sharding.to_numpy(x), np.float64), sums[part]) for part in sums)
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves((kept, held_out))):
+    fit, held_out = (jax.tree.map(lambda x: np.asarray(sharding.to_numpy(x), np.float64), sums[part]) for part in sums)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves((fit, held_out))):
         _name_not_finite(trainer, trainable, count)
-    errors = [_error(_solve(kept, penalty), held_out) for penalty in _PENALTIES]
+    errors = [_error(_solve(fit, penalty), held_out) for penalty in _PENALTIES]
     best = int(np.argmin(errors))
-    kernel_DE, bias_E = _solve(jax.tree.map(np.add, kept, held_out), _PENALTIES[best])
+    kernel_DE, bias_E = _solve(jax.tree.map(np.add, fit, held_out), _PENALTIES[best])
     x_D, y_E = (np.asarray(sharding.to_numpy(x), np.float64) for x in origin)
     head = {"kernel": kernel_DE, "bias": bias_E + y_E - x_D @ kernel_DE}
-    spread = held_out["yy"] - np.square(held_out["y"]).sum() / held_out["n"]
+    variance = held_out["yy"] - np.square(held_out["y"]).sum() / held_out["n"]
     print(
         f"alignment head: solved on {count * schedule.batch_size} examples, penalty {_PENALTIES[best]:g}, "
-        f"explains {1 - errors[best] / spread:.3f} of the targets' variance on those held out",
+        f"explains {1 - errors[best] / variance:.3f} of the targets' variance on those held out",
         flush=True,
     )
     head = {name: value.astype(np.float32) for name, value in head.items()}
@@ -69,7 +89,7 @@ def _prefill(trainer, batch):
 
 
 def _name_not_finite(trainer, trainable, count):
-    """Raises InputError that names the first query that is not finite, of `count` batches of which one is not."""
+    """Raises InputError naming the first query of `count` batches whose states are not finite."""
     frozen, replicated = trainer.backbone.frozen, sharding.replicated(trainer.backbone.mesh)
     inputs = jax.jit(functools.partial(_inputs, trainer.model), out_shardings=replicated)
     for step, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
@@ -78,16 +98,16 @@ def _name_not_finite(trainer, trainable, count):
             row = trainer.examples.row[trainer.schedule[step].rows[np.argmin(finite_B)]]
             name = f"{trainer.config.data.responses}: the question of row {row} (from 0)"
             raise not_finite(name, trainer.backbone.dtype)
-    raise InputError("train.ridge_examples: sums over the examples exceed float32; train without it")
+    raise InputError("train.ridge_examples: sums over the examples exceed float32. Train without it")
 
 
-def _nothing(D, E):
+def _zero_sums(D, E):
     shapes = {"n": (), "x": (D,), "y": (E,), "xx": (D, D), "xy": (D, E), "yy": ()}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _inputs(model, trainable, frozen, batch):
-    """Returns what the alignment head maps: the mean soft prompts (B, D) of a batch."""
+    """Returns the input of the alignment head: the mean soft prompts (B, D) of a batch."""
     _, soft_prompts_BKD = model.embed(trainable, frozen, batch["query"], batch["query_lengths"])
     return soft_prompts_BKD.mean(axis=1)
 
@@ -106,7 +126,7 @@ def _add(model, sums, origin, trainable, frozen, batch):
 
 
 def _solve(sums, penalty):
-    """Returns (kernel (D, E), bias (E,)) of the least squared error, the kernel penalised."""
+    """Returns (kernel (D, E), bias (E,)) of the ridge regression, which penalizes the kernel."""
     n, x_D, y_E = sums["n"], sums["x"] / sums["n"], sums["y"] / sums["n"]
     variance_DD = sums["xx"] / n - np.outer(x_D, x_D)
     covariance_DE = sums["xy"] / n - np.outer(x_D, y_E)
@@ -116,7 +136,7 @@ def _solve(sums, penalty):
 
 
 def _error(head, sums):
-    """Returns the squared error of a head, from sums alone: that of all examples together."""
+    """Returns the summed squared error of a head, computed from the sums."""
     kernel_DE, bias_E = head
     cross = (kernel_DE * sums["xy"]).sum() + bias_E @ sums["y"]
     square = (kernel_DE * (sums["xx"] @ kernel_DE)).sum() + 2 * sums["x"] @ kernel_DE @ bias_E

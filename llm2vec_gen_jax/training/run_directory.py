@@ -1,15 +1,17 @@
-"""Run directories: claimed by one configuration, resumed only with the same."""
+"""Run directories: each belongs to one configuration and is resumed only with an equal one."""
 
+import pathlib
 import shutil
+from collections.abc import Mapping, Sequence
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import entries, require_same_run, write_text
-from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.config import TeacherTrainConfig, TrainConfig, options
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training import tracking
 
-# What may change when a run is resumed: how long and where it runs, not what it computes.
+# Keys that may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
     "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout", "tracking"),
     "train": (
@@ -30,10 +32,14 @@ FREE_KEYS = {
 }
 
 
-def prepare_run_directory(output, config, free=FREE_KEYS):
-    """Makes the run directory this run's. Returns whether it holds an earlier part of the same run.
+def prepare_run_directory(
+    output: pathlib.Path,
+    config: TrainConfig | TeacherTrainConfig,
+    free: Mapping[str, Sequence[str]] = FREE_KEYS,
+) -> bool:
+    """Claims the run directory, or verifies that it belongs to the same run. Returns whether the run is resumed.
 
-    free: {section: keys} that may differ from what the earlier part was run with; "" stands for no section.
+    free: {section: keys} that may differ from the earlier part of the run; "" for keys without a section.
     """
     return processes.run_on_process_0(lambda: _prepare(output, config, free))
 
@@ -49,7 +55,7 @@ def _prepare(output, config, free):
             shutil.rmtree(output)
         else:
             records = _fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)
-            # A run that failed before its first step, often because of these settings, left only its config.
+            # A run that failed before its first step, often because of its settings, leaves only its config.
             if entries(output) != ["config.yaml"]:
                 remedy = "choose another output, or pass train.overwrite=true"
                 require_same_run(f"train.output={output}", *records, remedy)
@@ -59,15 +65,15 @@ def _prepare(output, config, free):
 
 
 def _config_of(output, schema):
-    """Returns the config of a run directory. Raises InputError when the directory is anything else."""
+    """Returns the config of a run directory. Raises InputError for any other directory."""
     try:
-        found = options.load(schema, output / "config.yaml")
-        options.require(found, "train.output")  # what every run's config has
+        config = options.load(schema, output / "config.yaml")
+        options.require(config, "train.output")  # set in the config of every run
     except InputError as error:
         raise InputError(
-            f"train.output={output}: exists and is not a run directory; it is left as it is. Choose another ({error})"
+            f"train.output={output}: exists and is not a run directory. Choose another, it is not changed ({error})"
         ) from None
-    return found
+    return config
 
 
 def _fixed(values, free):

@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """All that changes: step (int32), trainable tree and optimizer state (float32)."""
+    """Training state: step (int32), trainable tree and optimizer state (float32)."""
 
     step: jax.Array
     trainable: Any
@@ -32,16 +32,16 @@ class TrainState:
 
 
 def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the TrainState before the first step."""
+    """Returns the initial TrainState."""
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
 
 
 def update(
     state: TrainState, loss: Callable[[Any], tuple[jax.Array, Metrics]], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One step down the gradient of `loss(trainable) -> (float32 scalar, {name: scalar})`.
+    """One optimizer step on `loss(trainable) -> (float32 scalar, {name: scalar})`.
 
-    Returns (new state, metrics of this step). A non-finite loss or gradient leaves the state as it was.
+    Returns (new state, metrics of this step). The state is unchanged if the loss or a gradient is not finite.
     """
     (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable)
     norm = optax.tree.norm(gradients)
@@ -65,7 +65,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of `losses.loss_fn`. Returns (new state, metrics of this step).
 
-    `frozen` is an argument: never differentiated, never donated, never a constant of the program.
+    `frozen` is an argument, neither differentiated nor donated nor a constant of the program.
     """
     dropout = None
     if lora_dropout:
@@ -110,5 +110,6 @@ def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[..., KVCache]:
 def abstract_cache(jitted: Callable[..., KVCache], mesh: jax.sharding.Mesh | None, *arguments: Any) -> KVCache:
     """Returns the ShapeDtypeStructs of what a `jit_prefill` returns."""
     put = sharding.cache_sharding(mesh)
-    cache = jax.eval_shape(jitted, *arguments)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+    cache: KVCache = jax.eval_shape(jitted, *arguments)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
+    return cache

@@ -1,23 +1,31 @@
-"""What supervised teachers add (arXiv 2603.10913, the study of hard negatives): more texts, margin and contrastive.
+"""Losses with supervised teachers (arXiv 2603.10913, study of hard negatives): extra texts, margin and contrastive.
 
-Next to a query, three texts can be embedded: a request to repeat the answer, a hard negative question, and a request to
-repeat its answer. The losses compare every row of the global batch with every other; under jit with a sharded batch
-that is a gather across devices without a word about it. A text that no loss reads is not embedded.
+In addition to the query, three texts can be embedded: a request to repeat the answer, a hard negative question, and a
+request to repeat its answer. The losses compare all rows of the global batch; under jit with a sharded batch, XLA
+inserts the gather across devices. A text that no loss uses is not embedded.
 """
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llm2vec_gen_jax.model.layers import Dropout
+from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
+
 REPEAT = "Repeat this text word by word. "  # before an answer, as published
-_TEXTS = {
+Record = Mapping[str, Any]
+_TEXTS: dict[str, Callable[[Record], str]] = {
     "repeat": lambda record: REPEAT + record["answer"].strip(),
     "negative": lambda record: record["negative_question"].strip(),
     "negative_repeat": lambda record: REPEAT + record["negative_answer"].strip(),
 }
 
 
-def texts(loss_config):
-    """Returns {name: record -> text} of the texts besides the query that the losses of a LossConfig read, in order."""
+def texts(loss_config: Any) -> dict[str, Callable[[Record], str]]:
+    """Returns {name: record -> text} of the extra texts that the losses of a LossConfig use, in order."""
     aligned = _aligned(loss_config)
     compared = {
         "repeat": loss_config.contrastive,
@@ -27,21 +35,23 @@ def texts(loss_config):
     return {name: text for name, text in _TEXTS.items() if aligned[name] or compared[name]}
 
 
-def targets(loss_config):
-    """Returns {name in a batch: column of the answers} of the teacher's targets that the losses read."""
+def targets(loss_config: Any) -> dict[str, str]:
+    """Returns {name in a batch: column of the answers} of the targets that the losses of a LossConfig use."""
     negative = {"negative_target": "negative_answer"} if _aligned(loss_config)["negative"] else {}
     return {"target": "answer"} | negative
 
 
-def columns(loss_config):
-    """Returns the columns of the responses that the losses read."""
+def columns(loss_config: Any) -> tuple[str, ...]:
+    """Returns the columns of the responses that the losses of a LossConfig use."""
     names = ["question", *targets(loss_config).values()]
     names += ["negative_question"] if "negative" in texts(loss_config) else []
     names += ["negative_answer"] if "negative_repeat" in texts(loss_config) else []
     return tuple(dict.fromkeys(names))
 
 
-def embed(trainable, model, frozen, batch, dropout=None):
+def embed(
+    trainable: Any, model: LLM2VecGenModel, frozen: Any, batch: Mapping[str, Any], dropout: Dropout | None = None
+) -> jax.Array:
     """Returns the embeddings (B, X, E) of a batch's extra texts, float32.
 
     batch: extra_lengths (B, X); extra, a KVCache of B X rows (`LLM2VecGenModel.prefill`), or with a LoRA ids (B, X, T).
@@ -49,16 +59,16 @@ def embed(trainable, model, frozen, batch, dropout=None):
     lengths_BX, extra = batch["extra_lengths"], batch["extra"]
     if model.lora_rank:
         extra = extra.reshape(-1, extra.shape[-1])
-        if dropout:  # other masks than those of the queries
-            dropout = dropout.replace(keys_L=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys_L, 1))
+        if dropout:  # masks independent of those of the queries
+            dropout = dataclasses.replace(dropout, keys_L=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys_L, 1))
     embedding, _ = model.embed(trainable, frozen, extra, lengths_BX.ravel(), dropout)
     return embedding.reshape(*lengths_BX.shape, -1)
 
 
-def margin(question_BE, negative_BE, threshold):
-    """Pushes every question away from the other questions and from all negatives, up to a distance.
+def margin(question_BE: jax.Array, negative_BE: jax.Array, threshold: float) -> jax.Array:
+    """Margin loss between each question and the other questions and all negatives of the batch, float32.
 
-    Mean over B (2B - 1) pairs of relu(threshold^2 - squared Euclidean distance), float32.
+    Mean over B (2B - 1) pairs of relu(threshold^2 - squared Euclidean distance).
     """
     B = len(question_BE)
     candidate_CE = jnp.concatenate([question_BE, negative_BE])
@@ -67,11 +77,18 @@ def margin(question_BE, negative_BE, threshold):
     return jnp.sum(short_BC, where=~jnp.eye(B, 2 * B, dtype=bool)) / (B * (2 * B - 1))
 
 
-def contrastive(question_BE, positive_BE, negative_BE, function, scale, hardness):
-    """Cross-entropy of finding a question's positive among all positives and negatives of the batch, float32.
+def contrastive(
+    question_BE: jax.Array,
+    positive_BE: jax.Array,
+    negative_BE: jax.Array,
+    function: str,
+    scale: float,
+    hardness: float,
+) -> jax.Array:
+    """InfoNCE: cross-entropy of each question's positive among all positives and negatives of the batch, float32.
 
-    Logits are scale * similarity; function: cosine | dot_product. The probability of a question's own negative is
-    multiplied by exp(hardness * similarity), a weight without gradient.
+    Logits are scale * similarity; function: cosine | dot_product. The probability of the question's negative is
+    multiplied by exp(hardness * similarity), without gradient.
     """
     B = len(question_BE)
     candidate_CE = jnp.concatenate([positive_BE, negative_BE])
@@ -80,16 +97,25 @@ def contrastive(question_BE, positive_BE, negative_BE, function, scale, hardness
     similarity_BC = _product(question_BE, candidate_CE)
     logits_BC = scale * similarity_BC
     if hardness:
-        own_negative_BC = jnp.eye(B, 2 * B, B, dtype=bool)
-        logits_BC += hardness * jnp.where(own_negative_BC, jax.lax.stop_gradient(similarity_BC), 0)
+        negative_BC = jnp.eye(B, 2 * B, B, dtype=bool)
+        logits_BC += hardness * jnp.where(negative_BC, jax.lax.stop_gradient(similarity_BC), 0)
     return -jnp.trace(jax.nn.log_softmax(logits_BC)) / B
 
 
-def contrastive_losses(question_BE, trainable, model, frozen, batch, loss_config, align, dropout=None):
-    """What losses.total adds: the weighted sum of the losses of this file, and its parts by their metrics' names.
+def contrastive_losses(
+    question_BE: jax.Array,
+    trainable: Any,
+    model: LLM2VecGenModel,
+    frozen: Any,
+    batch: Mapping[str, Any],
+    loss_config: Any,
+    align: Callable[[jax.Array, jax.Array], jax.Array],
+    dropout: Dropout | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the weighted sum of the losses of this module, and the losses by metric name.
 
-    batch: as for `embed`, target and negative_target (B, E). loss_config: a LossConfig. align: the alignment
-    loss of two (B, E).
+    batch: as for `embed`, with target and negative_target (B, E). loss_config: a LossConfig. align: alignment loss of
+    two arrays (B, E).
     """
     embedding_BXE = embed(trainable, model, frozen, batch, dropout)
     of = dict(zip(texts(loss_config), jnp.unstack(embedding_BXE, axis=1), strict=True))
@@ -98,7 +124,7 @@ def contrastive_losses(question_BE, trainable, model, frozen, batch, loss_config
     def alignment(name, target):
         return aligned[name], lambda: align(of[name], batch[target])
 
-    terms = {
+    terms: dict[str, tuple[float, Callable[[], jax.Array]]] = {
         "repeat_alignment_loss": alignment("repeat", "target"),
         "negative_alignment_loss": alignment("negative", "negative_target"),
         "negative_repeat_alignment_loss": alignment("negative_repeat", "negative_target"),
@@ -116,11 +142,12 @@ def contrastive_losses(question_BE, trainable, model, frozen, batch, loss_config
         ),
     }
     parts = {name: value() for name, (weight, value) in terms.items() if weight}
-    return sum(terms[name][0] * value for name, value in parts.items()), parts
+    total: Any = sum(terms[name][0] * value for name, value in parts.items())
+    return total, parts
 
 
 def _aligned(loss_config):
-    """The weight of aligning each text with the teacher's vector of its answer; as published, they multiply."""
+    """Returns the alignment weight of each text with its answer's target; weights multiply, as published."""
     negative = loss_config.alignment * loss_config.negative
     return {
         "repeat": loss_config.alignment * loss_config.repeat,
@@ -133,11 +160,11 @@ def _square(x_BE):
     return jnp.sum(jnp.square(x_BE), axis=-1)
 
 
-def l2_normalize(x_BE):
-    """Returns vectors (..., E) of length 1; zeros stay zeros."""
+def l2_normalize(x_BE: jax.Array) -> jax.Array:
+    """Returns vectors (B, E) of unit length; zero vectors stay zero."""
     return x_BE * jax.lax.rsqrt(_square(x_BE) + 1e-18)[:, None]
 
 
 def _product(x_BE, y_CE):
-    # Differences of distances are small beside the distances: no bfloat16 products.
+    # Differences of distances are small relative to the distances: no bfloat16 products.
     return jnp.einsum("be,ce->bc", x_BE, y_CE, precision=jax.lax.Precision.HIGHEST)

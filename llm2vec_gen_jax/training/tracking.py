@@ -1,14 +1,17 @@
-"""Training records in Weights & Biases or trackio, beside metrics.jsonl and TensorBoard."""
+"""Experiment tracking with Weights & Biases or trackio, in addition to metrics.jsonl and TensorBoard."""
 
 import importlib.util
 import os
+import pathlib
 import secrets
+from collections.abc import Mapping
+from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json, write_json
 
 _PROJECT = "llm2vec-gen"
-# What the published trainer's runs call the same thing; every other name of a record is its name there, or only ours.
+# Metric names of the published trainer that differ from ours.
 _PUBLISHED_NAMES = {
     "step": "global_step",
     "reconstruction_loss": "recon_loss",
@@ -17,30 +20,30 @@ _PUBLISHED_NAMES = {
 }
 
 
-def check(package):
-    """Raises InputError where the package of a `tracking` setting, if any, is not installed."""
+def check(package: str | None) -> None:
+    """Raises InputError if the package of a `tracking` setting is not installed."""
     if package is None:
         return
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:  # a folder wandb/ of earlier runs is a package of sorts, without a file
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:  # the folder wandb/ of earlier runs is a namespace package
         raise InputError(f"tracking={package}: the package {package} is not installed: pip install {package}")
 
 
-def names(record):
-    """Returns a record of metrics.jsonl under the names of the published trainer's runs: train/loss ..."""
+def names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record of metrics.jsonl with the metric names of the published trainer: train/loss, ..."""
     return {f"train/{_PUBLISHED_NAMES.get(name, name)}": value for name, value in record.items()}
 
 
 class Tracker:
-    """The tracked run of a run directory: named after it, and gone on with when it is resumed (tracking.json).
+    """The tracked run of a run directory: it has its name, and is resumed with it (tracking.json).
 
-    The project is WANDB_PROJECT or TRACKIO_PROJECT, else llm2vec-gen.
+    The project is WANDB_PROJECT or TRACKIO_PROJECT, default llm2vec-gen.
     """
 
-    def __init__(self, package, folder, config, last=0):
-        """package: wandb | trackio. config: a dict. last: the last step that an earlier part of the run has logged.
+    def __init__(self, package: str, folder: pathlib.Path, config: Mapping[str, Any] | None, last: int = 0) -> None:
+        """package: wandb | trackio. config: of the run, as a dict. last: last step logged by earlier parts of the run.
 
-        Raises InputError where the service refuses.
+        Raises InputError if the tracking service fails.
         """
         check(package)
         path = folder / "tracking.json"
@@ -51,13 +54,13 @@ class Tracker:
         start = {"wandb": _start_wandb, "trackio": _start_trackio}[package]
         self._log, self._finish = start(folder, identity, config)
 
-    def write(self, record):
-        """Logs a record, unless an earlier part of the run did."""
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Logs a record, unless an earlier part of the run logged its step."""
         if record["step"] > self.last:
             self._log(names(record), step=record["step"])
 
-    def finish(self, failed=False):
-        """Ends the tracked run, once all of it has been sent."""
+    def finish(self, failed: bool = False) -> None:
+        """Ends the tracked run after sending all records."""
         self._finish(failed)
 
 
@@ -69,10 +72,10 @@ def _start_wandb(folder, identity, config):
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             id=identity,
             name=str(folder),
-            dir=folder.absolute(),  # wandb writes from a process of its own
+            dir=folder.absolute(),  # wandb writes from another process
             config=config,
             resume="allow",
-            reinit="create_new",  # whatever other run this process may have
+            reinit="create_new",  # independent of other runs of this process
         )
     except wandb.errors.Error as error:
         reason = str(error).rstrip(".")
@@ -83,7 +86,7 @@ def _start_wandb(folder, identity, config):
 def _start_trackio(folder, identity, config):
     import trackio
 
-    # It knows a run by its name alone.
+    # trackio identifies runs by name only.
     run = trackio.init(
         project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
         name=f"{folder}-{identity}",

@@ -1,4 +1,4 @@
-"""The training command's work: records, targets, the loop, and a model directory."""
+"""Training: data and targets, the training loop, and the finished model directory."""
 
 import dataclasses
 import pathlib
@@ -30,11 +30,10 @@ from llm2vec_gen_jax.training.step import TrainState, abstract_cache, jit_prefil
 
 
 def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackbone | None = None) -> pathlib.Path:
-    """Runs (or resumes) the training that a TrainConfig describes. Returns the path of the finished model directory.
+    """Runs or resumes the training of a TrainConfig. Returns the path of the finished model directory.
 
     backbone: the config's backbone, if it is already loaded.
-
-    Raises InputError for bad configuration or data, FloatingPointError naming the step of a non-finite loss.
+    Raises InputError for invalid configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
     options.require(config, "data.responses", "train.output")
     if config.teacher.adapters and config.teacher.kind != "llm2vec":
@@ -43,8 +42,8 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
         return _train(config, show_progress, backbone)
 
 
-def _train(config, show_progress, backbone):
-    output = pathlib.Path(config.train.output)
+def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | None) -> pathlib.Path:
+    output = pathlib.Path(str(config.train.output))
     resuming = prepare_run_directory(output, config)
     final = output / "model"
     examples, backbone = load_examples(config, backbone)
@@ -57,16 +56,16 @@ def _train(config, show_progress, backbone):
     run.loop(show_progress)
     trainable = run.state.trainable
     model_directory.check_finite(trainable, output)
-    # A run that was killed after its last step has logged everything and only lacks the directory.
+    # A run killed after its last step has logged everything and lacks only the model directory.
     last = run.last_record or read_metrics(output)[-1]
     extra = {
-        # Not how its processes were joined, nor what tracks it, nor the speed: equal runs leave equal directories.
+        # Without process settings, tracking and speed: equal runs write equal directories.
         "config": {key: value for key, value in options.to_dict(config).items() if key not in FREE_KEYS[""]},
         "data": {"responses": config.data.responses, "examples": len(examples), "digest": examples.digest},
         "metrics": {name: value for name, value in last.items() if name != "tokens_per_second"},
     }
     if final.exists() and jax.process_index() == 0:
-        shutil.rmtree(final)  # of a shorter run that this one continued
+        shutil.rmtree(final)  # of a shorter run that was resumed
     model_directory.save(final, trainer.model, trainable, backbone, extra)
     processes.barrier("model directory")
     if jax.process_index() == 0:
@@ -77,7 +76,7 @@ def _train(config, show_progress, backbone):
 def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -> tuple[Examples, LoadedBackbone]:
     """Returns the tokenized examples of a TrainConfig with their targets, and the backbone.
 
-    The weights are loaded after the targets are computed, so that one copy of them is in memory at a time.
+    The weights are loaded after the targets are computed, so that only one copy is in memory at a time.
     """
     columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
     records = read_records(str(config.data.responses), columns, config.data.split, key="data.responses")
@@ -88,17 +87,17 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
     examples = tokenize(records, description.tokenizer, config.data, num_appended, extra)
     processes.assert_equal_across_processes({"data": examples.digest_ids(), "backbone": description.identity})
     if len(examples) < len(records):
-        why = "their answer is empty" + ", or was cut" * config.data.finished_only
-        print(f"left out {len(records) - len(examples)} of {len(records)} records: {why}")
+        reason = "their answer is empty" + ", or was cut" * config.data.finished_only
+        print(f"left out {len(records) - len(examples)} of {len(records)} records: {reason}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
         if "negative_target" in supervised.targets(config.loss):
             raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
-        examples.target = targets.read_targets(config.teacher.path, len(records), examples.row)
+        examples.target = targets.read_targets(str(config.teacher.path), len(records), examples.row)
     else:
         for name, column in supervised.targets(config.loss).items():
             answers = [records[row][column].strip() for row in examples.row]
-            setattr(examples, name, targets.compute_targets(description, config, answers, config.data.responses))
+            setattr(examples, name, targets.compute_targets(description, config, answers, str(config.data.responses)))
     questions = [records[row]["question"].strip() for row in examples.row]
     whitening.transform_targets(examples, config.teacher, questions)
     return examples, backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)
@@ -129,8 +128,8 @@ class CompressionTrainer:
             [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
         self.batches = Batches(examples, self.schedule, jax.process_index(), jax.process_count())
-        # The keys and values of every batch are padded to the same slots: the step compiles once per answer length,
-        # the prefill once per query length, instead of once per pair of them.
+        # The keys and values of all batches are padded to the same number of slots: the step compiles once per answer
+        # length and the prefill once per query length, instead of once per pair.
         slots = {"query": self.schedule.query_edges[-1], "extra": max(self.schedule.extra_edges, default=0)}
         names = [] if self.model.lora_rank else ["query", *(["extra"] if examples.extra else [])]
         self.prefills = {name: CompiledCache(jit_prefill(self.model, slots[name])) for name in names}
@@ -145,26 +144,28 @@ class CompressionTrainer:
         }
 
     def init(self) -> Any:
-        """Returns the trainable tree to start from: that of train.init_from, or a fresh one."""
+        """Returns the initial trainable tree: that of train.init_from, or a random one."""
         config = self.config.train
         if config.init_from:
             record = model_directory.read_model_directory(config.init_from)
             model, trainable = model_directory.to_model(record, self.backbone, config.init_from)
             if differing := diff(model.shapes, self.model.shapes):
-                raise InputError(f"train.init_from={config.init_from}: is another model than this run's ({differing})")
+                raise InputError(
+                    f"train.init_from={config.init_from}: differs from the model of this run ({differing})"
+                )
             return trainable
         init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.backbone.mesh))
         return init(jax.random.key(config.seed), self.backbone.frozen)
 
     def begin(self, trainable: Any) -> Any:
-        """Returns the trainable tree of the first step: the alignment head solved where train.ridge_examples is set."""
+        """Returns the tree of the first step: with a ridge-regression alignment head if train.ridge_examples is set."""
         count = self.config.train.ridge_examples
         return ridge.solve_alignment_head(self, trainable, count) if count else trainable
 
     def prefill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a batch with the ids of `query` and `extra` replaced by their keys and values.
 
-        With a LoRA, which the states of the query depend on, the ids stay.
+        Unchanged with a LoRA, on which the states of the query depend.
         """
         frozen, names = self.backbone.frozen, self.prefills.keys() & batch.keys()
         caches = {name: self.prefills[name](frozen, batch[name], batch[f"{name}_lengths"]) for name in names}
@@ -173,9 +174,9 @@ class CompressionTrainer:
     def compile(
         self, state: TrainState, steps: range, show_progress: bool, heartbeat: Callable[[str], None] = lambda _: None
     ) -> StepFunction:
-        """Returns the step as a function of (state, batch), with the programs of the batches of `steps` compiled.
+        """Returns the step as a function of (state, batch), compiled for all batch shapes of `steps`.
 
-        The largest shape is compiled first: what does not fit fails before training, and train.remat=auto is resolved.
+        The largest shape is compiled first: it resolves train.remat=auto, and fails if it does not fit in memory.
         """
         batches = {(batch.S, batch.T, batch.extra): step for step in reversed(steps) for batch in [self.schedule[step]]}
         frozen, mesh = self.backbone.frozen, self.backbone.mesh
@@ -195,11 +196,11 @@ class CompressionTrainer:
                 bar.update(1)
         return lambda state, batch: programs(state, frozen, self.prefill(batch))
 
-    def _step_with(self, remat):
+    def _step_with(self, remat: str) -> CompiledCache:
         model = dataclasses.replace(self.model, execution=dataclasses.replace(self.model.execution, remat=remat))
         return CompiledCache(jit_step(self.config, model))
 
     def describe(self, step: int) -> str:
-        """Names the records that a step (from 0) reads."""
+        """Returns a description of the records that a step (from 0) reads."""
         rows = self.examples.row[self.schedule[step].rows].tolist()
         return f"rows {rows} (from 0) of {self.config.data.responses}"
