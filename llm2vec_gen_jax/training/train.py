@@ -55,7 +55,7 @@ def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | 
         return final
     run.loop(show_progress)
     trainable = run.state.trainable
-    model_directory.check_finite(trainable, output)
+    model_directory.check_finite(trainable, str(output))
     # A run killed after its last step has logged everything and lacks only the model directory.
     last = run.last_record or read_metrics(output)[-1]
     extra = {
