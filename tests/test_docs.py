@@ -206,6 +206,6 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
     assert len(found) > 25
     for message in found:
         message = message.removeprefix("error: ").replace("expected one CONFIG", "expected one ...")
-        message = message.replace("for true.", "for ....").replace("the loss is nan", "the loss is ...")
+        message = message.replace("as true.", "as ....").replace("the loss is nan", "the loss is ...")
         for part in message.split("..."):
             assert part.strip(" .,:") in source, f"no message says {part!r}"

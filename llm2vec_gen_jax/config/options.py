@@ -1,7 +1,7 @@
-"""From a YAML file and `key=value` words to a config, checked against its schema (config/).
+"""Loads a config from a YAML file and `key=value` arguments, and validates it against its schema.
 
-A YAML file (configs/) holds what differs from the defaults and serves every command; the command line overrides
-it with `section.key=value`. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
+A YAML file (configs/) holds the values that differ from the defaults, for any command; `section.key=value` arguments
+override it. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
 """
 
 import dataclasses
@@ -9,7 +9,10 @@ import math
 import numbers
 import os
 import re
+import textwrap
 import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import omegaconf
@@ -21,13 +24,15 @@ from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import has_lone_surrogate, read_yaml, shipped
 from llm2vec_gen_jax.config import TrainConfig
 
+Config = TypeVar("Config")
 
-def load(schema, file=None, overrides=()):
-    """Returns an instance of the dataclass `schema`: its defaults, then the YAML `file`, then `key=value` strings.
 
-    configs/NAME is the shipped file where there is none of that name (files.shipped).
-    A file may hold every key of the recipe (TrainConfig); those that this command does not use are checked, then
-    left out. Raises InputError that names the file, the key and the nearest known key.
+def load(schema: type[Config], file: str | os.PathLike | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Returns an instance of the dataclass `schema`: its defaults, updated by the YAML `file`, then by `overrides`.
+
+    file: a path; configs/NAME falls back to the shipped file (files.shipped). It may contain any key of the recipe
+    (TrainConfig); keys that `schema` lacks are validated and ignored. overrides: "key=value" strings.
+    Raises InputError that names the file, the key and the nearest known key.
     """
     config = OmegaConf.structured(schema)
     if file is not None:
@@ -40,39 +45,40 @@ def load(schema, file=None, overrides=()):
         if not equals:
             raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
         config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
-    instance = OmegaConf.to_object(config)
+    instance: Any = OmegaConf.to_object(config)
     check(instance)
     return instance
 
 
-def check(config, prefix=""):
-    """Raises InputError for a value of another type than its field's, an unknown choice, and a number out of range.
+def check(config: Any, prefix: str = "") -> None:
+    """Raises InputError for a value of the wrong type, an unknown choice, or a number out of range.
 
-    ~ in a path becomes the user's home, in place. This holds for configs made in Python as well.
+    Expands ~ in paths, in place. Entry points call it, because configs can also be constructed in Python.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if not dataclasses.is_dataclass(field.type):
+        kind: Any = field.type
+        if not dataclasses.is_dataclass(kind):
             setattr(config, field.name, _checked(field, value, name))
-        elif isinstance(value, field.type):
+        elif isinstance(value, kind):
             check(value, f"{name}.")
         else:
-            raise InputError(f"{name}: expected a {field.type.__name__}, found {_shown(value)}")
+            raise InputError(f"{name}: expected a {kind.__name__}, found {_shown(value)}")
 
 
-def check_argument(schema, key, value, name):
-    """`check` of an argument of a Python call by a key of a command's schema. name: what the call names it."""
+def check_argument(schema: type, key: str, value: Any, name: str) -> None:
+    """Validates an argument of a Python function as the value of a config key. name: the argument's name."""
     _checked(_field_of(schema, key), value, name)
 
 
-def check_arguments(schema, **values):
-    """`check_argument` of arguments that are named as their keys."""
+def check_arguments(schema: type, **values: Any) -> None:
+    """Calls `check_argument` for arguments with the same names as their keys."""
     for key, value in values.items():
         check_argument(schema, key, value, key)
 
 
-def require(config, *keys):
-    """Raises InputError unless `config` passes `check` and every dotted key of it has a value."""
+def require(config: Any, *keys: str) -> None:
+    """Raises InputError unless `config` passes `check` and every dotted key has a value."""
     check(config)
     for key in keys:
         value = config
@@ -82,27 +88,30 @@ def require(config, *keys):
             raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
 
 
-def to_dict(config):
+def to_dict(config: Any) -> dict[str, Any]:
     """Returns the config as nested plain dicts."""
     return dataclasses.asdict(config)
 
 
-def to_yaml(config):
-    """Returns the config as YAML, every key with its value."""
+def to_yaml(config: Any) -> str:
+    """Returns the config as YAML, with all keys."""
     return files.to_yaml(to_dict(config))
 
 
-def help_text(schema):
-    """Returns one line per key: name, default, help and choices."""
+def help_text(schema: type) -> str:
+    """Returns a paragraph per key: name, default, help and choices."""
     defaults, lines = schema(), []
     for key in _leaves(schema):
         value = defaults
         for part in key.split("."):
             value = getattr(value, part)
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         choices = _field_of(schema, key).metadata["choices"]
-        described = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
-        lines.append(f"  {key + '=' + shown:<44} {described}")
+        about = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
+        start = f"  {key + '=' + text:<44} "
+        lines.append(
+            textwrap.fill(about, 120, initial_indent=start, subsequent_indent=" " * 47, break_on_hyphens=False)
+        )
     return "\n".join(lines)
 
 
@@ -125,12 +134,12 @@ def _merge(config, values, source):
             expected, value = _VALUES[_kinds(_field_of(schema, key).type)[0]][1], values
             for part in key.split("."):
                 value = value[part]
-            raise InputError(f"{source}: {key}: expected {expected}, not {_shown(value)}") from None
+            raise InputError(f"{source}: {key}: expected {expected}, found {_shown(value)}") from None
         raise InputError(f"{source}: {key}: {first_line(error)}") from None
 
 
 def _known(schema, values, source, prefix=""):
-    """Returns nested values ready for OmegaConf. Raises InputError for what is not of the schema."""
+    """Returns nested values for OmegaConf. Raises InputError for unknown keys and values of the wrong structure."""
     known = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -139,19 +148,19 @@ def _known(schema, values, source, prefix=""):
             raise InputError(f"{source}: unknown key {name}{_nearest_key(schema, str(key), prefix)}")
         if dataclasses.is_dataclass(field.type):
             if not isinstance(value or {}, dict):
-                raise InputError(f"{source}: {name} is a section of keys ({', '.join(_keys(field.type))})")
+                raise InputError(f"{source}: {name} is a section with the keys {', '.join(_keys(field.type))}")
             known[key] = _known(field.type, value or {}, source, f"{name}.")
         elif isinstance(value, bool) and field.type is not bool:
-            raise InputError(f"{source}: {name}: YAML takes this for {str(value).lower()}. Put text in quotes")
+            raise InputError(f"{source}: {name}: YAML reads this as {str(value).lower()}. Put text in quotes")
         elif isinstance(value, str) and has_lone_surrogate(value):
-            raise InputError(f"{source}: {name}={value!r} is no valid UTF-8")
+            raise InputError(f"{source}: {name}={value!r}: not valid UTF-8")
         elif "???" in (value if isinstance(value, list) else [value]):
-            raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
+            raise InputError(f"{source}: {name}: ??? is not a valid value")  # OmegaConf would keep the default
         elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
             raise InputError(f"{source}: {name}: expected a list of text, found {_shown(value)}. Put text in quotes")
         elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
             raise InputError(f"{source}: {name}: expected a single value, found {_shown(value)}")
-        elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # of a YAML tag
+        elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # from a YAML tag
             raise InputError(f"{source}: {name}: expected text, found {_shown(value)}. Put text in quotes")
         else:
             known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
@@ -159,7 +168,7 @@ def _known(schema, values, source, prefix=""):
 
 
 def _literal(value):
-    """Escapes a string for OmegaConf, to which ${...} is an interpolation; to us it is text like any other."""
+    """Escapes ${...}, which OmegaConf would interpolate."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -170,7 +179,7 @@ def _is_list_of_text(value):
 def _nearest_key(schema, key, prefix=""):
     sections = [field.name for field in dataclasses.fields(schema) if dataclasses.is_dataclass(field.type)]
     if key in sections:
-        return f": it is a section; its keys are {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
+        return f": a section, with the keys {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
     if key in _leaves(schema):
         return f": write {key.rpartition('.')[2]} below `{key.rpartition('.')[0]}:`"
     return nearest(prefix + key, [prefix + leaf for leaf in _leaves(schema)] + [prefix + name for name in sections])
@@ -200,7 +209,7 @@ def _help_of(schema, key):
 
 
 def _value(schema, key, text):
-    """Turns a command-line value into what its field expects; strings are taken as they are."""
+    """Parses a command-line value for its field; strings are unchanged."""
     if key not in _leaves(schema):
         raise InputError(f"command line: unknown key {key}{_nearest_key(schema, key)}")
     kind = _field_of(schema, key).type
@@ -212,7 +221,7 @@ def _value(schema, key, text):
 def _list_value(key, text):
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         raise InputError(f"command line: {key}={text}: not a list. Write a,b or [a, b]") from None
 
 
@@ -222,9 +231,9 @@ def _nest(key, value):
     return value
 
 
-_VALUES = {  # type of a field -> types of its values, and what they are called
+_VALUES = {  # field type -> accepted types, and their name in messages
     bool: (bool | np.bool_, "true or false"),
-    int: (numbers.Integral, "a whole number"),
+    int: (numbers.Integral, "an integer"),
     float: (numbers.Real, "a number"),
     str: (str, "text"),
     list: (list | tuple, "a list of text"),
@@ -232,14 +241,14 @@ _VALUES = {  # type of a field -> types of its values, and what they are called
 
 
 def _kinds(annotation):
-    """Returns the types of an annotation: those of `int | None`, [list] of list[str]."""
+    """Returns the member types of an annotation, [list] for list[str]."""
     if typing.get_origin(annotation) is list:
         return [list]
     return typing.get_args(annotation) or [annotation]
 
 
 def _checked(field, value, name):
-    """Returns the value of a field, with ~ expanded. Raises InputError for one that makes no sense."""
+    """Returns the value of a field, with ~ expanded. Raises InputError if it is invalid."""
     kind, *more = _kinds(field.type)
     if value is None and more:
         return None
@@ -254,8 +263,8 @@ def _checked(field, value, name):
     if kind in (int, float):
         least, most = about["least"], about["most"]
         if not (least <= value <= most and value < math.inf):
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise InputError(f"{name}={value}: must be a number, at least {least}{limit}")
+            limit = f" and <= {most}" if most < math.inf else ""
+            raise InputError(f"{name}={value}: expected {what} >= {least}{limit}")
     return value
 
 
