@@ -287,8 +287,8 @@ def test_a_folder_or_a_device_is_no_file(command, model_folder, tiny_folder, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  steps: 3\n  steps: 5\n", "steps is there twice"),
-        ("train: {steps: 3}\ntrain: {seed: 5}\n", "train is there twice"),
+        ("train:\n  steps: 3\n  steps: 5\n", "duplicate key steps"),
+        ("train: {steps: 3}\ntrain: {seed: 5}\n", "duplicate key train"),
         ("train: {output: a: b}", "not valid YAML"),
         ("train: {steps: [}", "not valid YAML"),
         ("train: {output: !!timestamp 2026-13-45}", "not valid YAML"),

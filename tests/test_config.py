@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig, options
 from llm2vec_gen_jax.data.texts import Corpus
@@ -223,9 +223,9 @@ def test_text_of_a_file_is_what_is_written(tmp_path, text, monkeypatch):
 
 @pytest.mark.parametrize("text", [*WRITTEN, "1e5", "on", "0123", "null", "~", "true", ""])
 def test_text_that_is_written_is_text_to_every_reader(text):
-    written = files.to_yaml({text: [text], "number": 1e-5})
+    written = yaml_files.to_yaml({text: [text], "number": 1e-5})
     assert OmegaConf.create(written) == {text: [text], "number": 1e-5}  # a reader of YAML 1.2
-    for loader in (yaml.SafeLoader, files._TextLoader, yaml.BaseLoader):
+    for loader in (yaml.SafeLoader, yaml_files._TextLoader, yaml.BaseLoader):
         assert yaml.load(written, loader)[text] == [text]
 
 

@@ -323,12 +323,12 @@ def test_a_killed_convert_leaves_nothing_to_a_repeated_one(model_folder, tmp_pat
 
 
 GONE = {  # command: (what is called last before its end, the words of the command behind MODEL)
-    "lens logit": ("llm2vec_gen_jax.common.files.write_text", ["text=a", "output=out"]),
+    "lens logit": ("llm2vec_gen_jax.commands.lens.write_text", ["text=a", "output=out"]),
     "lens build_index": ("llm2vec_gen_jax.lens.index._build_index", ["input=corpus.txt", "output=out", "layers=3"]),
     "lens report": ("llm2vec_gen_jax.lens.report.write_report", ["input=corpus.txt", "output=out"]),
     "convert from_pytorch": ("llm2vec_gen_jax.LLM2VecGen.save_pretrained", ["output=out"]),
     "convert to_pytorch": ("llm2vec_gen_jax.pretrained.export.save_merged", ["merged=out"]),
-    "evaluate": ("llm2vec_gen_jax.evaluation.evaluate._Book.add", ["tasks=task", "output=out"]),
+    "evaluate": ("llm2vec_gen_jax.evaluation.evaluate._ResultsFile.add", ["tasks=task", "output=out"]),
 }
 
 

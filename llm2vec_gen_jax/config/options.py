@@ -19,9 +19,9 @@ import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
-from llm2vec_gen_jax.common.files import has_lone_surrogate, read_yaml, shipped
+from llm2vec_gen_jax.common.files import has_lone_surrogate, shipped
 from llm2vec_gen_jax.config import TrainConfig
 
 Config = TypeVar("Config")
@@ -58,7 +58,8 @@ def check(config: Any, prefix: str = "") -> None:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         kind: Any = field.type
-        if not dataclasses.is_dataclass(kind):
+        nested = dataclasses.is_dataclass(kind)
+        if not nested:
             setattr(config, field.name, _checked(field, value, name))
         elif isinstance(value, kind):
             check(value, f"{name}.")
@@ -95,7 +96,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Returns the config as YAML, with all keys."""
-    return files.to_yaml(to_dict(config))
+    return yaml_files.to_yaml(to_dict(config))
 
 
 def help_text(schema: type) -> str:
@@ -116,7 +117,7 @@ def help_text(schema: type) -> str:
 
 
 def _read_yaml(file):
-    values = read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
+    values = yaml_files.read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}

@@ -25,7 +25,7 @@ import safetensors.numpy
 import tokenizers
 import yaml
 
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import files, yaml_files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import torchzip
 
@@ -119,7 +119,7 @@ def write(directory, model, tokenizer, backbone_config, card):
             _write_head(folder / f"{name}_mlp", getattr(model, name), model.dtype)
         mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
         files.write_json(folder / "encoder_decoder_config.json", mode)
-        files.write_text(folder / "run_config.yml", files.to_yaml(run))
+        files.write_text(folder / "run_config.yml", yaml_files.to_yaml(run))
         write_tokenizer(folder, tokenizer, model.special_tokens)
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
         files.write_text(folder / "README.md", card)
@@ -185,7 +185,7 @@ def _read_run_config(path):
 
     BaseLoader knows no types: what a tag such as !!python/object stands for is never constructed.
     """
-    files.check_file(path, largest=files.LARGEST_YAML)
+    files.check_file(path, largest=yaml_files.LARGEST_YAML)
     try:
         run = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
