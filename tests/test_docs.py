@@ -34,10 +34,10 @@ def parse(monkeypatch):
     """parse(name, words): the config of a command's words, by the parser and schema of its own module."""
     found = []
 
-    def read(schema, command, positional="CONFIG", words=None):
-        words = sys.argv[1:] if words is None else words
-        if not {"-h", "--help"} & set(words):
-            found.append(cli._read(schema, positional, words)[1])
+    def read(schema, command, positional="CONFIG", argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        if not {"-h", "--help"} & set(argv):
+            found.append(cli._parse(schema, positional, argv)[1])
 
     def run(name, words):
         name, *action = name.split()

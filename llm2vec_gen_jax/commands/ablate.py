@@ -1,4 +1,4 @@
-"""Trains one run for each config, and prints one table of them.
+"""Trains one run per config and prints a table of the results.
 
 python -m launch.ablate CONFIG... [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(files, configs):
     print(ablate(files, configs))
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(AblateConfig, main, "CONFIG...")

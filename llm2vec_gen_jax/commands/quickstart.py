@@ -1,4 +1,4 @@
-"""The whole recipe, small, on the default backbone.
+"""Runs the complete recipe at a small scale on the default backbone.
 
 python -m launch.quickstart [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(config):
     quickstart(config)
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(QuickstartConfig, main)

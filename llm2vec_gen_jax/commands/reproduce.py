@@ -1,4 +1,4 @@
-"""The whole study: trainings, baselines, ablations, tables and plots.
+"""Runs the complete study: training, baselines, ablations, tables and plots.
 
 python -m launch.reproduce [CONFIG] tasks=DIR [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(config):
     print(f"written: {reproduce(config)}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(ReproduceConfig, main)

@@ -1,4 +1,4 @@
-"""The LLM responds to queries.
+"""Generates responses to queries.
 
 python -m launch.respond [CONFIG] [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(config):
     print(f"written: {respond(config)}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(RespondConfig, main)

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/embeddings over HTTP, and /v1/decode.
+"""Serves OpenAI's /v1/embeddings, and /v1/decode, over HTTP.
 
 python -m launch.serve MODEL [key=value ...]
 """
@@ -13,10 +13,10 @@ def main(path, config):
     try:
         from llm2vec_gen_jax.serving.server import serve
     except ModuleNotFoundError as error:
-        raise InputError(f"the server needs more ({error}): {install_command('serve')}") from None
+        raise InputError(f"the server needs additional packages ({error}): {install_command('serve')}") from None
     serve(path, config)
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(ServeConfig, main, "MODEL")

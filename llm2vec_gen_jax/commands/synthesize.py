@@ -1,4 +1,4 @@
-"""The LLM writes queries itself.
+"""Generates queries with the LLM itself.
 
 python -m launch.synthesize [CONFIG] [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(config):
     print(f"written: {synthesize(config)}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(SynthesizeConfig, main)

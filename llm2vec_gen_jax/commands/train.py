@@ -1,4 +1,4 @@
-"""Teacher targets, training, and a model directory.
+"""Computes teacher targets and trains a model.
 
 python -m launch.train [CONFIG] [key=value ...]
 """
@@ -13,6 +13,6 @@ def main(config):
     print(f"model: {train(config)}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(TrainConfig, main)

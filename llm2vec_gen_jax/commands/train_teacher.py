@@ -1,4 +1,4 @@
-"""Trains an unsupervised teacher for any backbone: MNTP, then SimCSE.
+"""Trains an unsupervised teacher for a backbone: MNTP, then SimCSE.
 
 python -m launch.train_teacher [CONFIG] [key=value ...]
 """
@@ -14,6 +14,6 @@ def main(config):
     print(f"adapters, in merging order; use them with: teacher.adapters={adapters}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(TeacherTrainConfig, main)

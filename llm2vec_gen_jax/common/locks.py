@@ -59,7 +59,7 @@ class Lock:
                 return False
             if locked is None:
                 print(f"{self.path.parent}: has no file locks; ensure that no other process writes there", flush=True)
-            # The previous holder may have removed the file since it was opened here; another process can lock a new one.
+            # The previous holder may have removed this file after it was opened; another process can lock a new one.
             if is_at(handle, self.path):
                 self.handle = handle
             else:
@@ -111,7 +111,7 @@ class _FolderLock:
     """A lock on a folder itself."""
 
     def __init__(self, path):
-        self.handle = os.open(path, os.O_RDONLY)
+        self.path, self.handle = path, os.open(path, os.O_RDONLY)
 
     def acquire(self):
         return try_lock(self.handle) is not False
