@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import AblateConfig
 
 
-def main(files, configs):
+def main(files: list[str], configs: list[AblateConfig]) -> None:
     from llm2vec_gen_jax.experiments.ablate import ablate
 
     print(ablate(files, configs))

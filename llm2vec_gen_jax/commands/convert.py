@@ -13,18 +13,19 @@ from llm2vec_gen_jax.common.files import UNFINISHED, remove_unfinished, require_
 from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, options
 
 
-def from_pytorch(path, config):
+def from_pytorch(path: str, config: FromPytorchConfig) -> None:
     """Writes a published model as a model directory, with its heads unchanged."""
     from llm2vec_gen_jax import LLM2VecGen
 
     options.require(config, "output")
-    require_new(config.output, "output")
+    output = str(config.output)
+    require_new(output, "output")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
-    embedder.save_pretrained(config.output, backbone=config.backbone)
-    print(f"written: {config.output}")
+    embedder.save_pretrained(output, backbone=config.backbone)
+    print(f"written: {output}")
 
 
-def to_pytorch(path, config):
+def to_pytorch(path: str, config: ToPytorchConfig) -> None:
     """Writes a model directory, a merged encoder, or both, and the backbone if PyTorch cannot read the original."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.pretrained import export
@@ -32,15 +33,14 @@ def to_pytorch(path, config):
 
     if (run := pathlib.Path(path) / "model").is_dir():
         path = str(run)  # a run directory
-    targets = {key: value for key in ("output", "merged") if (value := getattr(config, key))}
-    if not targets:
+    if not (config.output or config.merged):
         raise InputError("output is needed: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
     folder = config.backbone_output
     if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
         folder = f"{config.output}-backbone"  # PyTorch cannot load a GGUF file
-    folders = {"backbone_output": folder, "merged": config.merged, "output": config.output}
-    folders = {key: target for key, target in folders.items() if target}
+    targets = {"backbone_output": folder, "merged": config.merged, "output": config.output}
+    folders = {key: target for key, target in targets.items() if target}
     *parts, last = folders.values()  # written in this order: if the last exists, all do
     if not os.path.lexists(last):
         remove_unfinished(*parts)
@@ -59,7 +59,7 @@ def to_pytorch(path, config):
         pathlib.Path(part, UNFINISHED).unlink(missing_ok=True)
 
 
-def verify(path, config):
+def verify(path: str, config: VerifyConfig) -> None:
     """Prints the comparison of both frameworks; exit code 1 if they differ, 2 if they were not compared."""
     from llm2vec_gen_jax.integrations.verify import verify
 

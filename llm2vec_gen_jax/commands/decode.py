@@ -14,7 +14,7 @@ from llm2vec_gen_jax.data.records import read_texts
 from llm2vec_gen_jax.inference.shards import load_soft_prompts
 
 
-def main(path, config):
+def main(path: str, config: DecodeConfig) -> None:
     """Writes or prints JSON lines: {text, decoded} per text, or {decoded} per soft prompt."""
     keys = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]
     if len(keys) != 1:

@@ -10,7 +10,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import EncodeConfig
 
 
-def main(path, config):
+def main(path: str, config: EncodeConfig) -> None:
     """Encodes a corpus. On a signal, removes unfinished files and exits with 143 (SIGTERM) or 130 (SIGINT)."""
     from llm2vec_gen_jax.serving.encode_corpus import encode_corpus
 

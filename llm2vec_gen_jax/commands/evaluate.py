@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import EvaluateConfig
 
 
-def main(path, config):
+def main(path: str, config: EvaluateConfig) -> None:
     from llm2vec_gen_jax.evaluation.evaluate import evaluate
 
     results = evaluate(path, config)

@@ -20,7 +20,7 @@ from llm2vec_gen_jax.data.records import read_texts
 from llm2vec_gen_jax.lens.tables import logit_table, neighbor_table
 
 
-def logit(path, config):
+def logit(path: str, config: LogitLensConfig) -> None:
     """Writes the top vocabulary entries of each compression token, as a table or JSONL."""
     from llm2vec_gen_jax.lens.logit import over_tokens
 
@@ -35,7 +35,7 @@ def logit(path, config):
     _write(config, rows, logit_table)
 
 
-def build_index(path, config):
+def build_index(path: str, config: BuildIndexConfig) -> None:
     """Writes an index of hidden states of a corpus, for `query`."""
     from llm2vec_gen_jax.lens.index import build_index
 
@@ -43,7 +43,7 @@ def build_index(path, config):
     print(f"written: {config.output} ({count} contexts)")
 
 
-def query(path, config):
+def query(path: str, config: QueryIndexConfig) -> None:
     """Writes the nearest contexts of each compression token, as a table or JSONL."""
     from llm2vec_gen_jax.lens.search import Index, latent_lens
 
@@ -61,7 +61,7 @@ def query(path, config):
     _write(config, rows, neighbor_table)
 
 
-def generations(path, config):
+def generations(path: str, config: GenerationsConfig) -> None:
     """Writes the published script's table of texts and the texts decoded from their embeddings."""
     from llm2vec_gen_jax.lens import generations
 
@@ -74,12 +74,12 @@ def generations(path, config):
     print(f"written: {config.output} ({len(texts)} texts)")
 
 
-def report(path, config):
+def report(path: str, config: ReportConfig) -> None:
     """Writes an HTML page about the embeddings of some texts."""
     from llm2vec_gen_jax.lens.report import write_report
 
     options.require(config, "input", "output")
-    require_new(config.output, "output")
+    require_new(str(config.output), "output")
     texts = read_texts(config.input, config.field)[: config.limit]
     embedder = cli.load_embedder(path, config)
     write_report(embedder, texts, path, config)

@@ -9,7 +9,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import PlanConfig
 
 
-def main(config):
+def main(config: PlanConfig) -> None:
     import jax
 
     from llm2vec_gen_jax.planning.plan import estimate

@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import QuickstartConfig
 
 
-def main(config):
+def main(config: QuickstartConfig) -> None:
     from llm2vec_gen_jax.experiments.quickstart import quickstart
 
     quickstart(config)

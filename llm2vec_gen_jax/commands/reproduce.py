@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import ReproduceConfig
 
 
-def main(config):
+def main(config: ReproduceConfig) -> None:
     from llm2vec_gen_jax.experiments.reproduce import reproduce
 
     print(f"written: {reproduce(config)}")

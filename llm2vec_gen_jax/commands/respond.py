@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import RespondConfig
 
 
-def main(config):
+def main(config: RespondConfig) -> None:
     from llm2vec_gen_jax.inference.respond import respond
 
     print(f"written: {respond(config)}")

@@ -9,7 +9,7 @@ from llm2vec_gen_jax.common.files import install_command
 from llm2vec_gen_jax.config import ServeConfig
 
 
-def main(path, config):
+def main(path: str, config: ServeConfig) -> None:
     try:
         from llm2vec_gen_jax.serving.server import serve
     except ModuleNotFoundError as error:

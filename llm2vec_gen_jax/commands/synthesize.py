@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import SynthesizeConfig
 
 
-def main(config):
+def main(config: SynthesizeConfig) -> None:
     from llm2vec_gen_jax.inference.synthesize import synthesize
 
     print(f"written: {synthesize(config)}")

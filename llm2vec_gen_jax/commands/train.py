@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import TrainConfig
 
 
-def main(config):
+def main(config: TrainConfig) -> None:
     from llm2vec_gen_jax.training.train import train
 
     print(f"model: {train(config)}")

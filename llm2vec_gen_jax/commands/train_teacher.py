@@ -7,7 +7,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import TeacherTrainConfig
 
 
-def main(config):
+def main(config: TeacherTrainConfig) -> None:
     from llm2vec_gen_jax.training.train_teacher import train_teacher
 
     adapters = ",".join(map(str, train_teacher(config)))
