@@ -34,7 +34,7 @@ def choose_remat(step_with, mesh, arguments):
     for policy in REMAT[REMAT.index(DEFAULT_REMAT) :]:
         step = step_with(policy)
         try:
-            fits = sum(memory.taken(step.compile(*arguments))) < most if most else True
+            fits = sum(memory.program_bytes(step.compile(*arguments))) < most if most else True
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or policy == last:
                 raise
