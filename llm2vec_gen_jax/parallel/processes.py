@@ -50,15 +50,16 @@ def initialize(config: Any, together: bool = True) -> None:
         if count is not None or index is not None:
             raise InputError(f"num_processes and process_id need distributed=HOST:PORT, not distributed={address}")
         if address == "auto":
-            cluster: tuple[str, int, int, int] | None = _detect(config.join_timeout)
+            cluster = _detect(config.join_timeout)
             try:
                 if cluster is not None:
-                    rendezvous.meet(*cluster, config.join_timeout, preemption.asked)
+                    host, port, count, index = cluster
+                    rendezvous.meet(host, port, count, index, config.join_timeout, preemption.asked)
                 jax.distributed.initialize(**timeouts)
             except rendezvous.Missed as error:
                 if preemption.asked():
                     raise Stopped("stopped as asked, before all processes joined") from None
-                reason = f"process {cluster[3]} of {cluster[2]} could not join ({error})"
+                reason = f"process {index} of {count} could not join ({error})"
                 raise PeerMissing(f"distributed=auto: {reason}") from None
             except ValueError as error:  # JAX detected no cluster
                 if "coordinator_address" not in str(error):
