@@ -97,7 +97,7 @@ def test_the_first_signal_saves_and_stops_and_the_run_goes_on(start, tmp_path, n
     errors = ended(run, 3)
     (step,) = steps_of(tmp_path)
     assert f"stopped as asked, and saved at step {step}. Repeat the command to resume" in errors
-    assert ("Ctrl-C again ends at once" in errors) == (number == signal.SIGINT)
+    assert ("press Ctrl-C again to exit immediately" in errors) == (number == signal.SIGINT)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = start(f"train.steps={step + 2}")
     out, errors = again.communicate(timeout=120)

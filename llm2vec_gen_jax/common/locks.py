@@ -43,12 +43,12 @@ class Lock:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
         self.handle: int | None = None
-        self.made: list[pathlib.Path] = []
+        self.created: list[pathlib.Path] = []
 
     def acquire(self) -> bool:
         """Tries to lock; creates missing parent folders. Returns whether this process holds the lock."""
         while self.handle is None:
-            self.made += [folder for folder in self.path.parents if not folder.exists()]
+            self.created += [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -74,10 +74,10 @@ class Lock:
                     self.path.unlink()
             os.close(self.handle)
             self.handle = None
-        for folder in self.made:
+        for folder in self.created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        self.made = []
+        self.created = []
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 class _StrictLoader(_BoundedLoader):
-    """Rejects repeated keys, of which PyYAML silently uses the last."""
+    """Rejects duplicate keys, for which PyYAML silently uses the last value."""
 
     def construct_mapping(self, node, deep=False):
         keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

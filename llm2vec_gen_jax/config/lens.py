@@ -44,7 +44,7 @@ class BuildIndexConfig:
     """`python -m launch.lens build_index MODEL`: index hidden states of MODEL's backbone on a corpus (latent lens).
 
     Writes OUTPUT/layer-00.npy ... (L2-normalized hidden states of one layer), contexts.npy, ids.npy, offsets.npy and
-    index.json. An interrupted run is kept in OUTPUT.partial; repeat the command to resume it.
+    index.json. Until it is complete, the index is in OUTPUT.partial; repeat an interrupted command to resume.
     """
 
     input: str | None = setting(None, "input files, folders and glob patterns, as for `encode`", path=True)

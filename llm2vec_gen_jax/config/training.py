@@ -80,7 +80,7 @@ class DataConfig:
         "auto",
         "text appended to every answer; auto: the tokenizer's end token; <|end_of_text|>: as published",
     )
-    shuffle: bool = setting(True, "shuffle the examples anew every epoch")
+    shuffle: bool = setting(True, "shuffle the examples every epoch")
     seed: int = setting(0, "shuffling seed")
     max_buckets: int = setting(
         8, "maximum number of padded lengths to compile, for queries and for answers each", least=1
