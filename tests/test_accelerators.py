@@ -152,7 +152,7 @@ def test_devices_exchange_half_precision_in_tensor_parallel_layers():
 def test_adapters_are_merged_without_a_second_copy(h100):
     programs = Programs(h100, architecture=architecture("smollm2-135m"))
     jitted, arguments = programs.merge()
-    given, beside = memory.taken(jitted.lower(*arguments).compile())
+    given, beside = memory.program_bytes(jitted.lower(*arguments).compile())
     kernel = memory.bytes_per_device(arguments[0])
     assert beside < kernel / 4
 

@@ -217,7 +217,7 @@ def test_what_encode_does_not_know_is_an_error(model):
             model.encode(texts)
     with pytest.raises(InputError, match="input 1.*surrogate"):
         model.encode(["a", "b\ud800"])
-    with pytest.raises(InputError, match="batch_size=0: must be a number, at least 1"):
+    with pytest.raises(InputError, match="batch_size=0: expected an integer >= 1"):
         model.encode("a", batch_size=0)
 
 

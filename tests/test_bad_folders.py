@@ -141,7 +141,7 @@ def test_a_senseless_config_of_a_backbone_is_named(command, tiny_folder, tmp_pat
         ("license: " + "[" * 5000, "recursion"),
         ("license: " + "9" * 5000, "4300 digits"),
         ("a: &a [x, x]\nb: &b [" + "*a, " * 999 + "]\nc: [" + "*b, " * 999 + "]", "more than 100000 values"),
-        ("a: &a [*a]", "an alias of what it is in"),
+        ("a: &a [*a]", "an alias of a value that contains it"),
         ("license: mit\n\ttab", "not valid YAML"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_quoted_token_is_text(command, tiny_folder, tmp_path):
 def test_empty_texts_are_encoded_and_counted(command, model_folder):
     texts = ["", " \n", "a", ""]
     out = succeed(encode(command, model_folder, texts))
-    assert "texts that are empty: 3" in out and "cut" not in out
+    assert "texts that are empty: 3" in out and "truncated" not in out
     found = load_embeddings("out")
     np.testing.assert_allclose(found, LLM2VecGen.from_pretrained(model_folder).encode(texts), atol=1e-5)
     assert np.isfinite(found).all() and np.abs(found[0] - found[2]).max() > 1e-3
@@ -141,7 +141,7 @@ def test_a_long_text_is_cut_and_counted(command, model_folder):
     room = 20 - 4  # tokens, and characters, beside the appended ones
     long = "abcdefgh" * 250_000
     out = succeed(encode(command, model_folder, [long, long[:room], "b"], "max_length=20"))
-    assert "texts that are longer than max_length=20 and were cut: 1\n" in out and "empty" not in out
+    assert "texts that are longer than max_length=20 and were truncated: 1\n" in out and "empty" not in out
     (shard,) = json.loads(pathlib.Path("out/manifest.json").read_text())["shards"]
     assert (shard["cut"], shard["empty"]) == (1, 0)
     found = load_embeddings("out")
@@ -287,8 +287,8 @@ def test_a_folder_or_a_device_is_no_file(command, model_folder, tiny_folder, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  steps: 3\n  steps: 5\n", "steps is there twice"),
-        ("train: {steps: 3}\ntrain: {seed: 5}\n", "train is there twice"),
+        ("train:\n  steps: 3\n  steps: 5\n", "duplicate key steps"),
+        ("train: {steps: 3}\ntrain: {seed: 5}\n", "duplicate key train"),
         ("train: {output: a: b}", "not valid YAML"),
         ("train: {steps: [}", "not valid YAML"),
         ("train: {output: !!timestamp 2026-13-45}", "not valid YAML"),

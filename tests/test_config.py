@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig, options
 from llm2vec_gen_jax.data.texts import Corpus
@@ -79,12 +79,12 @@ def test_the_config_of_the_shipped_teacher_is_read():
 @pytest.mark.parametrize(
     "key, text, expected",
     [
-        ("train.steps", "lots", "a whole number, not 'lots'"),
-        ("train.steps", "1.5", "a whole number, not '1.5'"),
-        ("train.steps", "", "a whole number, not ''"),
-        ("num_processes", "two", "a whole number, not 'two'"),
-        ("optimizer.learning_rate", "fast", "a number, not 'fast'"),
-        ("train.overwrite", "maybe", "true or false, not 'maybe'"),
+        ("train.steps", "lots", "an integer, found 'lots'"),
+        ("train.steps", "1.5", "an integer, found '1.5'"),
+        ("train.steps", "", "an integer, found ''"),
+        ("num_processes", "two", "an integer, found 'two'"),
+        ("optimizer.learning_rate", "fast", "a number, found 'fast'"),
+        ("train.overwrite", "maybe", "true or false, found 'maybe'"),
     ],
 )
 def test_a_value_of_another_type_is_named_with_what_is_expected(tmp_path, key, text, expected):
@@ -132,7 +132,7 @@ def test_a_command_checks_the_recipe_keys_that_it_does_not_use(tmp_path):
         ("train.stepz=3", "train.stepz.*'train.steps'"),
         ("steps=3", "unknown key steps.*'train.steps'"),
         ("--train.steps=3", "'train.steps'"),
-        ("train=3", "train.*is a section.*train.steps"),
+        ("train=3", "train.*a section.*train.steps"),
         ("train.steps.x=3", "train.steps.x"),
         ("=3", "unknown key"),
         ("train.steps", "expected key=value"),
@@ -223,9 +223,9 @@ def test_text_of_a_file_is_what_is_written(tmp_path, text, monkeypatch):
 
 @pytest.mark.parametrize("text", [*WRITTEN, "1e5", "on", "0123", "null", "~", "true", ""])
 def test_text_that_is_written_is_text_to_every_reader(text):
-    written = files.to_yaml({text: [text], "number": 1e-5})
+    written = yaml_files.to_yaml({text: [text], "number": 1e-5})
     assert OmegaConf.create(written) == {text: [text], "number": 1e-5}  # a reader of YAML 1.2
-    for loader in (yaml.SafeLoader, files._TextLoader, yaml.BaseLoader):
+    for loader in (yaml.SafeLoader, yaml_files._TextLoader, yaml.BaseLoader):
         assert yaml.load(written, loader)[text] == [text]
 
 
@@ -298,19 +298,19 @@ def test_the_home_is_known_in_files_and_in_configs_made_in_python(tmp_path, monk
 # Configs made in Python
 
 WRONG = [
-    (config.TrainSettings(steps=-5), "train.steps=-5: must be a number, at least 1"),
-    (config.TrainSettings(steps="many"), "train.steps='many': expected a whole number"),
-    (config.TrainSettings(steps=1.5), "train.steps=1.5: expected a whole number"),
-    (config.TrainSettings(steps=True), "train.steps=True: expected a whole number"),
-    (config.TrainSettings(steps=None), "train.steps=None: expected a whole number"),
+    (config.TrainSettings(steps=-5), "train.steps=-5: expected an integer >= 1"),
+    (config.TrainSettings(steps="many"), "train.steps='many': expected an integer"),
+    (config.TrainSettings(steps=1.5), "train.steps=1.5: expected an integer"),
+    (config.TrainSettings(steps=True), "train.steps=True: expected an integer"),
+    (config.TrainSettings(steps=None), "train.steps=None: expected an integer"),
     (config.TrainSettings(remat="all"), "train.remat=all: unknown"),
     (config.TrainSettings(overwrite="no"), "train.overwrite='no': expected true or false"),
-    (config.OptimizerConfig(learning_rate=float("nan")), "optimizer.learning_rate=nan: must be a number"),
+    (config.OptimizerConfig(learning_rate=float("nan")), "optimizer.learning_rate=nan: expected a number >= 0"),
     (config.OptimizerConfig(learning_rate="1e-3"), "optimizer.learning_rate='1e-3': expected a number"),
-    (config.OptimizerConfig(weight_decay=np.float32("inf")), "optimizer.weight_decay=inf: must be a number"),
+    (config.OptimizerConfig(weight_decay=np.float32("inf")), "optimizer.weight_decay=inf: expected a number >= 0"),
     (config.TeacherConfig(adapters="a"), "teacher.adapters='a': expected a list of text"),
     (config.TeacherConfig(adapters=[1]), "teacher.adapters=.1.: expected a list of text"),
-    (config.TeacherConfig(whiten=2), "teacher.whiten=2: must be a number, at least 0 and at most 1"),
+    (config.TeacherConfig(whiten=2), "teacher.whiten=2: expected a number >= 0 and <= 1"),
     (config.KernelsConfig(attention="flash"), "kernels.attention=flash: unknown"),
     (config.BackboneConfig(dtype="int4"), "backbone.dtype=int4: unknown"),
     (config.BackboneConfig(path=5), "backbone.path=5: expected text"),
@@ -350,7 +350,7 @@ def test_every_entry_checks_its_config(name, tmp_path):
         "plan": lambda: plan.estimate(config.PlanConfig(train=config.TrainSettings(batch_size=-1))),
         "quickstart": lambda: quickstart.quickstart(config.QuickstartConfig(batch_size=-1)),
     }
-    with pytest.raises(InputError, match="batch_size=-1: must be a number, at least 1"):
+    with pytest.raises(InputError, match="batch_size=-1: expected an integer >= 1"):
         entries[name]()
 
 
@@ -413,7 +413,7 @@ def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number,
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_help_lists_every_key_with_its_default(schema):
-    lines = {line.split("=")[0].strip(): line for line in options.help_text(schema).splitlines()}
+    lines = {line.split("=")[0].strip(): line for line in options.help_text(schema).splitlines() if line[2] != " "}
     expected = leaves(schema())
     assert set(lines) == set(expected)
     for key, value in expected.items():

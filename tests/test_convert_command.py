@@ -92,7 +92,7 @@ def test_from_and_to_pytorch(launch, model_folder, tmp_path):
     same_trees(load(tmp_path / "there").trainable, load(model_folder).trainable)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     code, _, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", "output=there"))
-    assert code == 2 and "output=there: exists already" in err
+    assert code == 2 and "output=there: already exists" in err
     code, _, err = wait(launch(tmp_path, "convert", "verfy", "here"))
     assert code == 2 and "did you mean 'verify'" in err
     code, out, _ = wait(launch(tmp_path, "convert", "--help"))
@@ -117,10 +117,10 @@ def test_a_conversion_that_was_killed_between_two_folders_is_repeated(model_fold
     killed = subprocess.run([sys.executable, "-c", code, model_folder, *words], env=environment)
     assert killed.returncode == -9 and os.path.exists("llm") and not os.path.exists("there")
     os.mkdir("mine")  # what is not of such a conversion stays
-    check_error(command("convert to_pytorch", model_folder, *words[:2], "backbone_output=mine"), "mine: exists already")
+    check_error(command("convert to_pytorch", model_folder, *words[:2], "backbone_output=mine"), "mine: already exists")
     assert command("convert to_pytorch", model_folder, *words)[0] == 0
     assert sorted(os.listdir()) == ["llm", "merged", "mine", "there"]
     assert not [*pathlib.Path().glob("*/.*")] and load("there").backbone.name == str(pathlib.Path("llm").resolve())
     for folder in ("llm", "merged"):  # a finished conversion is not made again
-        check_error(command("convert to_pytorch", model_folder, *words), f"={folder}: exists already")
+        check_error(command("convert to_pytorch", model_folder, *words), f"={folder}: already exists")
         shutil.rmtree(folder)

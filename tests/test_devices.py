@@ -49,7 +49,7 @@ def test_cuda_without_a_gpu_is_one_line(model_folder, name):
         assert code == 0 and "Traceback" not in errors
         return
     assert code == 2 and errors.count("\n") == 1
-    assert errors.startswith(f"error: JAX_PLATFORMS={name}: no NVIDIA driver is to be seen here (no /dev/nvidia0)")
+    assert errors.startswith(f"error: JAX_PLATFORMS={name}: no NVIDIA driver found (no /dev/nvidia0)")
     assert errors.endswith("To compute on the CPU, set JAX_PLATFORMS=cpu or unset it\n")
 
 
@@ -60,7 +60,7 @@ def test_an_unknown_platform_is_one_line(model_folder):
 
 
 def test_a_plugin_of_another_version_is_named_with_its_fix(model_folder, other_version):
-    expected = f"{PLUGIN} 0.1.2 is of another version than jaxlib {importlib.metadata.version('jaxlib')}"
+    expected = f"{PLUGIN} 0.1.2 does not match jaxlib {importlib.metadata.version('jaxlib')}"
     fix = f"pip install -U 'jax[cuda13]=={importlib.metadata.version('jax')}'"
     code, errors = start(model_folder, path=[other_version])
     assert code == 0 and errors.startswith(f"warning: {expected}") and fix in errors

@@ -34,10 +34,10 @@ def parse(monkeypatch):
     """parse(name, words): the config of a command's words, by the parser and schema of its own module."""
     found = []
 
-    def read(schema, command, positional="CONFIG", words=None):
-        words = sys.argv[1:] if words is None else words
-        if not {"-h", "--help"} & set(words):
-            found.append(cli._read(schema, positional, words)[1])
+    def read(schema, command, positional="CONFIG", argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        if not {"-h", "--help"} & set(argv):
+            found.append(cli._parse(schema, positional, argv)[1])
 
     def run(name, words):
         name, *action = name.split()
@@ -206,6 +206,6 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
     assert len(found) > 25
     for message in found:
         message = message.removeprefix("error: ").replace("expected one CONFIG", "expected one ...")
-        message = message.replace("for true.", "for ....").replace("the loss is nan", "the loss is ...")
+        message = message.replace("as true.", "as ....").replace("the loss is nan", "the loss is ...")
         for part in message.split("..."):
             assert part.strip(" .,:") in source, f"no message says {part!r}"

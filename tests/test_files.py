@@ -106,7 +106,7 @@ def test_a_line_that_was_changed_is_named(tmp_path, capsys):
     path.write_bytes(path.read_bytes().replace(b'{"id": 1}', b'{"id": 7}'))
     with jsonl.JsonlAppender(path, RUN) as output:
         assert output.rows == ROWS[:1]
-    assert f"{path}, line 2: is not what was written; made again from there on" in capsys.readouterr().out
+    assert f"{path}, line 2: wrong checksum; computed again from this line on" in capsys.readouterr().out
 
 
 def test_without_checksums_a_damaged_line_is_an_error(tmp_path):

@@ -350,7 +350,7 @@ def test_the_commands_of_the_lens(command, model_folder, index_folder, tmp_path,
     code, out, _ = command("lens query", model_folder, "text=one", f"index={index_folder}", "top_k=1", "layers=2")
     assert code == 0 and out.startswith("one   [layer 2]\n") and len(out.strip().splitlines()) == 1 + K
 
-    check_error(command("lens logit", *common, "output=a.jsonl"), "output=a.jsonl: exists already")
+    check_error(command("lens logit", *common, "output=a.jsonl"), "output=a.jsonl: already exists")
     check_error(command("lens logit", model_folder), "text= and input=")
     check_error(command("lens query", *common), "index is needed")
     check_error(command("lens query", *common, f"index={tmp_path}"), "index.json", "build_index")

@@ -96,8 +96,8 @@ def test_the_first_signal_saves_and_stops_and_the_run_goes_on(start, tmp_path, n
     run.send_signal(number)
     errors = ended(run, 3)
     (step,) = steps_of(tmp_path)
-    assert f"stopped as asked, and saved at step {step}. Repeat the command to go on" in errors
-    assert ("Ctrl-C again ends at once" in errors) == (number == signal.SIGINT)
+    assert f"stopped as asked, and saved at step {step}. Repeat the command to resume" in errors
+    assert ("press Ctrl-C again to exit immediately" in errors) == (number == signal.SIGINT)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = start(f"train.steps={step + 2}")
     out, errors = again.communicate(timeout=120)
@@ -235,7 +235,7 @@ def test_an_output_that_is_closed_or_full_is_one_line(start, model_folder, tmp_p
     command = f'"$0" -m launch.decode {model_folder} text=a max_new_tokens=2'
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     for end, code, said in (
-        ("| true; exit ${PIPESTATUS[0]}", 1, "error: standard output: closed by who reads it\n"),
+        ("| true; exit ${PIPESTATUS[0]}", 1, "error: standard output: closed by its reader\n"),
         (">/dev/full", 74, "error: writing: No space left on device\n"),
     ):
         words = ["bash", "-c", f"{command} {end}", sys.executable]

@@ -94,7 +94,7 @@ def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monk
         monkeypatch.setattr(trainer, "_step_with", recorded)
         trainer.compile(state, range(5), False)
         policy, step = steps[-1]
-        return policy, max(sum(memory.taken(program)) for program in step.compiled.values())
+        return policy, max(sum(memory.program_bytes(program)) for program in step.compiled.values())
 
     policy, most = chosen(1e12)
     assert policy == "dots"

@@ -128,7 +128,7 @@ def test_the_command_writes_the_page_or_nothing(command, model_folder, index_fol
     assert (code, "written: report.html (2 texts)" in out) == (0, True), errors
     source = pathlib.Path("report.html").read_text(encoding="utf-8")
     assert 'id="text-2"' in source and 'id="text-3"' not in source and "Latent lens: nearest contexts" in source
-    check_error(command("lens report", *words), "report.html: exists already")
+    check_error(command("lens report", *words), "report.html: already exists")
     check_error(command("lens report", *words[:2]), "output is needed")
     check_error(
         command("lens report", *words[:2], "output=other.html", "index=nowhere"), "index=nowhere", "build_index"

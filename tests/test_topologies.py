@@ -96,7 +96,7 @@ def test_memory_limit_of_training(gpu_compiler, monkeypatch, settings, share):
 @pytest.mark.parametrize("value", ["most", "0", "1.5", "90%"])
 def test_a_bad_memory_fraction_is_an_error(monkeypatch, value):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
-    with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value}: expected a share"):
+    with pytest.raises(InputError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value}: expected a fraction"):
         memory.pool_share()
 
 

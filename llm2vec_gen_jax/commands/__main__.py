@@ -1,4 +1,4 @@
-"""`llm2vec-gen COMMAND [words]`, where the package is installed: the same as `python -m launch.COMMAND [words]`."""
+"""`llm2vec-gen COMMAND ...` of an installed package, equivalent to `python -m launch.COMMAND ...` in a checkout."""
 
 import ast
 import importlib
@@ -9,28 +9,30 @@ from llm2vec_gen_jax import __version__
 from llm2vec_gen_jax.common.errors import nearest
 
 
-def commands():
-    """Returns {name: what it does}: the modules here whose docstring says how to run them. Imports none."""
-    found = {}
+def commands() -> dict[str, str]:
+    """Returns {command: summary} from the docstrings of this package's modules, without importing them."""
+    summaries = {}
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         if f"\npython -m launch.{path.stem} " in about:
-            found[path.stem] = about.splitlines()[0]
-    return found
+            summaries[path.stem] = about.splitlines()[0]
+    return summaries
 
 
-def main():
-    """Runs the command that the first word names. Exit codes: the command's (cli.run), 2 for an unknown one."""
+def main() -> None:
+    """Runs the command named by the first argument. Exit codes: those of cli.run, 2 for an unknown command."""
     known = commands()
-    name, *words = sys.argv[1:] or ["--help"]
+    name, *argv = sys.argv[1:] or ["--help"]
     if name in known:
-        sys.argv = [f"llm2vec-gen {name}", *words]
+        sys.argv = [f"llm2vec-gen {name}", *argv]
         importlib.import_module(f"llm2vec_gen_jax.commands.{name}").run()
     elif name in ("-h", "--help"):
         from llm2vec_gen_jax.commands import cli
 
-        usage = "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands, each with its own --help:"
-        cli.show("\n".join([usage, *(f"  {name:<14} {about}" for name, about in known.items())]))
+        usage = (
+            "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands (COMMAND --help lists the keys):"
+        )
+        cli.show("\n".join([usage, *(f"  {name:<14} {summary}" for name, summary in known.items())]))
     elif name == "--version":
         print(__version__)
     else:

@@ -1,4 +1,4 @@
-"""Trains one run for each config, and prints one table of them.
+"""Trains one run per config and prints a table of the results.
 
 python -m launch.ablate CONFIG... [key=value ...]
 """
@@ -7,12 +7,12 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import AblateConfig
 
 
-def main(files, configs):
+def main(files: list[str], configs: list[AblateConfig]) -> None:
     from llm2vec_gen_jax.experiments.ablate import ablate
 
     print(ablate(files, configs))
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(AblateConfig, main, "CONFIG...")

@@ -1,4 +1,4 @@
-"""What every command does first and last: arguments, compilation cache, errors to exit codes."""
+"""Shared entry code of all commands: arguments, devices, compilation cache, exit codes."""
 
 import contextlib
 import errno
@@ -8,6 +8,8 @@ import os
 import sys
 import textwrap
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
@@ -16,20 +18,23 @@ from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConf
 from llm2vec_gen_jax.parallel import devices, preemption
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
 
-# What the system says of a path that cannot be what a command was told to read or write; a repeat changes nothing.
-_OF_PATHS = (
+if TYPE_CHECKING:
+    from llm2vec_gen_jax import LLM2VecGen
+
+# Errors of a path that a command cannot read or write: repeating it does not help.
+_PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
     *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
 )
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_INTERRUPTED = "\ninterrupted; nothing is half written, repeat the command to go on"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_INTERRUPTED = "\ninterrupted; there is no partial output. Repeat the command to resume"
 
 
-def run_one_of(actions):
-    """`python -m launch.NAME ACTION MODEL [key=value ...]`. actions: {name: (schema, command(model, config))}."""
-    action, *words = sys.argv[1:] or ["--help"]
+def run_action(actions: Mapping[str, tuple[type, Callable[..., None]]]) -> None:
+    """Runs `python -m launch.NAME ACTION MODEL [key=value ...]`. actions: {name: (schema, command(model, config))}."""
+    action, *argv = sys.argv[1:] or ["--help"]
     if action in actions:
-        run(*actions[action], positional="MODEL", words=words)
+        run(*actions[action], positional="MODEL", argv=argv)
     elif action in ("-h", "--help"):
         show("\n\n".join(_help(schema, "MODEL") for schema, _ in actions.values()))
     else:
@@ -37,26 +42,29 @@ def run_one_of(actions):
         sys.exit(2)
 
 
-def run(schema, command, positional="CONFIG", words=None):
-    """Parses the command line into `schema` and calls command(config); command(model, config) for a MODEL;
-    command(files, configs) for CONFIG... (one config per file; key=value pairs override each).
+def run(
+    schema: type, command: Callable[..., None], positional: str = "CONFIG", argv: Sequence[str] | None = None
+) -> None:
+    """Parses the command line into `schema` and runs a command.
 
-    words: what follows the command's name, default sys.argv.
-    Exit codes: 0 done, 1 failed, 2 bad input (the message says what and how to mend it), 3 stopped by SIGTERM or
-    Ctrl-C and saved, 74 could not write, 75 another process of the run ended, 76 no progress, 130 interrupted.
+    positional: "CONFIG" calls command(config); "MODEL" calls command(model, config); "CONFIG..." calls
+    command(files, configs) with one config per file, each overridden by the key=value arguments.
+    argv: the arguments after the command's name, default sys.argv[1:].
+    Exit codes: 0 done, 1 failed, 2 invalid input, 3 stopped by SIGTERM or Ctrl-C after saving, 74 write error, 75
+    another process of the run failed, 76 no progress, 130 interrupted.
     """
     _open_streams()
-    words = sys.argv[1:] if words is None else words
-    if any(word in ("-h", "--help") for word in words):
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument in ("-h", "--help") for argument in argv):
         show(_help(schema, positional))
         return
     try:
-        arguments, config = _read(schema, positional, words)
+        arguments, config = _parse(schema, positional, argv)
     except (InputError, OSError) as error:
-        print(f"error: {_of_system(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        print(f"error: {_os_error_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2)
     trains = isinstance(config, TrackingConfig | ReproduceConfig)
-    # What comes while JAX is imported and the processes find one another is kept for later.
+    # Signals during the import of JAX and the initialization of the cluster are handled later.
     with preemption.caught() if trains else contextlib.nullcontext():
         try:
             _prepare()
@@ -72,15 +80,15 @@ def run(schema, command, positional="CONFIG", words=None):
             _flush()
 
 
-def show(text):
-    """Prints a text that may be cut off: `--help | head`."""
+def show(text: str) -> None:
+    """Prints a text; its reader may close the pipe early, as in `--help | head`."""
     with contextlib.suppress(BrokenPipeError):
         print(text)
         _flush()
 
 
 def _flush():
-    """Flushes standard output. Where it is closed, Python would report that again as it ends."""
+    """Flushes standard output. If it is closed, replaces it, because Python would report the error again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -89,7 +97,7 @@ def _flush():
 
 
 def _open_streams():
-    """Opens /dev/null in place of a standard stream that is closed: its number would go to the next file opened."""
+    """Replaces closed standard streams by /dev/null: the next file opened would get their descriptors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
@@ -98,18 +106,25 @@ def _open_streams():
 def _stop_at_once_if_alone():
     import jax
 
-    if not jax.distributed.is_initialized():  # processes of one run stop at one step
+    if not jax.distributed.is_initialized():  # the processes of a run stop at the same step
         preemption.stop_at_once()
 
 
-def alone(command, *keys):
-    """Returns command(model, config), made the only process that writes the paths of `keys` (default "output").
+def load_embedder(path: str, config: Any) -> "LLM2VecGen":
+    """Returns the MODEL `path` on the mesh, and with the dtype and kernels, of a config."""
+    from llm2vec_gen_jax import LLM2VecGen
 
-    Raises InputError where another one does, OSError where a path was removed before the command's end.
+    return LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
+
+
+def lock_outputs(command: Callable[[str, Any], None], *keys: str) -> Callable[[str, Any], None]:
+    """Returns command(model, config) with locks on the paths of `keys` (default "output") in its config.
+
+    It raises InputError if another process holds a lock, OSError if an output was removed before the command finished.
     """
 
     @functools.wraps(command)
-    def run_alone(path, config):
+    def locked_command(path, config):
         outputs = {key: target for key in keys or ("output",) if (target := getattr(config, key))}
         with contextlib.ExitStack() as stack:
             for key, target in {os.path.realpath(path): (key, path) for key, path in outputs.items()}.values():
@@ -117,56 +132,55 @@ def alone(command, *keys):
             command(path, config)
             require_written(*outputs.values())
 
-    return run_alone
+    return locked_command
 
 
-def _read(schema, positional, words):
-    """Returns (the arguments of the command, the config that says how it runs)."""
-    paired = [word for word in words if "=" in word and not os.path.exists(word)]  # a path may hold a =
-    free = [word for word in words if word not in paired]
-    if (len(free) > 1 and positional != "CONFIG...") or any(word.startswith("-") for word in free):
-        raise InputError(f"cannot read {' '.join(map(repr, free))}: expected one {positional} and key=value pairs")
-    files = [file for word in free for file in _matching(word)] if positional != "MODEL" else []
-    configs = [options.load(schema, file, paired) for file in files or [None]]
+def _parse(schema, positional, argv):
+    """Returns (arguments of the command, config that determines how it runs)."""
+    overrides = [argument for argument in argv if "=" in argument and not os.path.exists(argument)]  # a path may have =
+    paths = [argument for argument in argv if argument not in overrides]
+    if (len(paths) > 1 and positional != "CONFIG...") or any(path.startswith("-") for path in paths):
+        raise InputError(f"cannot read {' '.join(map(repr, paths))}: expected one {positional} and key=value pairs")
+    files = [file for path in paths for file in _expand(path)] if positional != "MODEL" else []
+    configs = [options.load(schema, file, overrides) for file in files or [None]]
     if positional == "CONFIG":
         return (configs[0],), configs[0]
-    if not free:
-        which = {
-            "MODEL": "model? Give a model directory or hub id",
-            "CONFIG...": "configs? Give one or more YAML files",
-        }
-        raise InputError(f"which {which[positional]} first")
-    return (os.path.expanduser(free[0]), configs[0]) if positional == "MODEL" else (files, configs), configs[0]
+    if not paths:
+        expected = {"MODEL": "a model directory or hub id", "CONFIG...": "one or more YAML files"}[positional]
+        raise InputError(f"{positional} is missing: pass {expected} first")
+    return (os.path.expanduser(paths[0]), configs[0]) if positional == "MODEL" else (files, configs), configs[0]
 
 
-def _matching(word):
-    """Returns the shipped files of a pattern that the shell left as it is, having found none: configs/NAME*.yaml."""
-    if not (word.startswith("configs/") and "*" in word) or os.path.exists(word):
-        return [word]
-    return sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob(word)) or [word]
+def _expand(path):
+    """Returns the shipped files that match configs/NAME*.yaml, a pattern that the shell could not expand."""
+    if not (path.startswith("configs/") and "*" in path) or os.path.exists(path):
+        return [path]
+    return sorted(str(file.relative_to(SHIPPED)) for file in SHIPPED.glob(path)) or [path]
 
 
 def _join(config):
-    """Joins the processes of the run that a DistributedConfig describes, and checks that they are of one run."""
+    """Joins the processes of a run, and verifies that they have the same code and config."""
     import jax
 
     from llm2vec_gen_jax.parallel import processes
 
-    shared = hasattr(config, "shard")  # work that is split once and for all: nobody waits for anybody
-    processes.initialize(config, not shared)
+    static = hasattr(config, "shard")  # static shards: no synchronization needed
+    processes.initialize(config, not static)
     values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
     processes.assert_equal_across_processes({"code": processes.code_version(), "config": values})
-    if not shared and processes.stop_requested():
-        raise preemption.Stopped("stopped as asked, before anything was begun")
-    if shared and jax.process_count() > 1:
+    if not static and processes.stop_requested():
+        raise preemption.Stopped("stopped as asked, before starting")
+    if static and jax.process_count() > 1:
         if config.shard.count > 1:
-            raise InputError(f"shard.count={config.shard.count}: joined processes take a share each; leave it out")
+            raise InputError(
+                f"shard.count={config.shard.count}: joined processes get one shard each. Remove shard.count"
+            )
         config.shard = ShardConfig(jax.process_index(), jax.process_count())
 
 
 @contextlib.contextmanager
 def _exit_codes():
-    """Ends the process with a line and a code that name what was raised. In a run of several processes none waits."""
+    """Maps exceptions to an error line and exit code, without waiting for other processes of the run."""
     import jax
 
     from llm2vec_gen_jax.parallel import processes
@@ -183,18 +197,18 @@ def _exit_codes():
         end(f"error: {error}", processes.BAD_INPUT)
     except FloatingPointError as error:
         end(f"error: {error}", 1)
-    except preemption.Stopped as error:  # all processes end together
-        print(f"{error}. Repeat the command to go on", file=sys.stderr)
+    except preemption.Stopped as error:  # all processes exit together
+        print(f"{error}. Repeat the command to resume", file=sys.stderr)
         sys.exit(processes.PREEMPTED)
     except processes.PeerMissing as error:
         end(f"error: {error}", processes.PEER_FAILED)
     except BrokenPipeError as error:
-        end(f"error: {error.filename or 'standard output'}: closed by who reads it", 1)
+        end(f"error: {error.filename or 'standard output'}: closed by its reader", 1)
     except OSError as error:
         if error.strerror is None:
             raise
-        codes = dict.fromkeys(_OF_PATHS, processes.BAD_INPUT) | dict.fromkeys(_OF_THE_DISK, processes.IO_FAILED)
-        end(f"error: {_of_system(error)}", codes.get(error.errno, 1))
+        codes = dict.fromkeys(_PATH_ERRORS, processes.BAD_INPUT) | dict.fromkeys(_DISK_ERRORS, processes.IO_FAILED)
+        end(f"error: {_os_error_line(error)}", codes.get(error.errno, 1))
     except KeyboardInterrupt:
         end(_INTERRUPTED, 130)
     except Exception as error:
@@ -203,15 +217,13 @@ def _exit_codes():
         if not jax.distributed.is_initialized():
             raise
         if processes.is_loss_of_peer(error):
-            end(
-                f"error: {first_line(error)}. If another process ended, what it printed says why", processes.PEER_FAILED
-            )
+            end(f"error: {first_line(error)}. See the output of the process that ended first", processes.PEER_FAILED)
         traceback.print_exc()
         processes.exit_process(1)
 
 
-def _of_system(error):
-    """Returns the line that an OSError becomes."""
+def _os_error_line(error):
+    """Returns the message for an OSError."""
     return one_line(f"{error.filename or 'writing'}: {error.strerror or error}")
 
 
@@ -220,8 +232,8 @@ def _prepare():
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
     import jax
 
-    jax.config.update("jax_enable_x64", False)  # dtypes are settings; nothing here takes 64 bits by default
-    # Programs compiled by an earlier run are read back; set JAX_COMPILATION_CACHE_DIR to keep them elsewhere.
+    jax.config.update("jax_enable_x64", False)  # the environment could enable it; dtypes are settings here
+    # Reuse programs compiled by earlier runs.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
@@ -231,15 +243,15 @@ def _help(schema, positional):
     start = "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
     name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
     about_command = lines[0].split("`: ", 1)[1]
-    first = "[CONFIG]" if positional == "CONFIG" else positional
+    argument = "[CONFIG]" if positional == "CONFIG" else positional
     about = {
-        "MODEL": "MODEL is a model directory or a hub id.",
+        "MODEL": "MODEL is a model directory or hub id.",
         "CONFIG": "CONFIG is a YAML file (see configs/); key=value pairs override it.",
         "CONFIG...": "Each CONFIG is a YAML file (see configs/ablations/); key=value pairs override all of them.",
     }[positional]
     return "\n".join(
         [
-            f"usage: {start}{name} {first} [key=value ...]",
+            f"usage: {start}{name} {argument} [key=value ...]",
             "",
             about_command[0].upper() + about_command[1:],
             about,

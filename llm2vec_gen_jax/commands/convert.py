@@ -1,4 +1,4 @@
-"""Checkpoints to and from PyTorch, checked in both frameworks.
+"""Converts models to and from PyTorch, and compares both frameworks.
 
 python -m launch.convert from_pytorch | to_pytorch | verify MODEL [key=value ...]
 """
@@ -13,35 +13,35 @@ from llm2vec_gen_jax.common.files import UNFINISHED, remove_unfinished, require_
 from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, options
 
 
-def from_pytorch(path, config):
-    """Writes what a published directory or hub id holds as a model directory with exact heads."""
+def from_pytorch(path: str, config: FromPytorchConfig) -> None:
+    """Writes a published model as a model directory, with its heads unchanged."""
     from llm2vec_gen_jax import LLM2VecGen
 
     options.require(config, "output")
-    require_new(config.output, "output")
+    output = str(config.output)
+    require_new(output, "output")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
-    embedder.save_pretrained(config.output, backbone=config.backbone)
-    print(f"written: {config.output}")
+    embedder.save_pretrained(output, backbone=config.backbone)
+    print(f"written: {output}")
 
 
-def to_pytorch(path, config):
-    """Writes a model directory, its backbone and the merged encoder, whichever PyTorch needs or the user asks for."""
+def to_pytorch(path: str, config: ToPytorchConfig) -> None:
+    """Writes a model directory, a merged encoder, or both, and the backbone if PyTorch cannot read the original."""
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.pretrained import export
     from llm2vec_gen_jax.pretrained.backbone import resolve_path
 
     if (run := pathlib.Path(path) / "model").is_dir():
         path = str(run)  # a run directory
-    targets = {key: value for key in ("output", "merged") if (value := getattr(config, key))}
-    if not targets:
-        raise InputError("output is needed: pass output=DIR (a model directory), merged=DIR (a plain encoder) or both")
+    if not (config.output or config.merged):
+        raise InputError("output is needed: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
     folder = config.backbone_output
     if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
-        folder = f"{config.output}-backbone"  # PyTorch cannot run on a GGUF file
-    folders = {"backbone_output": folder, "merged": config.merged, "output": config.output}
-    folders = {key: target for key, target in folders.items() if target}
-    *parts, last = folders.values()  # written in this order: where the last is there, so are the others
+        folder = f"{config.output}-backbone"  # PyTorch cannot load a GGUF file
+    targets = {"backbone_output": folder, "merged": config.merged, "output": config.output}
+    folders = {key: target for key, target in targets.items() if target}
+    *parts, last = folders.values()  # written in this order: if the last exists, all do
     if not os.path.lexists(last):
         remove_unfinished(*parts)
     for key, target in folders.items():
@@ -59,8 +59,8 @@ def to_pytorch(path, config):
         pathlib.Path(part, UNFINISHED).unlink(missing_ok=True)
 
 
-def verify(path, config):
-    """Prints the comparison of both frameworks; exit code 1 where they differ, 2 where they were not compared."""
+def verify(path: str, config: VerifyConfig) -> None:
+    """Prints the comparison of both frameworks; exit code 1 if they differ, 2 if they were not compared."""
     from llm2vec_gen_jax.integrations.verify import verify
 
     report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)
@@ -69,12 +69,12 @@ def verify(path, config):
         sys.exit(2 if report.verdict == "NOT COMPARED" else 1)
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
-    cli.run_one_of(
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
+    cli.run_action(
         {
-            "from_pytorch": (FromPytorchConfig, cli.alone(from_pytorch)),
-            "to_pytorch": (ToPytorchConfig, cli.alone(to_pytorch, "output", "merged", "backbone_output")),
+            "from_pytorch": (FromPytorchConfig, cli.lock_outputs(from_pytorch)),
+            "to_pytorch": (ToPytorchConfig, cli.lock_outputs(to_pytorch, "output", "merged", "backbone_output")),
             "verify": (VerifyConfig, verify),
         }
     )

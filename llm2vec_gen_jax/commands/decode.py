@@ -1,4 +1,4 @@
-"""Writes the text that the LLM reads out of embeddings.
+"""Decodes embeddings into text.
 
 python -m launch.decode MODEL text="..." | input=FILE | soft_prompts=FILE.npy|FOLDER [key=value ...]
 """
@@ -14,13 +14,11 @@ from llm2vec_gen_jax.data.texts import read_texts
 from llm2vec_gen_jax.inference.shards import load_soft_prompts
 
 
-def main(path, config):
-    """Writes or prints a line {text, decoded} for each text, {decoded} for each soft prompt."""
-    from llm2vec_gen_jax import LLM2VecGen
-
-    given = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]
-    if len(given) != 1:
-        raise InputError(f"give one of text=, input= and soft_prompts=, found {' and '.join(given) or 'none'}")
+def main(path: str, config: DecodeConfig) -> None:
+    """Writes or prints JSON lines: {text, decoded} per text, or {decoded} per soft prompt."""
+    keys = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]
+    if len(keys) != 1:
+        raise InputError(f"expected one of text=, input= and soft_prompts=, found {' and '.join(keys) or 'none'}")
     texts = None
     if config.soft_prompts is not None:
         if os.path.isdir(config.soft_prompts):
@@ -28,14 +26,14 @@ def main(path, config):
         else:
             soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
-        texts = [config.text] if config.text is not None else read_texts(config.input, config.field)
-    model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
+        texts = [config.text] if config.text is not None else read_texts(str(config.input), config.field)
+    embedder = cli.load_embedder(path, config)
     if texts is not None:
-        _, soft_prompts = model.encode(
+        _, soft_prompts = embedder.encode(
             texts, batch_size=config.batch_size, max_length=config.max_length, return_soft_prompts=True
         )
     sampling = config.max_new_tokens, config.temperature, config.top_p, config.seed, config.batch_size
-    decoded = model.decode(soft_prompts, *sampling, show_progress_bar=config.text is None)
+    decoded = embedder.decode(soft_prompts, *sampling, show_progress_bar=config.text is None)
     decoded = [decoded] if isinstance(decoded, str) else decoded
     rows = [{"decoded": text} for text in decoded]
     if texts is not None:
@@ -48,6 +46,6 @@ def main(path, config):
         print(lines, end="")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
-    cli.run(DecodeConfig, cli.alone(main), "MODEL")
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
+    cli.run(DecodeConfig, cli.lock_outputs(main), "MODEL")

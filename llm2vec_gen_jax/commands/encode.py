@@ -1,4 +1,4 @@
-"""Texts, any number, to shards of vectors and a manifest.
+"""Encodes a corpus into embedding shards and a manifest.
 
 python -m launch.encode MODEL input=FILES output=DIR [key=value ...]
 """
@@ -10,37 +10,38 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import EncodeConfig
 
 
-def main(path, config):
-    """Encodes, unless told to stop; then cleans up and ends with 143 (SIGTERM) or 130 (SIGINT)."""
+def main(path: str, config: EncodeConfig) -> None:
+    """Encodes a corpus. On a signal, removes unfinished files and exits with 143 (SIGTERM) or 130 (SIGINT)."""
     from llm2vec_gen_jax.serving.encode_corpus import encode_corpus
 
-    came = []
+    received = []
 
-    def stop(number, _):
-        came.append(number)
-        end()
+    def handle(number, _):
+        received.append(number)
+        raise_if_stopped()
 
-    def end():
-        if came:
-            if came[0] == signal.SIGTERM:
+    def raise_if_stopped():
+        if received:
+            if received[0] == signal.SIGTERM:
                 sys.exit(143)
             raise KeyboardInterrupt
 
-    # Unfinished files are removed on the way out. What a handler raises can be lost, inside a destructor for example:
-    # the work asks again.
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # An exception raised by a handler can be lost, for example in a destructor: encode_corpus checks again.
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        manifest = encode_corpus(path, config, end)
+        manifest = encode_corpus(path, config, raise_if_stopped)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     written = sum(shard["rows"][1] - shard["rows"][0] for shard in manifest["shards"])
     print(f"written: {config.output} ({written} x {manifest['dimension']})")
-    for key, what in (("cut", f"longer than max_length={config.max_length} and were cut"), ("empty", "empty")):
-        if number := sum(shard.get(key, 0) for shard in manifest["shards"]):  # folders of before have no such counts
-            print(f"texts that are {what}: {number}")
+    for key, which in (("cut", f"longer than max_length={config.max_length} and were truncated"), ("empty", "empty")):
+        if number := sum(
+            shard.get(key, 0) for shard in manifest["shards"]
+        ):  # manifests of older versions have no counts
+            print(f"texts that are {which}: {number}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(EncodeConfig, main, "MODEL")

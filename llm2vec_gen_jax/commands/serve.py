@@ -1,4 +1,4 @@
-"""OpenAI's /v1/embeddings over HTTP, and /v1/decode.
+"""Serves OpenAI's /v1/embeddings, and /v1/decode, over HTTP.
 
 python -m launch.serve MODEL [key=value ...]
 """
@@ -9,14 +9,14 @@ from llm2vec_gen_jax.common.files import install_command
 from llm2vec_gen_jax.config import ServeConfig
 
 
-def main(path, config):
+def main(path: str, config: ServeConfig) -> None:
     try:
         from llm2vec_gen_jax.serving.server import serve
     except ModuleNotFoundError as error:
-        raise InputError(f"the server needs more ({error}): {install_command('serve')}") from None
+        raise InputError(f"the server needs additional packages ({error}): {install_command('serve')}") from None
     serve(path, config)
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(ServeConfig, main, "MODEL")

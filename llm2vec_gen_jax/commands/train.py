@@ -1,4 +1,4 @@
-"""Teacher targets, training, and a model directory.
+"""Computes teacher targets and trains a model.
 
 python -m launch.train [CONFIG] [key=value ...]
 """
@@ -7,12 +7,12 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.config import TrainConfig
 
 
-def main(config):
+def main(config: TrainConfig) -> None:
     from llm2vec_gen_jax.training.train import train
 
     print(f"model: {train(config)}")
 
 
-def run():
-    """Runs the command with the words of sys.argv."""
+def run() -> None:
+    """Runs the command with the arguments of sys.argv."""
     cli.run(TrainConfig, main)

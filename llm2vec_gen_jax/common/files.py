@@ -1,6 +1,5 @@
-"""Files that appear complete or not at all, and JSONL that survives a kill."""
+"""Atomic writes, checked reads, and fingerprints of files."""
 
-import collections
 import contextlib
 import errno
 import hashlib
@@ -10,27 +9,29 @@ import pathlib
 import re
 import shutil
 import stat
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-import yaml
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 
-_LARGEST_JSON, LARGEST_YAML = 1 << 28, 1 << 20  # bytes of a file that is read whole
-_OF_SYSTEMS = re.compile(
+_LARGEST_JSON = 1 << 28  # bytes
+Path = str | os.PathLike[str]
+
+_SYSTEM_FILES = re.compile(
     r"\.(DS_Store|localized|Spotlight-V100|Trashes|fseventsd|directory)|\.(_|nfs|fuse_hidden).*"
     r"|[Tt]humbs\.db|[Dd]esktop\.ini|lost\+found"
 )
-_MOST_YAML_NODES = 100_000
-UNFINISHED = ".unfinished"  # a file in a folder that is no use without another one that is still to be written
-_HERE = pathlib.Path(__file__).parent.parent  # the package
-SHIPPED = _HERE if (_HERE / "configs").is_dir() else _HERE.parent  # of an installed package, of a checkout
+UNFINISHED = ".unfinished"  # marks a folder that is incomplete until another output is written
+_PACKAGE = pathlib.Path(__file__).parent.parent
+SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent  # installed package, or checkout
 
 
 @contextlib.contextmanager
-def name_os_errors(path):
-    """Names `path` in an OSError of the block, which writes it: the system's names a temporary file or none at all."""
+def name_os_errors(path: Path) -> Iterator[None]:
+    """Names `path` in an OSError raised while writing it, instead of a temporary file or no file."""
     path = pathlib.Path(path)
     try:
         yield
@@ -38,13 +39,13 @@ def name_os_errors(path):
         parts = pathlib.Path(error.filename or f".{path.name}.").parts
         if not any(part.startswith(f".{path.name}.") for part in parts):
             raise
-        reason = error.strerror or f"cannot be written whole ({error})"  # numpy says no more than that
+        reason = error.strerror or f"cannot be written completely ({error})"  # numpy sets no strerror
         raise OSError(error.errno or errno.EIO, reason, str(path)) from error
 
 
 @contextlib.contextmanager
-def atomic_path(path):
-    """Yields a temporary path beside `path`; on success it becomes `path`, on any error it is removed."""
+def atomic_path(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path next to `path`, which is renamed to `path` on success and removed on any error."""
     with name_os_errors(path), locks.temporary(path) as name:
         yield name
         with open(name, "rb") as file:
@@ -54,8 +55,8 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
-def atomic_directory(path):
-    """Yields a temporary directory beside `path`; on success it becomes `path`, on any error it is removed."""
+def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory next to `path`, which is renamed to `path` on success and removed on any error."""
     with name_os_errors(path), locks.temporary(path, folder=True) as name:
         yield name
         for file in name.rglob("*"):
@@ -66,67 +67,68 @@ def atomic_directory(path):
         os.rename(name, path)
 
 
-def remove_unfinished(*paths):
-    """Removes those folders that a killed command marked with the file UNFINISHED: it had others still to write."""
+def remove_unfinished(*paths: Path) -> None:
+    """Removes the folders that contain the file UNFINISHED, left by a killed command."""
     for path in paths:
         if pathlib.Path(path, UNFINISHED).is_file():
             shutil.rmtree(path)
 
 
-def require_written(*paths):
-    """Raises OSError for the first of the paths at which nothing is: what a command wrote was removed meanwhile."""
+def require_written(*paths: Path) -> None:
+    """Raises OSError for the first path that does not exist: an output was removed before the command finished."""
     for path in paths:
         if not os.path.exists(path):
             raise removed(path)
 
 
-def removed(path):
-    """Returns the OSError about an output that was removed or replaced while it was written."""
+def removed(path: Path) -> OSError:
+    """Returns the OSError for an output that was removed or replaced while it was written."""
     return OSError(errno.ENOENT, "was removed or replaced while it was written. Repeat the command", str(path))
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def to_json(value, indent=None):
-    """Returns JSON with all letters as they are, but for half of a surrogate pair, of which no file can be written."""
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns JSON without escapes of non-ASCII characters, unless it has unpaired surrogates (not valid in UTF-8)."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return json.dumps(value, indent=indent) if has_lone_surrogate(text) else text
 
 
-def install_command(extra):
-    """Returns the command that installs what an extra needs: from a checkout's requirements, else by its name."""
-    return f"pip install -r requirements-{extra}.txt" if SHIPPED != _HERE else f'pip install "llm2vec-gen-jax[{extra}]"'
+def install_command(extra: str) -> str:
+    """Returns the command that installs an extra, from the requirements file in a checkout, else by its name."""
+    return (
+        f"pip install -r requirements-{extra}.txt" if SHIPPED != _PACKAGE else f'pip install "llm2vec-gen-jax[{extra}]"'
+    )
 
 
-def shipped(path):
-    """Returns `path`; where nothing is there and it is configs/NAME, the path of the file that this package brings."""
+def shipped(path: Path) -> Path:
+    """Returns `path`, or the shipped file if `path` is configs/NAME and does not exist."""
     parts = pathlib.Path(path).parts
     if parts[:1] == ("configs",) and ".." not in parts and not os.path.exists(path):
-        if (found := SHIPPED.joinpath(*parts)).exists():
-            return str(found)
+        if (file := SHIPPED.joinpath(*parts)).exists():
+            return str(file)
     return path
 
 
-def check_file(path, what="file", largest=None):
-    """Raises InputError where there is no regular file (or a link to one) that may be read: a device or a pipe may
-    have no end.
+def check_file(path: Path, what: str = "file", largest: int | None = None) -> None:
+    """Raises InputError unless `path` is a readable regular file of at most `largest` bytes.
 
-    largest: the bytes that it may have.
+    Devices and pipes are rejected, because they may be endless. what: its name in the error.
     """
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such {what}") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(f"{path}: not a readable {what} ({getattr(error, 'strerror', error)})") from None
     if not stat.S_ISREG(status.st_mode):
         reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(status.st_mode) else "not a regular file"
@@ -137,13 +139,13 @@ def check_file(path, what="file", largest=None):
         raise InputError(f"{path}: not a readable {what} ({status.st_size} bytes, at most {largest} are read)")
 
 
-def whole_number(text):
-    """Returns the number that at most 18 ASCII digits are, else None. (str.isdigit is true of \u00b2 as well.)"""
+def whole_number(text: str) -> int | None:
+    """Returns the integer of 1 to 18 ASCII digits, else None. (str.isdigit also accepts \u00b2.)"""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
-def read_json(path):
-    """Reads a JSON object. Raises InputError that names the file (and line) when it is missing or malformed."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError that names the file (and line) if it is missing or malformed."""
     check_file(path, largest=_LARGEST_JSON)
     try:
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -156,102 +158,24 @@ def read_json(path):
     return value
 
 
-class _BoundedLoader(yaml.SafeLoader):
-    """YAML whose aliases cannot stand for more than any memory holds, which takes a few lines."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.sizes = {}  # id of a node -> nodes in it, those of aliases included
-
-    def compose_node(self, parent, index):
-        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
-        node = super().compose_node(parent, index)
-        if is_alias and id(node) not in self.sizes:
-            raise yaml.composer.ComposerError(None, None, "an alias of what it is in", mark)
-        if not is_alias:
-            parts = node.value if isinstance(node, yaml.CollectionNode) else []
-            parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
-            self.sizes[id(node)] = 1 + sum(self.sizes[id(part)] for part in parts)
-        if self.sizes[id(node)] > _MOST_YAML_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {_MOST_YAML_NODES} values", mark)
-        return node
-
-
-class _StrictLoader(_BoundedLoader):
-    """YAML of which no key is repeated: PyYAML would take the last and say nothing."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.most_common(1):
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _TextLoader(_StrictLoader):
-    """YAML of which plain words are text as it is written: 2026_11_28 and 1:30 are no numbers. Only null, true and
-    false, and their other spellings, are what they are in YAML."""
-
-
-_TextLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("null", "bool", "merge")]
-    for first, pairs in _StrictLoader.yaml_implicit_resolvers.items()
-}
-
-
-class _QuotingDumper(yaml.SafeDumper):
-    """Quotes text that is a number to any version of YAML: 1e5 is one to 1.2, but not to PyYAML."""
-
-
-_QuotingDumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|0o[0-7]+"),
-    list("-+.0123456789"),
-)
-
-
-def to_yaml(value):
-    """Returns YAML whose text is text to every reader, and whose keys keep their order."""
-    return yaml.dump(value, Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
-
-
-def parse_yaml(stream, where, loader=_BoundedLoader):
-    """Returns the value of YAML in a string or an open file; `where` is for errors."""
-    try:
-        return yaml.load(stream, Loader=loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that there is not
-        raise InputError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
-
-
-def read_yaml(path, what="file", text=False):
-    """Reads a YAML file; text: numbers and dates stay the text that they are written as.
-
-    Raises InputError that names the file (as `what`) when it is missing or malformed.
-    """
-    if not (str(path).startswith("/dev/") and pathlib.Path(path).is_fifo()):  # a shell's <(...)
-        check_file(path, what, LARGEST_YAML)
-    with open(path, encoding="utf-8") as file:
-        return parse_yaml(file, path, _TextLoader if text else _StrictLoader)
-
-
-def read_array(path, key):
-    """Returns the array of a .npy file, mapped, not read. Raises InputError that names `key`, the setting it is of."""
+def read_array(path: Path, key: str) -> np.ndarray:
+    """Returns the memory-mapped array of a .npy file. Raises InputError that names `key`, the setting of `path`."""
     try:
         check_file(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python: damage of it raises nearly anything
+    except Exception as error:  # numpy evaluates the header: a damaged one can raise almost anything
         raise InputError(f"{key}={path}: not a .npy array ({error})") from None
     if not isinstance(array, np.ndarray):
-        raise InputError(f"{key}={path}: holds many arrays (.npz), expected one (.npy)")
+        raise InputError(f"{key}={path}: expected a single array (.npy), found an archive (.npz)")
     return array
 
 
-def new_array(path, shape, dtype=np.float32):
-    """Returns a new mapped array that has its place on the disk. Raises OSError where there is none for it."""
+def new_array(path: pathlib.Path, shape: tuple[int, ...], dtype: Any = np.float32) -> np.memmap:
+    """Creates a memory-mapped .npy file with allocated disk space. Raises OSError if the disk is full."""
     try:
         with name_os_errors(path):
             array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):  # on Linux: later, a full disk would end the process without a word
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk raises SIGBUS later
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return array
@@ -260,38 +184,37 @@ def new_array(path, shape, dtype=np.float32):
         raise
 
 
-def require_new(path, key=None):
-    """Raises InputError where something is at `path` already; `key` is the setting that names it."""
+def require_new(path: Path, key: str | None = None) -> None:
+    """Raises InputError if `path` exists. key: the setting of `path`."""
     if os.path.lexists(path):
         place = path if key is None else f"{key}={path}"
-        raise InputError(f"{place}: exists already. Choose another, or remove it")
+        raise InputError(f"{place}: already exists. Choose another output, or remove it")
 
 
-def entries(folder):
-    """Returns the names in a folder, but for those that operating systems and file systems put there themselves."""
-    return [name for name in os.listdir(folder) if not _OF_SYSTEMS.fullmatch(name)]
+def entries(folder: Path) -> list[str]:
+    """Returns the names in a folder, except files created by operating systems and file systems."""
+    return [name for name in os.listdir(folder) if not _SYSTEM_FILES.fullmatch(name)]
 
 
-def visible(folder, pattern="*"):
-    """Returns the files below a folder that match a pattern, sorted; what begins with a dot is skipped, folders too.
+def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
+    """Returns the sorted files below a folder that match a pattern, without hidden files and folders.
 
-    Editors and notebooks put copies of what they open into such places (.ipynb_checkpoints). Raises InputError for a
-    folder that may not be read.
+    Hidden folders may contain copies, such as .ipynb_checkpoints. Raises InputError for an unreadable folder.
     """
 
     def refuse(error):
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found = []
+    files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.match(pattern) and path.is_file())
+        files += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.match(pattern) and path.is_file())
 
 
-def sha256_file(path):
-    """Returns the hex SHA-256 of a file, read in 1 MiB pieces."""
+def sha256_file(path: Path) -> str:
+    """Returns the hex SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -299,30 +222,30 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
-def fingerprint(value):
-    """Returns 16 hex digits that identify a JSON-serialisable value."""
+def fingerprint(value: Any) -> str:
+    """Returns 16 hex digits that identify a JSON-serializable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def has_lone_surrogate(text):
-    """Whether a string holds half of a surrogate pair: JSON can write it, but it is no valid text."""
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a string contains an unpaired surrogate (not valid Unicode), which JSON escapes can encode."""
     return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def require_same_run(place, old, new, remedy):
-    """Raises InputError where `place` was written by a run with another record. remedy: what else can be done."""
+def require_same_run(place: object, old: Mapping[str, Any], new: Mapping[str, Any], remedy: str) -> None:
+    """Raises InputError if the records of the run that wrote `place` and of this run differ. remedy: another fix."""
     if differing := diff(old, new):
         raise InputError(f"{place}: holds another run ({differing}). Repeat its settings to resume it, {remedy}")
 
 
-def diff(old, new, prefix=""):
-    """Returns "key: old -> new, ..." for every leaf in which two nested dicts differ; "" when they are equal."""
-    found = []
+def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """Returns "key: old -> new, ..." for every leaf that differs between two nested dicts; "" if they are equal."""
+    changes = []
     for key in sorted(set(old) | set(new)):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             inner = diff(before, after, f"{prefix}{key}.")
-            found += [inner] if inner else []
+            changes += [inner] if inner else []
         elif before != after:
-            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return ", ".join(found)
+            changes.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return ", ".join(changes)

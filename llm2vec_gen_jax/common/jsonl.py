@@ -1,11 +1,14 @@
-"""JSON Lines: streamed reading, and appending that a kill at any moment does not damage."""
+"""JSON Lines: streamed reading, and crash-safe appending."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
 import struct
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
@@ -23,12 +26,12 @@ from llm2vec_gen_jax.common.files import (
 _LONGEST_LINE = 1 << 26  # bytes
 
 
-def write_jsonl(path, rows):
-    """Writes a JSON object to a line, atomically."""
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line, atomically."""
     write_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
-def read_lines(path):
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line."""
     path = pathlib.Path(path)
     check_file(path)
@@ -36,13 +39,13 @@ def read_lines(path):
         yield from lines_of(file, path)
 
 
-def lines_of(file, name):
-    """`read_lines` of a file that is open for reading bytes; `name` is for its errors."""
+def lines_of(file: IO[bytes] | io.BufferedIOBase, name: object) -> Iterator[tuple[int, str]]:
+    """`read_lines` of a binary file object; `name` is for errors."""
     number = 0
     try:
         for number, raw in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
             if len(raw) > _LONGEST_LINE:
-                raise InputError(f"{name}, line {number}: is longer than {_LONGEST_LINE} bytes")
+                raise InputError(f"{name}, line {number}: longer than {_LONGEST_LINE} bytes")
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw = raw[3:]
             yield number, raw.decode("utf-8").rstrip("\r\n")
@@ -55,23 +58,23 @@ def lines_of(file, name):
         raise InputError(f"{name}, after line {number}: damaged gzip file ({error})") from None
 
 
-def read_jsonl(path):
+def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) of a JSONL file, plain or .gz; empty lines are skipped.
 
-    Raises InputError naming file and line for malformed JSON, and for a line that is not an object.
+    Raises InputError naming file and line for malformed JSON and non-objects.
     """
     for number, line in read_lines(path):
         if line.strip():
             yield number, parse_object(line, f"{path}, line {number}")
 
 
-def parse_object(line, where):
-    """Returns the object that a line of JSON is; `where` is for its errors."""
+def parse_object(line: str, where: object) -> dict[str, Any]:
+    """Returns the JSON object of a line; `where` is for errors."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
         raise InputError(f"{where}: not readable JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
@@ -79,16 +82,15 @@ def parse_object(line, where):
 
 
 class JsonlAppender:
-    """Appends objects to a JSONL file so that a kill at any moment loses and repeats nothing.
+    """Appends objects to a JSONL file so that a kill at any moment neither loses nor repeats any.
 
-    A last line without its newline (a kill in the middle of a write) is cut off on opening, and so is everything from
-    a line on that is not what was written (a damaged disk or copy), which is said; `rows` holds the objects that are
-    there. Sidecars: `FILE.run.json` records what the file was made with: opening it with another `run` raises
-    InputError, because its lines would be a mixture; so does a file that another process is appending to.
-    `FILE.crc32` holds a checksum of each line, 4 bytes, little-endian.
+    Opening truncates an incomplete last line (a kill during a write), and prints a message if it truncates from a line
+    with a wrong checksum on (a damaged disk or copy). `rows`: the objects in the file.
+    `FILE.run.json` records the settings `run` of the file, `FILE.crc32` a CRC-32 of each line (4 bytes, little-endian).
+    Raises InputError if the file has another `run` record, no record, or is open in another process.
     """
 
-    def __init__(self, path, run, overwrite=False):
+    def __init__(self, path: str | os.PathLike, run: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = pathlib.Path(path)
         self.sidecar, self.sums = self.sidecars(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,18 +100,18 @@ class JsonlAppender:
         except BaseException:
             self.file.close()
             raise
-        self.kept = True
+        self.removed = False
 
     def _open(self):
-        """Returns the open file, locked before anything in it or beside it is changed."""
+        """Returns the open file, locked before it or its sidecars are changed."""
         while True:
             file = open(self.path, "ab+")
-            if locks.take(file.fileno()) is False:
+            if locks.try_lock(file.fileno()) is False:
                 file.close()
                 raise InputError(f"{self.path}: another process is writing to it")
             if locks.is_at(file.fileno(), self.path):
                 return file
-            file.close()  # whoever held it has removed it
+            file.close()  # the previous holder has removed it
 
     def _begin(self, run, overwrite):
         if overwrite:
@@ -122,30 +124,30 @@ class JsonlAppender:
         else:
             self.sums.unlink(missing_ok=True)
             write_json(self.sidecar, run)
-        self._keep_what_is_whole()
+        self._truncate_damaged()
         self.rows = [row for _, row in read_jsonl(self.path)]
 
     @staticmethod
-    def sidecars(path):
-        """Returns the paths of the record and the checksums of a file."""
+    def sidecars(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+        """Returns the paths of the run record and the checksums of a file."""
         return path.with_name(f"{path.name}.run.json"), path.with_name(f"{path.name}.crc32")
 
-    def _keep_what_is_whole(self):
+    def _truncate_damaged(self):
         self.file.seek(0)
         *lines, _ = self.file.read().split(b"\n")
-        known = self.sums.read_bytes() if self.sums.exists() else b""
-        # A kill may come between a line and its checksum: what has none yet is taken as it is.
-        for number, (line, (crc,)) in enumerate(zip(lines, struct.iter_unpack("<I", known[: len(known) // 4 * 4]))):
+        sums = self.sums.read_bytes() if self.sums.exists() else b""
+        # A kill can happen between a line and its checksum: lines without one are accepted.
+        for number, (line, (crc,)) in enumerate(zip(lines, struct.iter_unpack("<I", sums[: len(sums) // 4 * 4]))):
             if zlib.crc32(line) != crc:
-                print(f"{self.path}, line {number + 1}: is not what was written; made again from there on", flush=True)
+                print(f"{self.path}, line {number + 1}: wrong checksum; computed again from this line on", flush=True)
                 lines = lines[:number]
                 break
         self.file.truncate(sum(len(line) + 1 for line in lines))
         with open(self.sums, "wb") as file:
             file.write(_crc32(lines))
 
-    def append(self, rows):
-        """Writes a list of objects in one piece and waits until they are on disk."""
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Writes a list of objects with a single write, and syncs it to disk."""
         lines = [to_json(row).encode() for row in rows]
         with name_os_errors(self.path):
             self.file.write(b"".join(line + b"\n" for line in lines))
@@ -156,26 +158,26 @@ class JsonlAppender:
         self.check()
         self.rows.extend(rows)
 
-    def check(self):
-        """Raises OSError where the file or its record is no longer there."""
+    def check(self) -> None:
+        """Raises OSError if the file or its run record was removed or replaced."""
         if not (locks.is_at(self.file.fileno(), self.path) and self.sidecar.exists()):
             raise removed(self.path)
 
-    def remove(self):
+    def remove(self) -> None:
         """Removes the file and its sidecars."""
-        self.kept = False
+        self.removed = True
         for path in (self.path, self.sidecar, self.sums):
             path.unlink(missing_ok=True)
 
-    def __enter__(self):
+    def __enter__(self) -> "JsonlAppender":
         return self
 
     def __exit__(self, error, *_):
         try:
-            if error is None and self.kept:
+            if error is None and not self.removed:
                 self.check()
         finally:
-            with name_os_errors(self.path):  # what could not be flushed is tried again
+            with name_os_errors(self.path):  # close() flushes again
                 self.file.close()
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on long work, on process 0's terminal only."""
+"""Progress bars, shown by process 0 only."""
 
 import sys
 
@@ -6,10 +6,10 @@ import jax
 from tqdm import tqdm
 
 
-def bar(total, unit, label, initial=0, enabled=True, scale=False):
-    """Returns a tqdm bar; silent on other processes and, in logs without a terminal, updated every 10 seconds.
+def bar(total: int | None, unit: str, label: str, initial: int = 0, enabled: bool = True, scale: bool = False) -> tqdm:
+    """Returns a tqdm bar, disabled on other processes and updated every 10 seconds without a terminal.
 
-    scale: whether numbers are shown in thousands and millions.
+    scale: whether counts are shown with the prefixes k and M.
     """
     terminal = sys.stderr.isatty()
     return tqdm(

@@ -1,6 +1,6 @@
-"""Every setting: one dataclass tree per command holds its names, types, defaults and help.
+"""Settings: one dataclass tree per command, with names, types, defaults and help.
 
-options.py reads them. The architecture of a backbone is never configured: it is read from the backbone itself.
+options.py reads them. The architecture of a backbone is not configured: it is read from the backbone.
 """
 
 from llm2vec_gen_jax.config.common import (

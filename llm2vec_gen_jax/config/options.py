@@ -1,7 +1,7 @@
-"""From a YAML file and `key=value` words to a config, checked against its schema (config/).
+"""Loads a config from a YAML file and `key=value` arguments, and validates it against its schema.
 
-A YAML file (configs/) holds what differs from the defaults and serves every command; the command line overrides
-it with `section.key=value`. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
+A YAML file (configs/) holds the values that differ from the defaults, for any command; `section.key=value` arguments
+override it. An unknown key, a wrong type or an unknown choice is an error that suggests the fix.
 """
 
 import dataclasses
@@ -9,25 +9,30 @@ import math
 import numbers
 import os
 import re
+import textwrap
 import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
-from llm2vec_gen_jax.common.files import has_lone_surrogate, read_yaml, shipped
+from llm2vec_gen_jax.common.files import has_lone_surrogate, shipped
 from llm2vec_gen_jax.config import TrainConfig
 
+Config = TypeVar("Config")
 
-def load(schema, file=None, overrides=()):
-    """Returns an instance of the dataclass `schema`: its defaults, then the YAML `file`, then `key=value` strings.
 
-    configs/NAME is the shipped file where there is none of that name (files.shipped).
-    A file may hold every key of the recipe (TrainConfig); those that this command does not use are checked, then
-    left out. Raises InputError that names the file, the key and the nearest known key.
+def load(schema: type[Config], file: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Returns an instance of the dataclass `schema`: its defaults, updated by the YAML `file`, then by `overrides`.
+
+    file: a path; configs/NAME falls back to the shipped file (files.shipped). It may contain any key of the recipe
+    (TrainConfig); keys that `schema` lacks are validated and ignored. overrides: "key=value" strings.
+    Raises InputError that names the file, the key and the nearest known key.
     """
     config = OmegaConf.structured(schema)
     if file is not None:
@@ -40,80 +45,88 @@ def load(schema, file=None, overrides=()):
         if not equals:
             raise InputError(f"{override!r}: expected key=value{nearest(key, _leaves(schema))}")
         config = _merge(config, _nest(key, _value(schema, key, text)), "command line")
-    instance = OmegaConf.to_object(config)
+    instance: Any = OmegaConf.to_object(config)
     check(instance)
-    return instance
+    return cast(Config, instance)
 
 
-def check(config, prefix=""):
-    """Raises InputError for a value of another type than its field's, an unknown choice, and a number out of range.
+def check(config: Any, prefix: str = "") -> None:
+    """Raises InputError for a value of the wrong type, an unknown choice, or a number out of range.
 
-    ~ in a path becomes the user's home, in place. This holds for configs made in Python as well.
+    Expands ~ in paths, in place. Entry points call it, because configs can also be constructed in Python.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
-        if not dataclasses.is_dataclass(field.type):
+        kind: Any = field.type
+        nested = dataclasses.is_dataclass(kind)
+        if not nested:
             setattr(config, field.name, _checked(field, value, name))
-        elif isinstance(value, field.type):
+        elif isinstance(value, kind):
             check(value, f"{name}.")
         else:
-            raise InputError(f"{name}: expected a {field.type.__name__}, found {_shown(value)}")
+            raise InputError(f"{name}: expected a {kind.__name__}, found {_shown(value)}")
 
 
-def check_argument(schema, key, value, name):
-    """`check` of an argument of a Python call by a key of a command's schema. name: what the call names it."""
+def check_argument(schema: type, key: str, value: Any, name: str) -> None:
+    """Validates an argument of a Python function as the value of a config key. name: the argument's name."""
     _checked(_field_of(schema, key), value, name)
 
 
-def check_arguments(schema, **values):
-    """`check_argument` of arguments that are named as their keys."""
+def check_arguments(schema: type, **values: Any) -> None:
+    """Calls `check_argument` for arguments with the same names as their keys."""
     for key, value in values.items():
         check_argument(schema, key, value, key)
 
 
-def require(config, *keys):
-    """Raises InputError unless `config` passes `check` and every dotted key of it has a value."""
+def require(config: Any, *keys: str) -> list[Any]:
+    """Returns the values of dotted keys. Raises InputError unless `config` passes `check` and none of them is None."""
     check(config)
+    values = []
     for key in keys:
         value = config
         for part in key.split("."):
             value = getattr(value, part)
         if value is None:
             raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
+        values.append(value)
+    return values
 
 
-def to_dict(config):
+def to_dict(config: Any) -> dict[str, Any]:
     """Returns the config as nested plain dicts."""
     return dataclasses.asdict(config)
 
 
-def to_yaml(config):
-    """Returns the config as YAML, every key with its value."""
-    return files.to_yaml(to_dict(config))
+def to_yaml(config: Any) -> str:
+    """Returns the config as YAML, with all keys."""
+    return yaml_files.to_yaml(to_dict(config))
 
 
-def help_text(schema):
-    """Returns one line per key: name, default, help and choices."""
+def help_text(schema: type) -> str:
+    """Returns a paragraph per key: name, default, help and choices."""
     defaults, lines = schema(), []
     for key in _leaves(schema):
         value = defaults
         for part in key.split("."):
             value = getattr(value, part)
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         choices = _field_of(schema, key).metadata["choices"]
-        described = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
-        lines.append(f"  {key + '=' + shown:<44} {described}")
+        about = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
+        start = f"  {key + '=' + text:<44} "
+        lines.append(
+            textwrap.fill(about, 120, initial_indent=start, subsequent_indent=" " * 47, break_on_hyphens=False)
+        )
     return "\n".join(lines)
 
 
-def _read_yaml(file):
-    values = read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
+def _read_yaml(file: str | os.PathLike[str]) -> dict[str, Any]:
+    values = yaml_files.read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}
 
 
-def _merge(config, values, source):
+def _merge(config: Any, values: dict[str, Any], source: object) -> Any:
     schema = OmegaConf.get_type(config)
     values = _known(schema, values, source)
     try:
@@ -125,13 +138,13 @@ def _merge(config, values, source):
             expected, value = _VALUES[_kinds(_field_of(schema, key).type)[0]][1], values
             for part in key.split("."):
                 value = value[part]
-            raise InputError(f"{source}: {key}: expected {expected}, not {_shown(value)}") from None
+            raise InputError(f"{source}: {key}: expected {expected}, found {_shown(value)}") from None
         raise InputError(f"{source}: {key}: {first_line(error)}") from None
 
 
-def _known(schema, values, source, prefix=""):
-    """Returns nested values ready for OmegaConf. Raises InputError for what is not of the schema."""
-    known = {}
+def _known(schema: Any, values: dict[str, Any], source: object, prefix: str = "") -> dict[str, Any]:
+    """Returns nested values for OmegaConf. Raises InputError for unknown keys and values of the wrong structure."""
+    known: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         field = next((field for field in dataclasses.fields(schema) if field.name == key), None)
@@ -139,68 +152,68 @@ def _known(schema, values, source, prefix=""):
             raise InputError(f"{source}: unknown key {name}{_nearest_key(schema, str(key), prefix)}")
         if dataclasses.is_dataclass(field.type):
             if not isinstance(value or {}, dict):
-                raise InputError(f"{source}: {name} is a section of keys ({', '.join(_keys(field.type))})")
+                raise InputError(f"{source}: {name} is a section with the keys {', '.join(_keys(field.type))}")
             known[key] = _known(field.type, value or {}, source, f"{name}.")
         elif isinstance(value, bool) and field.type is not bool:
-            raise InputError(f"{source}: {name}: YAML takes this for {str(value).lower()}. Put text in quotes")
+            raise InputError(f"{source}: {name}: YAML reads this as {str(value).lower()}. Put text in quotes")
         elif isinstance(value, str) and has_lone_surrogate(value):
-            raise InputError(f"{source}: {name}={value!r} is no valid UTF-8")
+            raise InputError(f"{source}: {name}={value!r}: not valid UTF-8")
         elif "???" in (value if isinstance(value, list) else [value]):
-            raise InputError(f"{source}: {name}: ??? is no value")  # OmegaConf would keep the default
+            raise InputError(f"{source}: {name}: ??? is not a valid value")  # OmegaConf would keep the default
         elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
             raise InputError(f"{source}: {name}: expected a list of text, found {_shown(value)}. Put text in quotes")
         elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
             raise InputError(f"{source}: {name}: expected a single value, found {_shown(value)}")
-        elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # of a YAML tag
+        elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # from a YAML tag
             raise InputError(f"{source}: {name}: expected text, found {_shown(value)}. Put text in quotes")
         else:
             known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
     return known
 
 
-def _literal(value):
-    """Escapes a string for OmegaConf, to which ${...} is an interpolation; to us it is text like any other."""
+def _literal(value: Any) -> Any:
+    """Escapes ${...}, which OmegaConf would interpolate."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _is_list_of_text(value):
+def _is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _nearest_key(schema, key, prefix=""):
+def _nearest_key(schema: Any, key: str, prefix: str = "") -> str:
     sections = [field.name for field in dataclasses.fields(schema) if dataclasses.is_dataclass(field.type)]
     if key in sections:
-        return f": it is a section; its keys are {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
+        return f": a section, with the keys {', '.join(leaf for leaf in _leaves(schema) if leaf.startswith(key))}"
     if key in _leaves(schema):
         return f": write {key.rpartition('.')[2]} below `{key.rpartition('.')[0]}:`"
     return nearest(prefix + key, [prefix + leaf for leaf in _leaves(schema)] + [prefix + name for name in sections])
 
 
-def _keys(schema):
+def _keys(schema: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(schema)]
 
 
-def _leaves(schema, prefix=""):
-    names = []
+def _leaves(schema: Any, prefix: str = "") -> list[str]:
+    names: list[str] = []
     for field in dataclasses.fields(schema):
         inner = dataclasses.is_dataclass(field.type)
         names += _leaves(field.type, f"{prefix}{field.name}.") if inner else [prefix + field.name]
     return names
 
 
-def _field_of(schema, key):
+def _field_of(schema: Any, key: str) -> dataclasses.Field[Any]:
     *parents, name = key.split(".")
     for parent in parents:
         schema = next(field.type for field in dataclasses.fields(schema) if field.name == parent)
     return next(field for field in dataclasses.fields(schema) if field.name == name)
 
 
-def _help_of(schema, key):
-    return _field_of(schema, key).metadata["help"]
+def _help_of(schema: Any, key: str) -> str:
+    return str(_field_of(schema, key).metadata["help"])
 
 
-def _value(schema, key, text):
-    """Turns a command-line value into what its field expects; strings are taken as they are."""
+def _value(schema: Any, key: str, text: str) -> Any:
+    """Parses a command-line value for its field; strings are unchanged."""
     if key not in _leaves(schema):
         raise InputError(f"command line: unknown key {key}{_nearest_key(schema, key)}")
     kind = _field_of(schema, key).type
@@ -209,37 +222,37 @@ def _value(schema, key, text):
     return None if text in ("null", "None") and type(None) in typing.get_args(kind) else text
 
 
-def _list_value(key, text):
+def _list_value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         raise InputError(f"command line: {key}={text}: not a list. Write a,b or [a, b]") from None
 
 
-def _nest(key, value):
+def _nest(key: str, value: Any) -> Any:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-_VALUES = {  # type of a field -> types of its values, and what they are called
+_VALUES: dict[type, tuple[Any, str]] = {  # field type -> accepted types, and their name in messages
     bool: (bool | np.bool_, "true or false"),
-    int: (numbers.Integral, "a whole number"),
+    int: (numbers.Integral, "an integer"),
     float: (numbers.Real, "a number"),
     str: (str, "text"),
     list: (list | tuple, "a list of text"),
 }
 
 
-def _kinds(annotation):
-    """Returns the types of an annotation: those of `int | None`, [list] of list[str]."""
+def _kinds(annotation: Any) -> Sequence[Any]:
+    """Returns the member types of an annotation, [list] for list[str]."""
     if typing.get_origin(annotation) is list:
         return [list]
     return typing.get_args(annotation) or [annotation]
 
 
-def _checked(field, value, name):
-    """Returns the value of a field, with ~ expanded. Raises InputError for one that makes no sense."""
+def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
+    """Returns the value of a field, with ~ expanded. Raises InputError if it is invalid."""
     kind, *more = _kinds(field.type)
     if value is None and more:
         return None
@@ -254,15 +267,15 @@ def _checked(field, value, name):
     if kind in (int, float):
         least, most = about["least"], about["most"]
         if not (least <= value <= most and value < math.inf):
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise InputError(f"{name}={value}: must be a number, at least {least}{limit}")
+            limit = f" and <= {most}" if most < math.inf else ""
+            raise InputError(f"{name}={value}: expected {what} >= {least}{limit}")
     return value
 
 
-def _expanded(path):
+def _expanded(path: Any) -> Any:
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path
 
 
-def _shown(value):
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,4 +1,4 @@
-"""The settings of the whole study: what it runs on, and how large it is."""
+"""Settings of `reproduce`: what the study runs on, and its sizes."""
 
 import dataclasses
 
@@ -8,30 +8,34 @@ from llm2vec_gen_jax.config.training import TeacherConfig
 
 @dataclasses.dataclass
 class SizesConfig:
-    """How large a study is; null: as the budget says (BUDGETS)."""
+    """Sizes of a study; null: the budget's value (BUDGETS)."""
 
-    queries: int | None = setting(None, "queries to train on", least=1)
-    held_out: int | None = setting(None, "more of them, never trained on, whose embeddings are decoded", least=2)
-    max_new_tokens: int | None = setting(None, "tokens of a response", least=1)
-    steps: int | None = setting(None, "training steps of the headline", least=1)
-    schedule_steps: int | None = setting(None, "after which the learning rate would be zero", least=1)
+    queries: int | None = setting(None, "number of training queries", least=1)
+    held_out: int | None = setting(None, "number of additional held-out queries whose embeddings are decoded", least=2)
+    max_new_tokens: int | None = setting(None, "maximum tokens per response", least=1)
+    steps: int | None = setting(None, "training steps of the headline run", least=1)
+    schedule_steps: int | None = setting(
+        None, "steps after which the headline run's learning rate would reach zero", least=1
+    )
     ablation_steps: int | None = setting(
-        None, "training steps of each comparison (their schedule: in proportion)", least=1
+        None, "training steps per comparison; the schedule is scaled accordingly", least=1
     )
-    batch_size: int | None = setting(None, "training batch", least=1)
-    learning_rate: float | None = setting(None, "peak")
-    seeds: int | None = setting(None, "trainings of the headline", least=1)
-    limit: int | None = setting(None, "queries or test rows of a task; 0: all")
+    batch_size: int | None = setting(None, "training batch size", least=1)
+    learning_rate: float | None = setting(None, "peak learning rate")
+    seeds: int | None = setting(None, "number of seeds of the headline run", least=1)
+    limit: int | None = setting(None, "maximum number of queries or test rows per task; 0: all")
     documents: int | None = setting(
-        None, "of a retrieval task, the judged ones among them, and training rows of a classification task; 0: all"
+        None,
+        "maximum number of documents per retrieval task, including all judged ones, and of training rows per "
+        "classification task; 0: all",
     )
-    hyde_limit: int | None = setting(None, "queries or test rows of a task that HyDE answers; 0: all")
-    hyde_tokens: int | None = setting(None, "tokens of an answer of HyDE", least=1)
-    decoded_tokens: int | None = setting(None, "tokens of a decoded text", least=1)
-    timed: int | None = setting(None, "queries whose cost is measured", least=1)
+    hyde_limit: int | None = setting(None, "maximum number of queries or test rows per task for HyDE; 0: all")
+    hyde_tokens: int | None = setting(None, "maximum tokens per HyDE answer", least=1)
+    decoded_tokens: int | None = setting(None, "maximum tokens per decoded text", least=1)
+    timed: int | None = setting(None, "number of queries for measuring the cost per query", least=1)
 
 
-# Each number is a choice of cost, none a finding. full: as published, on 160,000 queries.
+# The sizes trade cost for precision; they are not tuned. full: as published, with 160,000 queries.
 BUDGETS = {
     "minutes": SizesConfig(
         queries=240,
@@ -87,32 +91,32 @@ BUDGETS = {
 }
 
 
-def _shipped_teacher():
+def _shipped_teacher() -> TeacherConfig:
     return TeacherConfig(adapters=["smollm2-135m-mntp", "smollm2-135m-simcse"])
 
 
 @dataclasses.dataclass
 class ReproduceConfig:
-    """`python -m launch.reproduce`: the whole study: queries, responses, trainings, scores, tables and plots.
+    """`python -m launch.reproduce`: run the complete study: queries, responses, training, evaluation, tables and plots.
 
-    Repeat the command to go on after a kill; what is finished is skipped. Settings are chosen on development tasks
-    (STS development sets, halves of the training rows of classification, half of the queries of retrieval), the final
-    table is of the rest. tasks=DIR holds task folders as for `evaluate`.
+    Repeat the command to resume; finished stages are skipped. Settings are chosen on development tasks (STS
+    development sets, half of the training rows of classification tasks, half of the queries of retrieval tasks); the
+    final table covers the remaining data. tasks=DIR contains task folders as for `evaluate`.
 
-    comparisons= of the paper: tokens-1, -2, -5, -20, -50 (K), thoughts-10, alignment-only, reconstruction-only, lora-8,
-    supervised-teacher; beyond it: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, ridge,
-    finished-only, alignment-10, reconstruction-10, longer; your own: "NAME: key=value key=value", keys of `train`.
+    comparisons= from the paper: tokens-1, -2, -5, -20, -50 (K), thoughts-10, alignment-only, reconstruction-only,
+    lora-8, supervised-teacher; additional: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, ridge,
+    finished-only, alignment-10, reconstruction-10, longer; custom: "NAME: key=value key=value", with keys of `train`.
     """
 
     backbone: BackboneConfig = section(BackboneConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=_shipped_teacher)
-    output: str = setting("runs/study", "directory for everything; repeat the command to resume", path=True)
-    budget: str = setting("minutes", "how large the study is", ("minutes", "hours", "full"))
+    output: str = setting("runs/study", "output directory; repeat the command to resume", path=True)
+    budget: str = setting("minutes", "size of the study", ("minutes", "hours", "full"))
     sizes: SizesConfig = section(SizesConfig)
-    tasks: str | None = setting(None, "a folder of task folders", path=True)
-    queries: str | None = setting(None, "JSONL[.gz] of {question}; null: the LLM writes them", path=True)
-    comparisons: list[str] = setting(["budget"], "trainings that are compared; budget: those of the paper that it pays")
-    recipe: list[str] = setting([], "key=value of `train` for every training, the headline too")
+    tasks: str | None = setting(None, "folder of task folders", path=True)
+    queries: str | None = setting(None, "JSONL[.gz] file of {question}; null: generated by the LLM", path=True)
+    comparisons: list[str] = setting(["budget"], "runs to compare; budget: comparisons of the paper within the budget")
+    recipe: list[str] = setting([], "key=value settings of `train` for every run, including the headline run")
     supervised_teacher: str | None = setting(
         None, "folder or hub id of a sentence-transformers model, for comparisons=supervised-teacher", path=True
     )

@@ -1,4 +1,4 @@
-"""The settings of everything that trains, and of what plans it."""
+"""Settings of the commands that train, and of `plan`."""
 
 import dataclasses
 
@@ -14,150 +14,162 @@ from llm2vec_gen_jax.config.common import (
 
 @dataclasses.dataclass
 class CompressionConfig:
-    """The trainable tokens that follow a text."""
+    """The trainable tokens appended to a text."""
 
     num_tokens: int = setting(
-        10, "trainable compression tokens K whose last hidden states become the embedding", least=1
+        10, "number K of trainable compression tokens, whose last hidden states form the embedding", least=1
     )
-    num_thought_tokens: int = setting(0, "extra trainable tokens before the K, computed and not read")
+    num_thought_tokens: int = setting(0, "number of extra trainable tokens before the K, whose states are not used")
 
 
 @dataclasses.dataclass
 class LoraConfig:
-    """A LoRA on the encoder's pass; the decoder stays the frozen LLM."""
+    """LoRA on the encoder pass; the decoder remains the frozen LLM."""
 
-    rank: int = setting(0, "of the low-rank updates on the encoder's pass (all seven projections); 0: none")
-    alpha: float = setting(16.0, "the updates are scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the updates' inputs while they train", most=0.99)
+    rank: int = setting(0, "LoRA rank on all seven projections of the encoder pass; 0: no LoRA")
+    alpha: float = setting(16.0, "LoRA scaling: updates are multiplied by alpha / rank")
+    dropout: float = setting(0.05, "dropout rate of the LoRA inputs during training", most=0.99)
 
 
 @dataclasses.dataclass
 class TeacherConfig:
-    """What gives the alignment targets: the vector of every response, computed once."""
+    """The teacher: its embedding of each response, computed once, is the alignment target."""
 
     kind: str = setting(
         "llm2vec",
-        "llm2vec: a backbone, mean-pooled, with adapters merged; sentence_transformers: any model of that library",
+        "type of teacher; llm2vec: backbone with merged adapters and mean pooling; sentence_transformers: any model "
+        "of that library; file: precomputed targets",
         ("llm2vec", "sentence_transformers", "file"),
     )
     attention: str = setting(
         "auto",
-        "of the llm2vec teacher; auto: bidirectional with adapters, causal without",
+        "kind=llm2vec: attention; auto: bidirectional with adapters, else causal",
         ("auto", "causal", "bidirectional"),
     )
     adapters: list[str] = setting([], "PEFT LoRA folders or hub ids, merged into the backbone in this order", path=True)
     path: str | None = setting(
         None,
-        "kind=llm2vec: another backbone than the student's; kind=sentence_transformers: a folder or hub id; "
-        "kind=file: a .npy of float targets (rows of data.responses, E)",
+        "kind=llm2vec: backbone, if not the student's; kind=sentence_transformers: folder or hub id; kind=file: .npy "
+        "file of float targets (rows of data.responses, E)",
         path=True,
     )
     prompt: str | None = setting(
-        None, "kind=sentence_transformers: put before every answer; null: the model's own for documents"
+        None, "kind=sentence_transformers: prompt prepended to every answer; null: the model's document prompt"
     )
-    normalize: bool = setting(False, "kind=sentence_transformers: targets of unit length")
-    average: bool = setting(False, "records of one question share the mean of their targets (`respond samples=N`)")
-    centre: bool = setting(False, "the mean of all targets is taken out of each")
+    normalize: bool = setting(False, "kind=sentence_transformers: L2-normalize targets")
+    average: bool = setting(False, "average the targets of records with the same question (`respond samples=N`)")
+    centre: bool = setting(False, "subtract the mean of all targets from each target")
     whiten: float = setting(
-        0.0, "centre, and even out the variance of the targets' directions: 1 wholly, 0 not at all", most=1
+        0.0, "degree of whitening of the targets, which also centers them; 0: none, 1: full whitening", most=1
     )
-    batch_size: int = setting(32, "responses per teacher pass", least=1)
+    batch_size: int = setting(32, "responses per teacher batch", least=1)
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """What is trained on, and how it is cut and ordered."""
+    """The training data: source, truncation and order."""
 
-    responses: str | None = setting(None, "JSONL[.gz] of {question, answer}, or a Hugging Face dataset id", path=True)
-    split: str = setting("train", "split of a Hugging Face dataset")
-    finished_only: bool = setting(False, "leave out responses that were cut (`finish: length`, as `respond` writes it)")
-    max_query_length: int = setting(512, "tokens of a query, the compression tokens included", least=1)
-    max_answer_length: int = setting(512, "tokens of an answer, its end token included", least=1)
-    answer_suffix: str = setting(
-        "auto", "ends every answer; auto: the tokenizer's end token; else a literal (<|end_of_text|> as published)"
+    responses: str | None = setting(
+        None, "JSONL[.gz] file of {question, answer}, or a Hugging Face dataset id", path=True
     )
-    shuffle: bool = setting(True, "a new order every epoch")
-    seed: int = setting(0, "of the order")
-    max_buckets: int = setting(8, "padded lengths that are compiled, for queries and for answers each", least=1)
+    split: str = setting("train", "split of a Hugging Face dataset")
+    finished_only: bool = setting(False, "skip truncated responses (`finish: length` in the output of `respond`)")
+    max_query_length: int = setting(512, "maximum tokens per query, including the compression tokens", least=1)
+    max_answer_length: int = setting(512, "maximum tokens per answer, including the end token", least=1)
+    answer_suffix: str = setting(
+        "auto",
+        "text appended to every answer; auto: the tokenizer's end token; <|end_of_text|>: as published",
+    )
+    shuffle: bool = setting(True, "shuffle the examples every epoch")
+    seed: int = setting(0, "shuffling seed")
+    max_buckets: int = setting(
+        8, "maximum number of padded lengths to compile, for queries and for answers each", least=1
+    )
 
 
 @dataclasses.dataclass
 class LossConfig:
-    """The weights of the losses; what has weight 0 is neither read nor computed."""
+    """Loss weights; losses with weight 0 are not computed."""
 
     reconstruction: float = setting(1.0, "weight of the reconstruction loss")
     alignment: float = setting(1.0, "weight of the alignment loss")
     alignment_function: str = setting(
-        "mse", "of the alignment losses: mean squared error (as published), or 1 - cosine", ("mse", "cosine")
+        "mse", "function of the alignment losses; mse: as published; cosine: 1 - cosine similarity", ("mse", "cosine")
     )
-    repeat: float = setting(0.0, "of aligning a request to repeat the answer, relative to loss.alignment")
-    negative: float = setting(0.0, "of aligning negative_question with negative_answer, relative to loss.alignment")
+    repeat: float = setting(
+        0.0, "weight, relative to loss.alignment, of aligning a request to repeat the answer with its target"
+    )
+    negative: float = setting(
+        0.0, "weight, relative to loss.alignment, of aligning negative_question with negative_answer"
+    )
     margin: float = setting(0.0, "weight of the margin loss between questions, and against negative_question")
-    margin_threshold: float = setting(10.0, "distance beyond which the margin loss is zero")
-    contrastive: float = setting(0.0, "weight of the contrastive loss of questions against repeated answers")
+    margin_threshold: float = setting(10.0, "distance above which the margin loss is zero")
+    contrastive: float = setting(0.0, "weight of the contrastive loss between questions and repeated answers")
     contrastive_function: str = setting("cosine", "similarity of the contrastive loss", ("cosine", "dot_product"))
-    contrastive_scale: float = setting(20.0, "multiplies the similarities")
+    contrastive_scale: float = setting(20.0, "scale of the contrastive similarities (inverse temperature)")
     contrastive_hardness: float = setting(
-        0.0, "alpha: a question's own negative weighs exp(alpha * similarity) in the contrastive loss"
+        0.0, "hardness alpha of the contrastive loss: hard negatives are weighted by exp(alpha * similarity)"
     )
     chunk_tokens: int | None = setting(
-        None, "answer tokens whose logits are in memory at a time; null: by the device's memory", least=1
+        None, "answer tokens per chunk of logits; null: chosen from the device memory", least=1
     )
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW, its schedule and clipping."""
+    """AdamW, its learning rate schedule and gradient clipping."""
 
     learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
-    schedule: str = setting("linear", "after the warm-up", ("linear", "constant", "cosine"))
+    schedule: str = setting("linear", "learning rate schedule after warm-up", ("linear", "constant", "cosine"))
     schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero", least=1)
     warmup_steps: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.0, "of AdamW")
-    max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped; 0: no clipping")
+    weight_decay: float = setting(0.0, "weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, "maximum global gradient norm (clipping); 0: no clipping")
 
 
 @dataclasses.dataclass
 class RunSettings:
-    """What every run directory takes."""
+    """Settings shared by all training runs."""
 
     output: str | None = setting(None, "run directory; an interrupted run in it is resumed", path=True)
-    overwrite: bool = setting(False, "delete what is in the run directory first")
+    overwrite: bool = setting(False, "delete the contents of the run directory first")
     log_every: int = setting(10, "steps between records in metrics.jsonl", least=1)
-    checkpoint_minutes: float = setting(10.0, "minutes after which a checkpoint is saved besides; 0: by steps alone")
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", least=1)
-    watchdog: int = setting(1800, "seconds without a finished step after which a run gives up (exit code 76)", least=1)
+    checkpoint_minutes: float = setting(
+        10.0, "minutes between checkpoints, in addition to checkpoint_every; 0: by steps only"
+    )
+    keep_checkpoints: int = setting(2, "number of most recent checkpoints to keep", least=1)
+    watchdog: int = setting(1800, "seconds without a completed step after which the run exits with code 76", least=1)
     remat: str = setting(
         "auto",
-        "what the backward pass keeps of a layer: everything, its matrix products, or its input only; auto: dots if it "
-        "fits in the device's memory, else block",
+        "rematerialization policy, activations saved per layer; none: all; dots: matrix products; block: layer input; "
+        "auto: dots if it fits in device memory, else block",
         ("auto", "none", "dots", "block"),
     )
 
 
 @dataclasses.dataclass
 class TrainSettings(RunSettings):
-    """The run: how long, how large, where it is kept, and what its backward pass keeps."""
+    """The training run: length, batch size, run directory and checkpoints."""
 
     checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
-    steps: int = setting(5_000, "optimizer steps", least=1)
+    steps: int = setting(5_000, "number of optimizer steps", least=1)
     batch_size: int = setting(32, "global batch size", least=1)
-    seed: int = setting(42, "of the initial trainable parameters")
-    init_from: str | None = setting(None, "model directory whose tokens and heads are the start", path=True)
+    seed: int = setting(42, "seed for initializing the trainable parameters")
+    init_from: str | None = setting(None, "model directory from which to initialize tokens and heads", path=True)
     ridge_examples: int = setting(
         0,
-        "examples on which ridge regression solves the alignment head before the first step; 0: none, as published",
+        "number of examples for initializing the alignment head by ridge regression; 0: off, as published",
     )
-    profile: str | None = setting(None, "START:STOP: steps of which a trace for TensorBoard is written to profile/")
+    profile: str | None = setting(None, "START:STOP: steps to profile; the TensorBoard trace is written to profile/")
 
 
 @dataclasses.dataclass
 class TrackingConfig:
-    """What every training takes."""
+    """Settings shared by all commands that train."""
 
     tracking: str | None = setting(
         None,
-        "where to log beside metrics.jsonl and TensorBoard (pip install -r requirements-tracking.txt)",
+        "experiment tracker, in addition to metrics.jsonl and TensorBoard (pip install -r requirements-tracking.txt)",
         ("wandb", "trackio"),
     )
 
@@ -180,35 +192,38 @@ class TrainConfig(TrackingConfig, DistributedConfig):
 
 @dataclasses.dataclass
 class AblateConfig(TrainConfig):
-    """`python -m launch.ablate`: train several configs, each into train.output/NAME, and print one table of them."""
+    """`python -m launch.ablate`: train one run per config, in train.output/NAME, and print a table of the results."""
 
 
 @dataclasses.dataclass
 class PlanConfig:
-    """`python -m launch.plan`: what a training step and an encoding pass cost on devices that need not be here.
+    """`python -m launch.plan`: estimate the cost of training and inference on devices that need not be attached.
 
-    Compiles both, and the generation of a batch of answers, for a mesh; runs nothing, and prints bytes per device,
-    FLOPs, bytes that collectives move, and the time that these need at least by the data sheets of the devices. TPUs
-    need the TPU compiler (pip install libtpu), NVIDIA GPUs the GPU compiler (requirements-gpu-compiler.txt); without
-    it they are estimated by the CPU compiler, and lowered for CUDA. What fits is below 92 % of what JAX lets a program
-    have: on a GPU 75 % of its memory, or XLA_PYTHON_CLIENT_MEM_FRACTION.
+    Compiles a training step, an encoding pass and the generation of a batch of answers for a mesh, without running
+    them. Prints bytes per device, FLOPs, bytes moved by collectives, and a lower bound on the time from the devices'
+    data sheets. TPUs need the TPU compiler (pip install libtpu), NVIDIA GPUs the GPU compiler
+    (requirements-gpu-compiler.txt); without the latter, the CPU compiler estimates GPU memory, and the programs are
+    only lowered for CUDA. A program fits if it needs less than 92 % of the memory available to JAX: on GPUs 75 % of the
+    device memory, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 
     topology=   v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1; h100 (one), h100:8 (one host), h100:2x8 (two):
                 a100, a100-40gb, a10g, b200, gb200, gh200, h100, h100-nvl, h100-pcie, h200, l4, l40s, t4;
-                cpu:4; null: the devices here
+                cpu:4; null: the attached devices
     """
 
-    topology: str | None = setting(None, "devices, as above")
+    topology: str | None = setting(None, "device topology, as listed above")
     architecture: str | None = setting(
         None,
-        "config.json of a backbone that is not here (configs/architectures/); null: that of backbone.path",
+        "config.json of a backbone without weights (configs/architectures/); null: that of backbone.path",
         path=True,
     )
-    answer_length: int = setting(512, "tokens of every answer", least=1)
-    query_length: int = setting(512, "tokens of every query, and of a row of texts to encode", least=1)
+    answer_length: int = setting(512, "tokens per answer", least=1)
+    query_length: int = setting(512, "tokens per query, and per row of texts to encode", least=1)
     search: bool = setting(False, "try meshes and remat policies, cheapest first, until one fits")
-    measure: bool = setting(False, "run both here, on random weights, and print the measured peak beside the estimate")
-    output: str | None = setting(None, "JSONL to which every row is appended", path=True)
+    measure: bool = setting(
+        False, "also run the programs on random weights, and print measured next to estimated peak memory"
+    )
+    output: str | None = setting(None, "JSONL file to append every result to", path=True)
     backbone: BackboneConfig = section(BackboneConfig)
     compression: CompressionConfig = section(CompressionConfig)
     lora: LoraConfig = section(LoraConfig)
@@ -221,68 +236,72 @@ class PlanConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
-    """The texts that a teacher is trained on."""
+    """The texts on which a teacher is trained."""
 
     path: str | None = setting(
-        None, "a .txt (a text per line) or .jsonl[.gz]; default: the backbone's own responses", path=True
+        None, ".txt (one text per line) or .jsonl[.gz] file; null: generate responses with the backbone", path=True
     )
-    field: str = setting("answer", "of the JSONL objects")
-    sentences: bool = setting(True, "SimCSE reads the texts' sentences, not whole texts")
-    queries: int = setting(5000, "without corpus.path: queries that the backbone writes and responds to", least=1)
-    max_new_tokens: int = setting(256, "without corpus.path: tokens of a response", least=1)
+    field: str = setting("answer", "JSONL key of the text")
+    sentences: bool = setting(True, "train SimCSE on sentences; false: on full texts")
+    queries: int = setting(5000, "without corpus.path: number of queries to generate and respond to", least=1)
+    max_new_tokens: int = setting(256, "without corpus.path: maximum tokens per response", least=1)
 
 
 @dataclasses.dataclass
 class StageConfig:
-    """What both stages of a teacher's training take."""
+    """Settings shared by both stages of teacher training."""
 
-    steps: int = setting(1000, "optimizer steps; 0: leave this stage out")
+    steps: int = setting(1000, "number of optimizer steps; 0: skip this stage")
     warmup_steps: int = setting(0, "steps of linear warm-up")
-    schedule_steps: int | None = setting(None, "steps after which the rate is zero; default: steps", least=1)
-    rank: int = setting(16, "of the LoRA on all seven projections", least=1)
-    alpha: float = setting(32.0, "the LoRA is scaled by alpha / rank")
-    dropout: float = setting(0.05, "of the LoRA's inputs", most=0.99)
+    schedule_steps: int | None = setting(
+        None, "steps after which the learning rate reaches zero; null: same as steps", least=1
+    )
+    rank: int = setting(16, "LoRA rank on all seven projections", least=1)
+    alpha: float = setting(32.0, "LoRA scaling: updates are multiplied by alpha / rank")
+    dropout: float = setting(0.05, "dropout rate of the LoRA inputs", most=0.99)
 
 
 @dataclasses.dataclass
 class MntpConfig(StageConfig):
-    """Masked next-token prediction, a teacher's first stage (LLM2Vec, BehnamGhader et al. 2024)."""
+    """First stage: masked next-token prediction (LLM2Vec, BehnamGhader et al. 2024)."""
 
     learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
     batch_size: int = setting(32, "blocks per step", least=1)
-    max_length: int = setting(512, "tokens of a block", least=2)
-    mask_probability: float = setting(0.2, "share of tokens that are predicted")
-    mask_token: str = setting("_", "what hides a token; one token of the backbone")
-    masking: str = setting("bert", "bert: 80 % masked, 10 % random, 10 % kept; all: all masked", ("bert", "all"))
+    max_length: int = setting(512, "tokens per block", least=2)
+    mask_probability: float = setting(0.2, "fraction of tokens to predict")
+    mask_token: str = setting("_", "text of the mask token, a single token of the backbone")
+    masking: str = setting(
+        "bert", "masking scheme; bert: 80 % masked, 10 % random, 10 % unchanged; all: all masked", ("bert", "all")
+    )
 
 
 @dataclasses.dataclass
 class SimcseConfig(StageConfig):
-    """Unsupervised SimCSE, a teacher's second stage: two passes of a text with different dropout."""
+    """Second stage: unsupervised SimCSE, with two passes per text that differ in dropout."""
 
     learning_rate: float = setting(3e-5, "peak learning rate of AdamW")
-    batch_size: int = setting(128, "texts per step; each is every other's negative", least=2)
-    max_length: int = setting(128, "tokens of a text", least=1)
-    scale: float = setting(20.0, "of the cosines (inverse temperature)")
-    attention_dropout: float = setting(0.3, "of the attention weights: what makes two passes differ", most=0.99)
+    batch_size: int = setting(128, "texts per step, which are in-batch negatives of each other", least=2)
+    max_length: int = setting(128, "maximum tokens per text", least=1)
+    scale: float = setting(20.0, "scale of the cosine similarities (inverse temperature)")
+    attention_dropout: float = setting(0.3, "dropout rate of the attention weights", most=0.99)
 
 
 @dataclasses.dataclass
 class TeacherSettings(RunSettings):
-    """The run of a teacher's training."""
+    """The teacher's training run."""
 
     checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
-    seed: int = setting(42, "of everything")
-    adapter_dtype: str = setting("float32", "of the written adapters", ("float32", "bfloat16"))
+    seed: int = setting(42, "random seed")
+    adapter_dtype: str = setting("float32", "dtype of the written adapters", ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass
 class TeacherTrainConfig(TrackingConfig, DistributedConfig):
-    """`python -m launch.train_teacher`: an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
+    """`python -m launch.train_teacher`: train an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
 
     backbone: BackboneConfig = section(BackboneConfig)
     attention: str = setting(
-        "bidirectional", "of both stages, and of the teacher that they make", ("bidirectional", "causal")
+        "bidirectional", "attention of both stages and of the resulting teacher", ("bidirectional", "causal")
     )
     corpus: CorpusConfig = section(CorpusConfig)
     mntp: MntpConfig = section(MntpConfig)
@@ -294,16 +313,16 @@ class TeacherTrainConfig(TrackingConfig, DistributedConfig):
 
 @dataclasses.dataclass
 class QuickstartConfig(TrackingConfig):
-    """`python -m launch.quickstart`: the whole recipe, small, from nothing but the default backbone."""
+    """`python -m launch.quickstart`: run the complete recipe at a small scale, from the default backbone alone."""
 
     backbone: BackboneConfig = section(BackboneConfig)
-    output: str = setting("runs/quickstart", "directory for everything; repeat the command to resume", path=True)
-    queries: int = setting(240, "queries that the LLM writes", least=1)
-    max_new_tokens: int = setting(64, "tokens of a response", least=1)
-    steps: int = setting(160, "training steps", least=1)
-    batch_size: int = setting(8, "training batch", least=1)
-    learning_rate: float = setting(1e-3, "peak; high, because the run is short")
-    seed: int = setting(0, "of everything")
-    overwrite: bool = setting(False, "start anew")
+    output: str = setting("runs/quickstart", "output directory; repeat the command to resume", path=True)
+    queries: int = setting(240, "number of queries to generate", least=1)
+    max_new_tokens: int = setting(64, "maximum tokens per response", least=1)
+    steps: int = setting(160, "number of training steps", least=1)
+    batch_size: int = setting(8, "training batch size", least=1)
+    learning_rate: float = setting(1e-3, "peak learning rate; high because the run is short")
+    seed: int = setting(0, "random seed")
+    overwrite: bool = setting(False, "replace an output written with other settings")
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -40,9 +40,9 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     which are recorded in run.json.
     """
     options.require(config, "tasks", "output")
-    with locks.locked(config.output, "output"):
+    output = pathlib.Path(str(config.output))
+    with locks.locked(output, "output"):
         jobs = resolve(config)
-        output = pathlib.Path(str(config.output))
         output.mkdir(parents=True, exist_ok=True)
         query, document, identity = encoders.load(path, config)
         results = _ResultsFile(output, identity | {"limit": config.limit}, config.overwrite)

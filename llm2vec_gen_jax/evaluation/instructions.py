@@ -5,7 +5,8 @@ import pathlib
 from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError, nearest
-from llm2vec_gen_jax.common.files import SHIPPED, read_yaml, shipped
+from llm2vec_gen_jax.common.files import SHIPPED, shipped
+from llm2vec_gen_jax.common.yaml_files import read_yaml
 
 PUBLISHED = SHIPPED / "configs" / "evaluate" / "published.yaml"
 

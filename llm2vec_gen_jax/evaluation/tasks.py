@@ -141,7 +141,8 @@ def _read_rows(file: pathlib.Path, kind: str) -> list[dict[str, Any]]:
     rows = []
     for number, row in read_jsonl(file):
         _check_strings(file, number, {key: row.get(key) for key in texts})
-        label, expected = row.get(value), "a number" if kind == "sts" else "a string or a whole number"
+        label: Any = row.get(value)
+        expected = "a number" if kind == "sts" else "a string or a whole number"
         label_types = (int, float) if kind == "sts" else (int, str)
         valid = isinstance(label, label_types) and not isinstance(label, bool)
         if not valid or (kind == "sts" and not math.isfinite(label)):

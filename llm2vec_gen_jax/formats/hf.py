@@ -13,7 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llm2vec_gen_jax.common.errors import InputError, not_finite
-from llm2vec_gen_jax.common.files import atomic_directory, check_file, parse_yaml, read_json, write_json
+from llm2vec_gen_jax.common.files import atomic_directory, check_file, read_json, write_json
+from llm2vec_gen_jax.common.yaml_files import parse_yaml
 from llm2vec_gen_jax.formats import weights
 from llm2vec_gen_jax.model import architecture as architecture_lib
 

@@ -28,7 +28,7 @@ import tokenizers
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from llm2vec_gen_jax.common import files
+from llm2vec_gen_jax.common import files, yaml_files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import torchzip
 
@@ -128,7 +128,7 @@ def write(
             _write_head(folder / f"{name}_mlp", getattr(model, name), model.dtype)
         mode = {"encoding_mode": run["encoding_mode"], "save_decoder": False}
         files.write_json(folder / "encoder_decoder_config.json", mode)
-        files.write_text(folder / "run_config.yml", files.to_yaml(run))
+        files.write_text(folder / "run_config.yml", yaml_files.to_yaml(run))
         write_tokenizer(folder, tokenizer, model.special_tokens)
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
         files.write_text(folder / "README.md", card)
@@ -194,7 +194,7 @@ def _read_run_config(path):
 
     BaseLoader constructs only strings, lists and dicts, and ignores tags such as !!python/object.
     """
-    files.check_file(path, largest=files.LARGEST_YAML)
+    files.check_file(path, largest=yaml_files.LARGEST_YAML)
     try:
         run = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

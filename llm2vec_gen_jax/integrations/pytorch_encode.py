@@ -1,6 +1,6 @@
-"""Encodes and decodes with a model directory in PyTorch, for `launch.convert verify`. A script, never imported.
+"""Encodes and decodes with a model directory in PyTorch, for `launch.convert verify`. A script, not imported.
 
-    PYTHON pytorch_encode.py MODEL_DIR REQUEST.json OUT.npz
+usage: PYTHON pytorch_encode.py MODEL_DIR REQUEST.json OUT.npz
 
 It runs in an environment that may lack JAX. If the published package (`llm2vec-gen`) is installed there, it is used;
 otherwise transformers and peft with the package's recipe. REQUEST.json: batches of texts, decode (the number of texts

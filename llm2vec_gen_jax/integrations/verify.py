@@ -16,7 +16,8 @@ import numpy as np
 from llm2vec_gen_jax import api, config
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import to_yaml, write_json
+from llm2vec_gen_jax.common.files import write_json
+from llm2vec_gen_jax.common.yaml_files import to_yaml
 from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, device memory, joining and stopping many processes, signals."""
+"""Devices and processes: mesh, device memory, multi-process runs, signals."""

@@ -1,4 +1,4 @@
-"""Data sheets: peak FLOPs, memory and bandwidth of accelerators by the names that devices report."""
+"""Accelerator data sheets: peak FLOPs, memory and bandwidth."""
 
 import dataclasses
 import re
@@ -8,9 +8,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The peak figures of a device. flops: dense bfloat16, per second. memory: bytes that CUDA or the TPU compiler
-    reports, a little less than the data sheet's. bandwidth: bytes per second of its memory. link: bytes per second
-    that it can send to other devices of its slice or node, one way."""
+    """Peak figures of a device.
+
+    flops: dense bfloat16 FLOPs per second. memory: bytes, as reported by CUDA or the TPU compiler (slightly less than
+    in the data sheet). bandwidth: memory bandwidth in bytes per second. link: one-way interconnect bandwidth within a
+    slice or node in bytes per second.
+    """
 
     flops: float
     memory: float
@@ -18,9 +21,9 @@ class Chip:
     link: float
 
 
-# TPUs: cloud.google.com/tpu/docs, where ICI bandwidth is given both ways (v4: one way); a TPU7x chip is two devices.
-# NVIDIA: the data sheets on nvidia.com. FLOPs are half of a figure "with sparsity", links half of NVLink's or PCIe's
-# figure for both directions. A T4 has no bfloat16: its figure is float16's.
+# TPUs: cloud.google.com/tpu/docs, where ICI bandwidth is bidirectional (v4: one-way); a TPU7x chip is two devices.
+# NVIDIA: the data sheets on nvidia.com. FLOPs are half of the values "with sparsity", links half of the bidirectional
+# bandwidth of NVLink or PCIe. A T4 has no bfloat16: the value is for float16.
 CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1228e9, 300e9),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 200e9),
@@ -46,8 +49,8 @@ CHIPS = {
     "gb200": Chip(2500e12, 184.31 * GIB, 8000e9, 900e9),
 }
 
-# What `device.device_kind` says, in lower case and without the maker's name, as a pattern of the whole name. Anything
-# else, a MIG slice too, has no data sheet here.
+# Patterns of the complete `device.device_kind`, in lower case and without the vendor. Other devices, such as MIG
+# slices, have no data sheet here.
 _DEVICE_KINDS = {
     "v4": r"tpu v4",
     "v5e": r"tpu v5 ?lite|tpu v5e",
@@ -74,7 +77,7 @@ _DEVICE_KINDS = {
 }
 
 
-def chip_of(device_kind):
-    """Returns the Chip of `device.device_kind`, or None where its data sheet is not known."""
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the Chip of a `device.device_kind`, or None if it is unknown."""
     name = re.sub(r"^(nvidia|tesla) ", "", device_kind.strip().lower())
     return next((CHIPS[kind] for kind, names in _DEVICE_KINDS.items() if re.fullmatch(names, name)), None)

@@ -1,4 +1,4 @@
-"""Accelerators that JAX cannot use: one line that says why and how to mend it, instead of logs and tracebacks."""
+"""One-line messages for accelerators that JAX cannot use, instead of logs and tracebacks."""
 
 import ctypes
 import glob
@@ -15,40 +15,39 @@ import warnings
 from llm2vec_gen_jax.common.errors import first_line
 
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
-_KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_nothing_here` looks for
+_KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_no_accelerator` looks for
 _NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # PCI vendors
 _KEEP_FREED = {-8: 1, -4: 0, -1: -1}  # mallopt: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-_failures: list[str] = []  # of plugins, as they were reported
+_failures: list[str] = []  # plugin errors logged by JAX
 
 
-def prepare():
-    """Call it before `import jax`: what it reports of plugins is left out; one line where a GPU is not used.
+def prepare() -> None:
+    """Filters JAX's messages about plugins, and warns if a GPU is present but not used. Call it before `import jax`.
 
-    Where only the CPU is used, memory that is freed stays with the process.
+    If only the CPU is used, freed memory stays with the process.
     """
     warnings.filterwarnings("ignore", "JAX plugin .* is installed, but", RuntimeWarning)
     logging.getLogger("jax._src.xla_bridge").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda13").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda12").addFilter(_note)
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    if asked:
-        if asked == "cpu":
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        if platforms == "cpu":
             _keep_freed()
         return
     if _mismatch() or (_pci(_NVIDIA) and not _has_driver()):
         print(f"warning: {_cuda_problem()}. The CPU is used", file=sys.stderr)
-    if _nothing_here():
+    if _no_accelerator():
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # plugins that look for devices in vain are loud
+        jax.config.update("jax_platforms", "cpu")  # plugins without devices print warnings
         _keep_freed()
 
 
-def _keep_freed():
-    """Makes glibc keep freed memory, unless the environment sets up its malloc.
+def _keep_freed() -> None:
+    """Makes glibc keep freed memory, unless the environment configures its malloc.
 
-    A program takes its memory anew each time it runs. Given back in between, it comes as pages that the system clears:
-    half a million for a training step of SmolLM2-135M.
+    A program allocates its memory each time it runs. Memory returned to the system in between comes back as pages that
+    the system clears first: half a million for a training step of SmolLM2-135M.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -56,26 +55,26 @@ def _keep_freed():
         ctypes.CDLL(None).mallopt(option, value)
 
 
-def problem_of(error):
-    """Returns the line for an exception with which JAX says that it has no device; None for any other."""
-    asked = os.environ.get("JAX_PLATFORMS", "")
+def problem_of(error: BaseException) -> str | None:
+    """Returns the message for an exception of JAX about unavailable devices, or None for any other exception."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     frames = traceback.extract_tb(error.__traceback__)
     no_backend = isinstance(error, AssertionError) and frames and frames[-1].filename.endswith("xla_bridge.py")
     if not no_backend and not (isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)):
         return None
-    reason = first_line(error) if not no_backend else "no such device can be used"
-    if {"cuda", "gpu"} & set(re.split(r"\s*,\s*", asked.lower())):
+    reason = first_line(error) if not no_backend else "no such device is available"
+    if {"cuda", "gpu"} & set(re.split(r"\s*,\s*", platforms.lower())):
         reason = _cuda_problem()
-    return f"JAX_PLATFORMS={asked}: {reason}. To compute on the CPU, set JAX_PLATFORMS=cpu or unset it"
+    return f"JAX_PLATFORMS={platforms}: {reason}. To compute on the CPU, set JAX_PLATFORMS=cpu or unset it"
 
 
 def _cuda_problem():
-    """Says why JAX does not use a GPU of NVIDIA, and what to do."""
+    """Returns why JAX does not use an NVIDIA GPU, and the fix."""
     if mismatch := _mismatch():
         return mismatch
     if not _has_driver():
         return (
-            "no NVIDIA driver is to be seen here (no /dev/nvidia0): install it, or, in a container, pass the GPU to it "
+            "no NVIDIA driver found (no /dev/nvidia0): install it, or, in a container, enable the GPU "
             "(docker run --gpus all)"
         )
     if not _versions():
@@ -85,30 +84,30 @@ def _cuda_problem():
 
 
 def _mismatch():
-    """Says which CUDA plugin is of another version than jaxlib, which then does not use it; None when they fit."""
+    """Returns a message if the version of a CUDA plugin differs from jaxlib's, which then ignores it, else None."""
     jaxlib = importlib.metadata.version("jaxlib")
     for name, version in _versions().items():
-        if _numbers(version) != _numbers(jaxlib):
+        if _release(version) != _release(jaxlib):
             extra = name.removeprefix("jax-").removesuffix("-plugin")
             jax = importlib.metadata.version("jax")
             return (
-                f"{name} {version} is of another version than jaxlib {jaxlib}, which does not use it: "
+                f"{name} {version} does not match jaxlib {jaxlib}, which ignores it: "
                 f"pip install -U 'jax[{extra}]=={jax}'"
             )
     return None
 
 
 def _versions():
-    found = {}
+    versions = {}
     for name in _CUDA_PLUGINS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _numbers(version):
+def _release(version):
     return re.match(r"[0-9.]*", version)[0].strip(".")
 
 
@@ -116,16 +115,16 @@ def _has_driver():
     return any(map(os.path.exists, ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")))
 
 
-def _nothing_here():
-    """Whether there is no device but the CPU, as far as this can tell: no other system, no unknown plugin."""
+def _no_accelerator():
+    """Whether the CPU is certainly the only device. False on other systems than Linux and with unknown plugins."""
     plugins = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
     nodes = ("/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg")
-    found = any(glob.glob(node) for node in nodes) or _pci(_GOOGLE) or "TPU_NAME" in os.environ
-    return sys.platform == "linux" and plugins <= _KNOWN and not found
+    device = any(glob.glob(node) for node in nodes) or _pci(_GOOGLE) or "TPU_NAME" in os.environ
+    return sys.platform == "linux" and plugins <= _KNOWN and not device
 
 
 def _pci(vendor):
-    """Whether a PCI device of a vendor is here: of NVIDIA's, one that displays or computes (class 03)."""
+    """Whether a PCI device of a vendor is present; for NVIDIA, a display controller (class 03)."""
     for path in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"):
         try:
             if path.read_text().strip() == vendor:
@@ -137,7 +136,7 @@ def _pci(vendor):
 
 
 def _note(record):
-    """A logging filter: drops the report of a plugin that cannot be used; says it in a line where there is a GPU."""
+    """Logging filter: drops errors of unusable plugins, and prints one line instead if there is a GPU."""
     message = record.getMessage()
     if "plugin configuration error" not in message and "plugin_extension is not found" not in message:
         return True

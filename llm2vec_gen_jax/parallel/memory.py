@@ -1,34 +1,35 @@
-"""What fits into a device: how much memory it has, how much a program takes, and what follows for training."""
+"""Device memory: the available bytes, and the bytes that programs and arrays need."""
 
 import math
 import os
+from typing import Any
 
 import jax
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.parallel.chips import chip_of
+from llm2vec_gen_jax.parallel.chips import Chip, chip_of
 
-_USABLE = 0.92  # of what a program may have; the rest is for batches, fragments and what runs beside
+_USABLE = 0.92  # fraction of the available memory; the rest is for batches, fragmentation and other programs
 
 
-def limit(mesh, chip=None):
-    """Returns the bytes that training may take on each device of a mesh (None: of this process's devices).
+def limit(mesh: jax.sharding.Mesh | None, chip: Chip | None = None) -> float | None:
+    """Returns the usable bytes on each device of a mesh (None: this process's devices).
 
-    92 % of what JAX lets programs have: by the device itself, else by its data sheet. None where neither is known, as
-    on a CPU. chip: the Chip of the GPU that CPUs stand for in an estimate.
+    That is 92 % of the memory available to JAX, as reported by the device, else from its data sheet; None if neither is
+    known, as on CPUs. chip: the GPU that CPU devices stand for in an estimate.
     """
     devices = mesh.devices.flat if mesh else jax.local_devices()
-    # Of another process's device nothing is known.
+    # Only local devices report their memory.
     device = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
-    found = _available(device, chip)
-    return found and _USABLE * found
+    available = _available(device, chip)
+    return available and _USABLE * available
 
 
 def _available(device, chip):
-    """Returns the bytes that JAX lets programs have on a device, or None where that is not known."""
+    """Returns the bytes available to JAX on a device, or None if unknown."""
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # the device is described, not attached
+    except jax.errors.JaxRuntimeError:  # a device of a topology description
         stats = {}
     chip = chip if device.platform == "cpu" else chip_of(device.device_kind)
     if device.platform != "cpu" and stats.get("bytes_limit"):
@@ -36,10 +37,11 @@ def _available(device, chip):
     return chip and chip.memory * (1.0 if device.platform == "tpu" else pool_share())
 
 
-def pool_share():
-    """Returns the share of a GPU's memory that JAX may take, by the environment variables that JAX reads.
+def pool_share() -> float:
+    """Returns the fraction of GPU memory that JAX may allocate, from the environment variables that JAX reads.
 
-    XLA_PYTHON_CLIENT_PREALLOCATE=false changes when memory is taken, not how much. Raises InputError for a bad value.
+    XLA_PYTHON_CLIENT_PREALLOCATE=false changes when memory is allocated, not how much. Raises InputError for an
+    invalid value.
     """
     if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
         return 1.0
@@ -50,21 +52,21 @@ def pool_share():
             except ValueError:
                 share = 0.0
             if not 0 < share <= 1:
-                raise InputError(f"{key}={value}: expected a share of the GPU's memory, as 0.9")
+                raise InputError(f"{key}={value}: expected a fraction of the GPU's memory, such as 0.9")
             return share
     return 0.75
 
 
-def taken(compiled):
-    """Returns (bytes of what a compiled program is given, bytes of all that it makes), per device.
+def program_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Returns (bytes of arguments, bytes of temporaries and outputs) of a compiled program, per device.
 
-    What is donated counts once, with what is given.
+    Outputs that reuse donated arguments are counted once, as arguments.
     """
-    memory = compiled.memory_analysis()
-    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes, beside
+    memory: Any = compiled.memory_analysis()
+    allocated = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes, allocated
 
 
-def bytes_per_device(tree):
-    """Returns the bytes of a tree of arrays or ShapeDtypeStructs that each device holds."""
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes per device of a tree of sharded arrays or ShapeDtypeStructs."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,24 +1,25 @@
-"""Cooperative handling of SIGTERM and SIGINT (Ctrl-C): the first asks a run to stop, a second one ends the process.
+"""Cooperative SIGTERM and SIGINT (Ctrl-C) handling: the first sets a flag, a second terminates.
 
-A cluster sends SIGTERM some seconds before it takes a machine away. Without JAX, so that the handlers are set first.
+Clusters send SIGTERM shortly before they preempt a machine. Does not import JAX: handlers are installed before that.
 """
 
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _asked = False
-_at_once = False  # whether a signal raises Stopped, or is left to who asks
+_at_once = False  # whether a signal raises Stopped, or only sets the flag
 
 
 class Stopped(BaseException):
-    """A run was asked to stop and has saved where it is. No Exception: nothing on the way may take it for a fault."""
+    """A run was stopped by a signal, after saving. Not an Exception, so that no handler treats it as a failure."""
 
 
 @contextlib.contextmanager
-def caught():
-    """Handles both signals in the block. They are noted for `asked`; after `stop_at_once` they raise Stopped."""
+def caught() -> Iterator[None]:
+    """Installs the signal handlers within the block. They set the flag `asked`, or raise Stopped (`stop_at_once`)."""
     global _asked, _at_once
     _asked = _at_once = False
     before = {number: signal.signal(number, _note) for number in _SIGNALS}
@@ -30,21 +31,21 @@ def caught():
         _asked = _at_once = False
 
 
-def asked():
-    """Whether this process was asked to stop."""
+def asked() -> bool:
+    """Whether this process received a signal."""
     return _asked
 
 
-def stop_at_once():
-    """From now on a signal raises Stopped: for a process that is alone and has nothing to save. See `deferred`."""
+def stop_at_once() -> None:
+    """Makes signals raise Stopped: for a single process outside of blocks that save (`deferred`)."""
     global _at_once
     _at_once = True
     _stop_if_asked()
 
 
 @contextlib.contextmanager
-def deferred():
-    """Signals are only noted in the block, which asks for them and saves what it has."""
+def deferred() -> Iterator[None]:
+    """Makes signals only set the flag within the block, which checks `asked` and saves."""
     global _at_once
     before, _at_once = _at_once, False
     try:
@@ -62,8 +63,8 @@ def _note(number, frame):
     global _asked
     _asked = True
     for each in _SIGNALS:
-        signal.signal(each, signal.SIG_DFL)  # whoever asks twice does not want to wait
+        signal.signal(each, signal.SIG_DFL)  # a second signal terminates
     if _at_once:
         _stop_if_asked()
-    if number == signal.SIGINT:  # not by print, which this may have interrupted
-        os.write(2, b"\nstopping after this step, and saving; Ctrl-C again ends at once\n")
+    if number == signal.SIGINT:  # print is not reentrant
+        os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to exit immediately\n")

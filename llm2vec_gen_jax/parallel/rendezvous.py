@@ -1,8 +1,8 @@
-"""Where the processes of a run meet before JAX joins them.
+"""Rendezvous of the processes of a run before jax.distributed.initialize.
 
-JAX ends a process in C++ (SIGABRT, SIGSEGV) when another one does not come, comes twice, or finds the port taken, and a
-process that comes late ends the whole run. So process 0 listens at the run's address first, until every other process
-has said which one it is; then JAX's coordination service takes the port. A process that comes later gets no answer.
+JAX aborts a process in C++ (SIGABRT, SIGSEGV) if another one is missing, joins twice, or cannot bind the port, and a
+late process aborts the complete run. Therefore process 0 first listens at the run's address until every other process
+has sent its index; then JAX's coordination service binds the port. Later processes get no response.
 """
 
 import contextlib
@@ -11,26 +11,29 @@ import os
 import select
 import socket
 import time
+from collections.abc import Callable
 
-_GRACE = 10  # seconds that a process that was asked to stop still waits: the others are to stop with it, not to fail
+_GRACE = 10  # seconds that a process waits after a signal, so that the others stop with it instead of failing
 _LONGEST = 1024  # bytes of a message
 _TICK = 0.2  # seconds
 
 
 class Missed(Exception):
-    """The processes of a run have not met; says why."""
+    """The processes of a run did not all join; the message gives the reason."""
 
 
-def meet(host, port, count, index, timeout, asked=lambda: False):
-    """Returns when processes 0 ... count - 1 have come to host:port. Raises Missed when they have not in `timeout` s.
+def meet(
+    host: str, port: int, count: int, index: int, timeout: float, asked: Callable[[], bool] = lambda: False
+) -> None:
+    """Waits until processes 0 ... count - 1 have joined at host:port. Raises Missed after `timeout` seconds.
 
-    asked: whether this process was asked to stop, which shortens the wait.
+    index: this process. asked: whether it received a signal, which shortens the wait.
     """
     time_left = _Deadline(timeout, asked).time_left
     if index == 0:
         _listen(host, port, count, time_left)
     else:
-        _call(host, port, count, index, time_left)
+        _join(host, port, count, index, time_left)
 
 
 class _Deadline:
@@ -45,58 +48,58 @@ class _Deadline:
 
 
 def _listen(host, port, count, time_left):
-    """Process 0: answers no process before all have come."""
+    """Process 0: waits for all processes, then responds to each."""
     try:
         server = _server(host, port)
     except OSError as error:
-        raise Missed(f"port {port} cannot be listened on: {os.strerror(error.errno)}") from None
-    came, unknown = {}, {}  # connections by process, and what others have sent so far
+        raise Missed(f"cannot listen on port {port}: {os.strerror(error.errno)}") from None
+    joined, unknown = {}, {}  # process -> connection; other connections -> bytes received
     with server, contextlib.ExitStack() as connections:
-        while len(came) < count - 1:
+        while len(joined) < count - 1:
             if time_left() <= 0:
-                missing = ", ".join(str(index) for index in range(1, count) if index not in came)
-                raise Missed(f"did not come within join_timeout: process {missing}")
-            for ready in select.select([server, *came.values(), *unknown], [], [], _TICK)[0]:
+                missing = ", ".join(str(index) for index in range(1, count) if index not in joined)
+                raise Missed(f"no connection within join_timeout from process {missing}")
+            for ready in select.select([server, *joined.values(), *unknown], [], [], _TICK)[0]:
                 if ready is server:
                     connection, _ = server.accept()
                     connection.setblocking(False)
                     unknown[connections.enter_context(connection)] = b""
                 elif ready in unknown:
-                    _hear(ready, unknown, came, count)
-                else:  # it has nothing more to say: it has ended, and may be started again
-                    came = {index: connection for index, connection in came.items() if connection is not ready}
+                    _receive(ready, unknown, joined, count)
+                else:  # closed: the process has exited, and may be restarted
+                    joined = {index: connection for index, connection in joined.items() if connection is not ready}
                     ready.close()
         server.close()
-        for connection in came.values():
+        for connection in joined.values():
             _send(connection, {"start": True})
 
 
-def _hear(connection, unknown, came, count):
-    """Reads what a new connection says; a process of the run goes from `unknown` to `came`."""
+def _receive(connection, unknown, joined, count):
+    """Reads from a new connection, and moves a process of the run from `unknown` to `joined`."""
     try:
         unknown[connection] += connection.recv(_LONGEST) or b"\n"
     except OSError:
         unknown[connection] = b"\n"
     if b"\n" not in unknown[connection] and len(unknown[connection]) < _LONGEST:
         return
-    said = _parse(unknown.pop(connection))
-    index, of = said.get("process"), said.get("of")
+    message = _parse(unknown.pop(connection))
+    index, of = message.get("process"), message.get("of")
     if type(index) is not int:
         reason = "not a process of this library"
     elif of != count or not 0 < index < count:
         reason = f"process 0 was started with num_processes={count}"
-    elif index in came:
-        reason = f"another process has come with process_id={index}"
+    elif index in joined:
+        reason = f"another process joined with process_id={index}"
     else:
-        came[index] = connection
+        joined[index] = connection
         return
     _send(connection, {"refused": reason})
     connection.close()
 
 
-def _call(host, port, count, index, time_left):
-    """Any other process: calls until it is answered. Process 0 may come later, or end and be started again."""
-    reason = "no answer"
+def _join(host, port, count, index, time_left):
+    """Other processes: connects until process 0 responds, which may start later or be restarted."""
+    reason = "no response"
     while (left := time_left()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), port), timeout=min(left, 5)) as connection:
@@ -110,21 +113,21 @@ def _call(host, port, count, index, time_left):
                 return
             if "refused" in answer:
                 raise Missed(str(answer["refused"]))
-            reason = f"what listens at {host}:{port} does not wait for processes: another program, or a run that began"
+            reason = f"{host}:{port} is used by another program, or by a run that has started"
         time.sleep(_TICK)
     raise Missed(f"{reason}, within join_timeout")
 
 
 def _answer(connection, time_left):
-    """Returns the line that process 0 sends when all have come; what there is of it when the connection ends."""
-    said = b""
-    while time_left() > 0 and b"\n" not in said and len(said) < _LONGEST:
+    """Returns the line that process 0 sends when all processes have joined; incomplete if the connection is closed."""
+    received = b""
+    while time_left() > 0 and b"\n" not in received and len(received) < _LONGEST:
         with contextlib.suppress(TimeoutError):
             piece = connection.recv(_LONGEST)
             if not piece:
                 break
-            said += piece
-    return said
+            received += piece
+    return received
 
 
 def _server(host, port):
@@ -136,7 +139,7 @@ def _server(host, port):
 
 
 def _send(connection, message):
-    with contextlib.suppress(OSError):  # who has ended reads nothing
+    with contextlib.suppress(OSError):  # the process has exited
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 

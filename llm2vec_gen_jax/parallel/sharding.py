@@ -1,10 +1,13 @@
-"""The mesh, and which of its axes each logical axis is split over. The only file that names mesh axes."""
+"""The device mesh, and the mesh axis of each logical axis. The only module that names mesh axes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llm2vec_gen_jax.common.errors import InputError
 
@@ -23,10 +26,10 @@ RULES = {
 }
 
 
-def make_mesh(config, devices=None):
+def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the (data, fsdp, tensor) mesh of a MeshConfig; one device is the mesh (1, 1, 1).
 
-    devices: default those of all processes, which then work together; jax.local_devices() work for this one alone.
+    devices: default the devices of all processes. Raises InputError if the sizes do not match.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -37,14 +40,14 @@ def make_mesh(config, devices=None):
         known = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if np.prod(sizes) != len(devices):
-        raise InputError(f"{named}: does not make {len(devices)} devices")
+        raise InputError(f"{named}: does not match the number of devices, {len(devices)}")
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def param_shardings(boxed, mesh):
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Returns NamedShardings for a tree of boxed parameters (see backbone.abstract_params).
 
-    Raises InputError naming the parameter and sizes when a dimension does not divide over its mesh axis.
+    Raises InputError naming the parameter and sizes if a dimension does not divide over its mesh axis.
     """
 
     def shard(path, box):
@@ -62,64 +65,68 @@ def param_shardings(boxed, mesh):
     return jax.tree_util.tree_map_with_path(shard, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def replicated(mesh):
-    """The sharding of an array that every device holds whole."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, jax.P())
 
 
-def batch_sharding(mesh, axis=0):
-    """The sharding of an array whose dimension `axis` is the batch."""
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding of an array whose dimension `axis` is the batch."""
     return NamedSharding(mesh, jax.P(*[None] * axis, BATCH_AXES))
 
 
-def cache_sharding(mesh):
-    """The sharding of keys and values (L, B, G, S, H)."""
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of cached keys and values (L, B, G, S, H)."""
     return NamedSharding(mesh, jax.P(None, BATCH_AXES, "tensor"))
 
 
-def batch_shards(mesh):
-    """Number of pieces that a batch is split into."""
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain_batch(x, mesh):
-    """Inside jit: an array that is split as a batch is, and over nothing else.
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Constrains an array inside jit to be sharded over the batch only. No effect without a mesh or on one device.
 
-    Left to itself the compiler may follow the weights: then fsdp splits every activation by its width, every device
-    computes all rows, and activations are moved instead of weights. mesh: None, or of one device: nothing is said.
+    Otherwise the compiler may shard activations like the weights: with fsdp, each device would compute all rows, and
+    activations would be communicated instead of weights.
     """
     if mesh is None or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
-def constrain_vocab(head_VD, mesh):
-    """Inside jit: the output matrix, gathered over fsdp once and not for every chunk of logits."""
+def constrain_vocab(head_VD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Gathers the output matrix over fsdp inside jit: once instead of for every chunk of logits."""
     if mesh is None or mesh.size == 1 or head_VD.shape[0] % mesh.shape["tensor"]:
         return head_VD
     return jax.lax.with_sharding_constraint(head_VD, NamedSharding(mesh, jax.P("tensor")))
 
 
-def on_shards(function, mesh, *arrays):
-    """Inside jit: `function` of arrays (B, T, heads, size), (B, T) or None, run by each device on its rows and heads.
+def on_shards(
+    function: Callable[..., jax.Array], mesh: Mesh | None, first: jax.Array, *others: jax.Array | None
+) -> jax.Array:
+    """Calls `function` inside jit on each device's rows and heads of arrays (B, T, heads, size), (B, T) or None.
 
-    For kernels that the compiler cannot split. What it returns is as the first array.
+    For kernels that the compiler cannot partition. The result has the shape of the first array.
     """
     if mesh is None or mesh.size == 1:
-        return function(*arrays)
-    rows = BATCH_AXES if arrays[0].shape[0] % batch_shards(mesh) == 0 else None
-    specs = [jax.P(rows, None, "tensor") if x is not None and x.ndim == 4 else jax.P(rows) for x in arrays]
-    # check_vma: kernels do not say over which axes their results vary.
-    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+        return function(first, *others)
+    rows = BATCH_AXES if first.shape[0] % batch_shards(mesh) == 0 else None
+    specs = [jax.P(rows, None, "tensor") if x is not None and x.ndim == 4 else jax.P(rows) for x in (first, *others)]
+    # check_vma: kernels do not declare over which axes their results vary.
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
+        first, *others
+    )
 
 
-def put_batch(tree, mesh):
-    """Makes global arrays, split over the batch, from the rows that this process holds (numpy, leading B)."""
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+    """Returns global arrays, sharded over the batch, from the rows of this process (numpy, leading B)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)
 
 
-def abstract_batch(tree, mesh):
-    """The ShapeDtypeStructs of what `put_batch` makes of the rows that this process holds."""
+def abstract_batch(tree: Any, mesh: Mesh) -> Any:
+    """Returns the ShapeDtypeStructs of `put_batch(tree, mesh)`."""
     sharding, processes = batch_sharding(mesh), jax.process_count()
 
     def describe(x):
@@ -128,14 +135,14 @@ def abstract_batch(tree, mesh):
     return jax.tree.map(describe, tree)
 
 
-def put_rows(tree, mesh):
-    """Makes global arrays, split over the batch, from numpy that every process holds whole (leading B)."""
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Returns global arrays, sharded over the batch, from numpy arrays with all rows (leading B) on every process."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
-def put_replicated(tree, mesh):
-    """Makes global arrays that every device holds whole, from numpy that is equal on every process."""
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Returns replicated global arrays from numpy arrays that are equal on every process."""
     sharding = replicated(mesh)
 
     def put(x):
@@ -145,14 +152,14 @@ def put_replicated(tree, mesh):
     return jax.tree.map(put, tree)
 
 
-def to_numpy(x):
-    """Returns an array as numpy. Every process must call it."""
+def to_numpy(x: jax.Array) -> np.ndarray:
+    """Returns a global array as numpy. Every process must call it."""
     if not x.is_fully_addressable and not x.is_fully_replicated:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
-def gather(x):
-    """Returns an array as numpy on process 0, None on the others. Every process must call it."""
-    x = to_numpy(x)
-    return x if jax.process_index() == 0 else None
+def gather(x: jax.Array) -> np.ndarray | None:
+    """Returns a global array as numpy on process 0, None on the others. Every process must call it."""
+    array = to_numpy(x)
+    return array if jax.process_index() == 0 else None

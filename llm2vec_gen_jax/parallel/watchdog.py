@@ -1,10 +1,11 @@
-"""Ends a process that makes no progress."""
+"""Watchdog: terminates a process that makes no progress."""
 
 import faulthandler
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -12,22 +13,22 @@ from llm2vec_gen_jax.parallel.processes import IO_FAILED, STALLED, exit_process
 
 
 class Watchdog:
-    """Ends this process when nothing has happened for `seconds`: a peer that hangs would hang all for ever.
+    """Terminates this process after `seconds` without `beat`: a hanging process would block all others forever.
 
-    check: called every second; an OSError of it ends a process of several too. One that cannot write its part of a
-    checkpoint waits for the others, who wait for its part.
+    check: called every second in multi-process runs; its OSError terminates the process. One that cannot write its part
+    of a checkpoint would otherwise deadlock with the others.
     """
 
-    def __init__(self, seconds, check=lambda: None):
+    def __init__(self, seconds: float, check: Callable[[], object] = lambda: None) -> None:
         self.check = check
         self.seconds, self.last, self.what = seconds, time.monotonic(), "the start"
         self.done = threading.Event()
 
-    def beat(self, what):
-        """Says what is about to be done."""
+    def beat(self, what: str) -> None:
+        """Reports progress. what: the next operation, for the error message."""
         self.last, self.what = time.monotonic(), what
 
-    def __enter__(self):
+    def __enter__(self) -> "Watchdog":
         threading.Thread(target=self._watch, daemon=True).start()
         self.beat("the first step")
         return self

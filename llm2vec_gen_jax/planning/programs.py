@@ -54,7 +54,7 @@ def abstract_inputs(
     config: PlanConfig, architecture: Architecture, execution: Execution
 ) -> tuple[LLM2VecGenModel, dict[str, Any]]:
     """Returns the model and the abstract arguments of its programs by name."""
-    mesh = execution.mesh
+    mesh: Any = execution.mesh
     a, B, T, S = architecture, config.train.batch_size, config.query_length, config.answer_length
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
     compression = config.compression
@@ -123,7 +123,7 @@ def compile_programs(config: PlanConfig, model: LLM2VecGenModel, inputs: Mapping
     programs = {}
     for name, arguments in _arguments(config, functions, inputs, model.execution.mesh).items():
         compiled = functions[name].lower(*arguments).compile()
-        size, allocated = memory.taken(compiled)
+        size, allocated = memory.program_bytes(compiled)
         programs[name] = Program(compiled, size, allocated, moved_bytes(compiled.as_text()))
     return programs
 

@@ -2,7 +2,7 @@
 
 import json
 
-from llm2vec_gen_jax.common.files import to_yaml
+from llm2vec_gen_jax.common.yaml_files import to_yaml
 from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.pretrained import default_backbone
 

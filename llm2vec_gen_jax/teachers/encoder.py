@@ -30,6 +30,7 @@ def pool_rows(
     execution: Execution,
 ) -> NDArray[np.float32]:
     """Returns the mean-pooled last hidden states (n, D) of n id lists, padded to `shape` (rows, tokens)."""
+    assert execution.mesh is not None
     batch = [*ids, *[[]] * (shape[0] - len(ids))]
     lengths_B = np.array([len(row) for row in batch], np.int32)
     arrays = sharding.put_rows((pad(batch, shape[1]), lengths_B), execution.mesh)
@@ -60,7 +61,7 @@ class Teacher:
         """Returns the mean-pooled last hidden states (n, D) of texts."""
         ids = self.backbone.tokenizer.encode([join_instruction(instruction, text) for text in texts], self.max_length)
         architecture, execution = self.backbone.architecture, self.backbone.execution
-        shards = sharding.batch_shards(execution.mesh)
+        shards = sharding.batch_shards(self.backbone.mesh)
         needed = shards << (-(-len(ids) // shards) - 1).bit_length()  # powers of two, so that few shapes compile
         height = min(-(-self.batch_size // shards) * shards, needed)
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)

@@ -92,7 +92,7 @@ def jit_step(config: TrainConfig | PlanConfig, model: LLM2VecGenModel) -> Callab
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=sharding.replicated(execution.mesh),
+        out_shardings=execution.mesh and sharding.replicated(execution.mesh),
         compiler_options=execution.compiler_options,
     )
 
@@ -102,14 +102,14 @@ def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[..., KVCache]:
     execution = model.execution
     return jax.jit(
         functools.partial(model.prefill, slots=slots),
-        out_shardings=sharding.cache_sharding(execution.mesh),
+        out_shardings=execution.mesh and sharding.cache_sharding(execution.mesh),
         compiler_options=execution.compiler_options,
     )
 
 
 def abstract_cache(jitted: Callable[..., KVCache], mesh: jax.sharding.Mesh | None, *arguments: Any) -> KVCache:
     """Returns the ShapeDtypeStructs of what a `jit_prefill` returns."""
-    put = sharding.cache_sharding(mesh)
+    put = mesh and sharding.cache_sharding(mesh)
     cache: KVCache = jax.eval_shape(jitted, *arguments)
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put), cache)
     return cache

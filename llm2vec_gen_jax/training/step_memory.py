@@ -1,5 +1,6 @@
 """Settings of a training step that depend on device memory: remat policy, chunk size of the logits."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,12 @@ def choose_remat(
     for policy in REMAT[REMAT.index(DEFAULT_REMAT) :]:
         step = step_with(policy)
         try:
-            fits = sum(memory.taken(step.compile(*arguments))) < limit if limit else True
+            fits = sum(memory.program_bytes(step.compile(*arguments))) < limit if limit else True
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or policy == last:
                 raise
             fits = False
-        if policy == last or processes.run_on_process_0(lambda fits=fits: fits):
+        if policy == last or processes.run_on_process_0(functools.partial(bool, fits)):
             break
     if policy != DEFAULT_REMAT:
         print(f"train.remat={policy}, chosen by the memory of the largest batch", flush=True)

@@ -38,7 +38,7 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
     options.require(config, "data.responses", "train.output")
     if config.teacher.adapters and config.teacher.kind != "llm2vec":
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
-    with processes.locked(config.train.output, "train.output"):
+    with processes.locked(str(config.train.output), "train.output"):
         return _train(config, show_progress, backbone)
 
 

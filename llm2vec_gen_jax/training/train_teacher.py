@@ -41,10 +41,10 @@ def train_teacher(config: TeacherTrainConfig, show_progress: bool = True) -> lis
     Each stage is a run in STAGE-run/ and writes a PEFT folder STAGE/. Raises InputError for invalid configuration or
     data, FloatingPointError naming the step of a non-finite loss.
     """
-    options.require(config, "train.output")
+    (output,) = options.require(config, "train.output")
     if config.corpus.path is None and jax.process_count() > 1:
         raise InputError("corpus.path is required with several processes: write it first with synthesize and respond")
-    with processes.locked(config.train.output, "train.output"):
+    with processes.locked(output, "train.output"):
         return _train_teacher(config, show_progress)
 
 
