@@ -20,7 +20,7 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json
 from llm2vec_gen_jax.model import architecture
 from llm2vec_gen_jax.parallel import chips
-from tests import peer
+from tests.parity import peer
 
 HERE = pathlib.Path(__file__).parent
 SHAPES = HERE.parent / "configs" / "architectures"

@@ -16,11 +16,11 @@ from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.planning import topologies  # noqa: E402
 from llm2vec_gen_jax.pretrained.backbone import load_backbone  # noqa: E402
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder  # noqa: E402
-
-from .tiny import tiny_tokenizer  # noqa: E402
+from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # other processes compile the same tiny programs
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -107,7 +107,7 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def embedder(tiny):
     """An untrained embedder on the tiny Qwen3."""
-    from .embedders import embedder_on
+    from tests.helpers.embedders import embedder_on
 
     return embedder_on(tiny("qwen3"))
 
@@ -150,7 +150,7 @@ def talker(talker_folder):
 @pytest.fixture(scope="module")
 def task_folders(tmp_path_factory):
     """A folder of small tasks, one of each type."""
-    from .tasks import TYPES, write_task
+    from tests.helpers.tasks import TYPES, write_task
 
     folder = tmp_path_factory.mktemp("tasks")
     for kind in TYPES:
@@ -161,7 +161,7 @@ def task_folders(tmp_path_factory):
 @pytest.fixture
 def responses(tmp_path):
     """A responses file, beside which targets are kept."""
-    from .adapters import ANSWERS
+    from tests.helpers.adapters import ANSWERS
 
     return write_jsonl(tmp_path / "responses.jsonl", [{"answer": answer} for answer in ANSWERS])
 
@@ -279,22 +279,17 @@ def launch():
 
     Whatever still runs at the end of the test is ended.
     """
-    import pathlib
     import subprocess
     import sys
 
-    started = []
-    environment = os.environ | {
-        "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    from tests.helpers.processes import environment
 
-    def start(folder, name, *words):
+    started = []
+
+    def start(folder, name, *words, torch=False):
         command = [sys.executable, "-m", f"launch.{name}", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        started.append(subprocess.Popen(command, cwd=folder, env=environment(torch=torch), **pipes))
         return started[-1]
 
     yield start
@@ -317,7 +312,7 @@ def peer_python():
     """The Python of the published package's environment."""
     import subprocess
 
-    from . import peer
+    from tests.parity import peer
 
     try:
         return peer.python()

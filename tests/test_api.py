@@ -21,10 +21,10 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.model import compressor
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.pretrained import model_directory
-
-from .commands import rows_of
-from .conftest import check_error, write_jsonl
-from .embedders import THOUGHTS, E, K
+from tests.conftest import check_error, write_jsonl
+from tests.helpers.commands import rows_of
+from tests.helpers.embedders import THOUGHTS, E, K
+from tests.helpers.processes import environment
 
 TEXTS = ["", "one", "a longer text with words", "é🙂 <|im_end|> <question1>", "x" * 90, "one"]
 
@@ -371,8 +371,7 @@ for call in (
 
 def test_a_fork_is_refused_and_does_not_hang(model_folder):
     words = [sys.executable, "-c", FORKED, model_folder]
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent), "XLA_FLAGS": ""}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert len(lines) == 6, done.stderr
     assert all(line.startswith("InputError JAX was used by process ") and '"spawn"' in line for line in lines)
