@@ -20,7 +20,6 @@ from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled-tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # other processes compile the same tiny programs
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
