@@ -29,10 +29,10 @@ ELSEWHERE = {
 # Commands of ours that cannot run here, by what they hold, and why. Their words are parsed all the same.
 CANNOT_RUN = {
     "tasks=mteb-lite": "downloads from the hub",
-    "python -m tests.peer": "installs PyTorch from a package index; test_parity.py does it where it can",
+    "python -m tests.parity.peer": "installs PyTorch from a package index; test_parity.py does it where it can",
     "python -m pytest": "is this run",
     "python -m benchmarks.": "measures for minutes; test_benchmarks, test_serve_process and test_chaos run them small",
-    "python=PYTORCH_ENV": "needs that environment; tests/test_convert.py runs it",
+    "python=PYTORCH_ENV": "needs that environment; tests/parity/test_convert.py runs it",
     "output=vectors shard.index=1": "the other share of the command before it",
     "serve MODEL": "the page of the server runs as a whole",
     "budget=full": "the same command as the others, on sizes that nobody waits for",

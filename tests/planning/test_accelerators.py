@@ -1,8 +1,8 @@
 """Every program, lowered and compiled for NVIDIA GPUs by XLA's own GPU compiler, which needs no GPU.
 
 pip install -r requirements-gpu-compiler.txt
-python -m pytest tests/test_accelerators.py              # a tiny model
-python -m pytest -m slow tests/test_accelerators.py      # real shapes on every kind of GPU
+python -m pytest tests/planning/test_accelerators.py              # a tiny model
+python -m pytest -m slow tests/planning/test_accelerators.py      # real shapes on every kind of GPU
 """
 
 import functools

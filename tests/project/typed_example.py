@@ -1,4 +1,4 @@
-"""Code of a user of the package, for the type checker only: tests/test_typing.py checks it strictly."""
+"""Code of a user of the package, for the type checker only: tests/project/test_typing.py checks it strictly."""
 # mypy: disallow-any-generics, disallow-untyped-calls, disallow-untyped-defs, warn-return-any
 
 import pathlib
