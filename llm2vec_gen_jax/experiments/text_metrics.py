@@ -109,7 +109,7 @@ def nll(backbone: LoadedBackbone, texts: Sequence[str], max_length: int) -> tupl
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _nll(architecture, execution, frozen, ids_BT, lengths_B):
     model = LLM2VecGenModel(architecture, 1, 0, architecture.hidden_size, execution=execution)
-    hidden_BTD = model.read(frozen, ids_BT, lengths_B, causal=True)
+    hidden_BTD = model.hidden_states(frozen, ids_BT, lengths_B, causal=True)
 
     def one(row):  # one text at a time, to avoid logits of shape (B, T, V)
         hidden_TD, ids_T, length = row

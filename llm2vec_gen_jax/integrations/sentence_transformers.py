@@ -70,7 +70,7 @@ class LLM2VecGenModule(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> "LLM2VecGenModule":
-        """Loads a module written by `save`. sentence-transformers requires trust_remote_code=True for it."""
+        """Loads a module written by `save`, if sentence-transformers is told to trust the code of the folder."""
         hub = {name: options.get(name) for name in ("token", "cache_folder", "revision")}
         folder = cls.load_dir_path(
             model_name_or_path, subfolder, **hub, local_files_only=options.get("local_files_only", False)

@@ -161,8 +161,9 @@ class LLM2VecGenModel:
         lengths_B: jax.Array,
         dropout: layers.Dropout | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """`compress` for a KVCache, `encode` for ids (B, T)."""
+        """`compress` for a KVCache, `encode` for ids (B, T). With a LoRA only ids."""
         if isinstance(query, KVCache):
+            assert not self.lora_rank, "the keys and values of the queries depend on the LoRA"
             return self.compress(trainable, frozen, query, lengths_B)
         return self.encode(trainable, frozen, query, lengths_B, dropout)
 

@@ -195,15 +195,15 @@ class Programs:
     def search(self):
         D = self.architecture.hidden_size
         shapes = {"best": ((64, 5), jnp.float32), "rows": ((64, 5), jnp.int32), "states": ((64, D), jnp.float32)}
-        shapes |= {"chunk": ((1024, D), jnp.float16), "start": ((), jnp.int32), "real": ((), jnp.int32)}
+        shapes |= {"chunk": ((1024, D), jnp.float16), "start": ((), jnp.int32), "count": ((), jnp.int32)}
         best, *others = (self.whole(jax.ShapeDtypeStruct(*shape)) for shape in shapes.values())
-        return search._nearer, ((best, others[0]), *others[1:])
+        return search._merge_chunk, ((best, others[0]), *others[1:])
 
     def ridge(self):
         D = self.architecture.hidden_size
         batch = {"query_lengths": self.rows(), "target": self.rows(D, dtype=jnp.float32)}
         batch["query"] = self.prefilled(self.rows(self.T), self.rows())
-        sums = self.whole(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, ridge._nothing(D, D))))
+        sums = self.whole(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, ridge._zero_sums(D, D))))
         origin = self.whole((jax.ShapeDtypeStruct((D,), jnp.float32),) * 2)
         jitted = jax.jit(functools.partial(ridge._add, self.model), out_shardings=sharding.replicated(self.mesh))
         return jitted, (sums, origin, self.trainable, self.frozen, batch)

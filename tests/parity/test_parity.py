@@ -107,6 +107,8 @@ def training_batch(ours, targets):
         *[[len(ids) for ids in side] for side in (examples.query, examples.answer)], 4, 1, False, 0
     )
     batch = jax.tree.map(jnp.asarray, batches.Batches(examples, plan, 0, 1)[0])
+    if ours.model.lora_rank:
+        return examples, batch
     prefill = jax.jit(ours.model.prefill, static_argnums=3)
     cache = prefill(ours.backbone.frozen, batch["query"], batch["query_lengths"], plan.query_edges[-1])
     return examples, batch | {"query": cache}

@@ -179,7 +179,7 @@ def test_the_table_of_folders_is_that_of_the_layering():
 
 def test_names_of_the_architecture_page_exist():
     text = (ROOT / "docs" / "architecture.md").read_text()
-    sources = [*(ROOT / "llm2vec_gen_jax").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    sources = [*(ROOT / "llm2vec_gen_jax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
     names = {part for span in re.findall(r"`([\w.]+)`", text) for part in span.split(".") if part}
     assert not names - words

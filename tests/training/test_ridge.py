@@ -121,5 +121,5 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
 def test_too_few_examples_are_named(tiny, tiny_folder, questions):
     path, texts = questions
     trainer = trainer_of(tiny_folder, tiny("qwen3"), path, np.zeros((len(texts), 6), np.float32))
-    with pytest.raises(InputError, match="train.ridge_examples=8: less than two batches of 8"):
+    with pytest.raises(InputError, match="train.ridge_examples=8: at least two batches of 8"):
         ridge.solve_alignment_head(trainer, trainer.init(), 8)
