@@ -59,6 +59,7 @@ def test_an_unknown_platform_is_one_line(model_folder):
     assert "not in the list of known backends" in errors
 
 
+@pytest.mark.slow
 def test_a_plugin_of_another_version_is_named_with_its_fix(model_folder, other_version):
     expected = f"{PLUGIN} 0.1.2 does not match jaxlib {importlib.metadata.version('jaxlib')}"
     fix = f"pip install -U 'jax[cuda13]=={importlib.metadata.version('jax')}'"

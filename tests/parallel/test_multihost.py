@@ -323,6 +323,7 @@ def test_a_process_that_is_started_again_is_met():
     assert [each.result(10) for each in (first, one)] == [None] * 2
 
 
+@pytest.mark.slow
 def test_a_stray_process_cannot_end_a_run_and_a_signal_stops_it(cluster):
     """A second start of a process of a run that trains, and of its process 0; then Ctrl-C to one of them."""
     run = cluster("run", 2, 1, "train.steps=100000")

@@ -144,6 +144,7 @@ def test_a_checkpoint_is_saved_by_time_too(start, tmp_path):
     assert steps_of(tmp_path)[-1] == 8 and 7 not in steps_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_64_bit_numbers_in_jax_change_nothing(start, tmp_path):
     ended(start("train.steps=3", "train.checkpoint_every=2"), 0, 120)
     words = ("train.steps=3", "train.checkpoint_every=2", "train.output=wide")

@@ -131,7 +131,7 @@ def test_trained_on_in_pytorch_and_back(request, peer_python, tmp_path):
 @pytest.mark.parametrize(
     "family, rank",
     [
-        ("llama3", 0),
+        pytest.param("llama3", 0, marks=pytest.mark.slow),
         pytest.param("llama", 4, marks=pytest.mark.slow),
         ("qwen2", 0),
         ("qwen3", 4),

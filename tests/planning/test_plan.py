@@ -224,6 +224,7 @@ def test_a_search_returns_the_first_mesh_that_fits(tiny_words, monkeypatch, caps
     assert "no configuration fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_measured_peak_is_near_the_estimate(tiny_words, capsys):
     """Without the arguments, on a CPU."""
     arguments = ("topology=cpu:1", "query_length=128", "answer_length=256", "train.batch_size=64", "measure=true")

@@ -135,6 +135,7 @@ def test_four_steps_equal_two_and_two_resumed_bit_for_bit(place, run):
     assert contents(straight / "model") == contents(resumed / "model")
 
 
+@pytest.mark.slow
 def test_a_killed_process_started_again_gives_the_same_model(place, tiny_folder, launch):
     backbone = f"backbone.path={tiny_folder('qwen3')}"
     words = ("train", backbone, *COMMON, "train.steps=120", "train.checkpoint_every=10")
