@@ -4,11 +4,11 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import diff, install_command, read_json, require_written, write_json
+from llm2vec_gen_jax.common.files import install_command, read_json, require_same_run, require_written, write_json
 from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.teachers import hyde
@@ -176,14 +176,12 @@ class _ResultsFile:
             raise InputError(f"{self.scores_file}: was not written by this command. Choose another output")
         self.run = read_json(self.run_file) if self.run_file.exists() else {"model": model, "tasks": {}}
         self.scores = read_json(self.scores_file) if self.scores_file.exists() else {}
-        if self.run["model"] != model:
-            self._reject(diff(self.run["model"], model))
+        self._require_same(self.run["model"], model)
 
     def check(self, job: Job) -> None:
         """Raises InputError if the task was finished with other data or settings."""
-        record = self.run["tasks"].get(job.name)
-        if job.name in self.scores and record != job.record():
-            self._reject(f"{job.name}: {diff(record or {}, job.record())}")
+        if job.name in self.scores:
+            self._require_same({job.name: self.run["tasks"].get(job.name)}, {job.name: job.record()})
 
     def add(self, job: Job, scores: dict[str, Any]) -> None:
         """Writes the scores of a finished task, after its record in run.json: no score is ever without a record."""
@@ -192,8 +190,5 @@ class _ResultsFile:
         self.scores[job.name] = scores
         write_json(self.scores_file, self.scores)
 
-    def _reject(self, difference: str) -> NoReturn:
-        raise InputError(
-            f"{self.scores_file.parent}: holds another evaluation ({difference}). Repeat its settings to resume it, "
-            "choose another output, or pass overwrite=true"
-        )
+    def _require_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        require_same_run(self.scores_file.parent, old, new, "choose another output, or pass overwrite=true")

@@ -9,7 +9,15 @@ from typing import Any
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import diff, entries, read_json, require_written, visible, write_json, write_text
+from llm2vec_gen_jax.common.files import (
+    entries,
+    read_json,
+    require_same_run,
+    require_written,
+    visible,
+    write_json,
+    write_text,
+)
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
 from llm2vec_gen_jax.config import BUDGETS, options
 from llm2vec_gen_jax.data import records
@@ -255,11 +263,7 @@ class Study:
         values = options.to_dict(self.config)
         settings = {key: value for key, value in values.items() if key not in _CHANGEABLE}
         if file.exists():
-            if differing := diff(read_json(file), settings):
-                raise InputError(
-                    f"output={self.output}: holds another study ({differing}). Repeat its settings to resume it, or "
-                    "choose another output"
-                )
+            require_same_run(f"output={self.output}", read_json(file), settings, "or choose another output")
         locks.remove_abandoned(file)
         if not file.exists() and (others := entries(self.output)):
             raise InputError(

@@ -17,11 +17,11 @@ from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.common.files import (
     atomic_path,
-    diff,
     entries,
     read_array,
     read_json,
     removed,
+    require_same_run,
     sha256_file,
     write_json,
 )
@@ -107,11 +107,8 @@ class _Files:
         for path in self.output.glob("[mp]*.json*"):
             share = re.match(r"(?:manifest|progress)(?:-\d+-of-(\d+))?\.json", path.name)
             count = int(share[1] or 1) if share else self.config.shard.count
-            if count != self.config.shard.count:
-                raise InputError(
-                    f"output={self.output}: exists and holds another run (shard.count: {count} -> "
-                    f"{self.config.shard.count}). Repeat its settings to resume it, or choose another output"
-                )
+            counts = {"shard.count": count}, {"shard.count": self.config.shard.count}
+            require_same_run(f"output={self.output}", *counts, "or choose another output")
 
     def remove_if_empty(self) -> None:
         """Removes the folder if it holds at most the int8 ranges."""
@@ -157,11 +154,8 @@ class _Job:
             record = {key: manifest.get(key) for key in self.record}
         elif files.journal.exists() and files.journal_record.exists():
             record = read_json(files.journal_record)
-        if record is not None and (differing := diff(record, self.record)):
-            raise InputError(
-                f"output={files.output}: exists and holds another run ({differing}). Repeat its settings to resume "
-                "it, choose another output, or remove it"
-            )
+        if record is not None:
+            require_same_run(f"output={files.output}", record, self.record, "choose another output, or remove it")
         if not files.manifest.exists():
             return None
         if self.corpus.streamed:

@@ -195,7 +195,7 @@ def test_finished_tasks_are_skipped_and_other_settings_are_rejected(
         (["limit=4", "max_length=40"], "max_length: 512 -> 40"),
         (["limit=4", "query_instruction=Find"], "'Answer:' -> 'Find'"),
     ]:
-        with pytest.raises(InputError, match=f"holds another evaluation .*{message}.*overwrite=true"):
+        with pytest.raises(InputError, match=f"holds another run .*{message}.*overwrite=true"):
             run(model_folder, one, tmp_path / "out", *arguments)
     with pytest.raises(InputError, match="kind: 'student' -> 'teacher'"):
         run(tiny_folder("qwen3"), one, tmp_path / "out", "limit=4", "kind=teacher")

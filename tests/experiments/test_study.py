@@ -157,7 +157,7 @@ def test_finished_stages_are_skipped_and_comparisons_can_be_added(finished, argu
     expected = {name for name in names if "mine" not in name and "sampled" not in name}
     assert {line.removesuffix(": done before") for line in printed} & names == expected
     assert before == {file: file.stat().st_mtime_ns for file in (output / "scores").rglob("*.json")}
-    with pytest.raises(InputError, match="holds another study .sizes.steps: 3 -> 4"):
+    with pytest.raises(InputError, match="holds another run .sizes.steps: 3 -> 4"):
         study(arguments, task_folders, output, "sizes.steps=4")
 
 
