@@ -223,7 +223,7 @@ def test_an_interruption_only_loses_the_running_task(model_folder, task_folders,
     assert list(resumed) == ["First", "Second"] and "name" not in resumed["First"]
 
     (tmp_path / "tasks" / "First" / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\n")
-    with pytest.raises(InputError, match="First: data: "):
+    with pytest.raises(InputError, match="First.data: "):
         run(model_folder, tmp_path / "tasks", tmp_path / "out")
 
 
