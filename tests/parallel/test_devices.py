@@ -91,7 +91,8 @@ print(min(faults))
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     least = 1 << 20
     for _ in range(4):  # about one process in five gets an address space in which the memory cannot be kept
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         least = min(least, int(done.stdout))
         if least < 2000:  # 64 MiB are 16,384 pages
             break
