@@ -1,12 +1,10 @@
 """One-line messages for accelerators that JAX cannot use, instead of logs and tracebacks."""
 
-import ctypes
 import glob
 import importlib.metadata
 import logging
 import os
 import pathlib
-import platform
 import re
 import sys
 import traceback
@@ -17,22 +15,16 @@ from llm2vec_gen_jax.common.errors import first_line
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _KNOWN = {"xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7"}  # plugins whose devices `_no_accelerator` looks for
 _NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # PCI vendors
-_KEEP_FREED = {-8: 1, -4: 0, -1: -1}  # mallopt: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _failures: list[str] = []  # plugin errors logged by JAX
 
 
 def prepare() -> None:
-    """Filters JAX's messages about plugins, and warns if a GPU is present but not used. Call it before `import jax`.
-
-    If only the CPU is used, freed memory stays with the process.
-    """
+    """Filters JAX's messages about plugins, and warns if a GPU is present but not used. Call it before `import jax`."""
     warnings.filterwarnings("ignore", "JAX plugin .* is installed, but", RuntimeWarning)
     logging.getLogger("jax._src.xla_bridge").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda13").addFilter(_note)
     logging.getLogger("jax_plugins.xla_cuda12").addFilter(_note)
-    if platforms := os.environ.get("JAX_PLATFORMS"):
-        if platforms == "cpu":
-            _keep_freed()
+    if os.environ.get("JAX_PLATFORMS"):
         return
     if _mismatch() or (_pci(_NVIDIA) and not _has_driver()):
         print(f"warning: {_cuda_problem()}. The CPU is used", file=sys.stderr)
@@ -40,19 +32,6 @@ def prepare() -> None:
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # plugins without devices print warnings
-        _keep_freed()
-
-
-def _keep_freed() -> None:
-    """Makes glibc keep freed memory, unless the environment configures its malloc.
-
-    A program allocates its memory each time it runs. Memory returned to the system in between comes back as pages that
-    the system clears first: half a million for a training step of SmolLM2-135M.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    for option, value in _KEEP_FREED.items():
-        ctypes.CDLL(None).mallopt(option, value)
 
 
 def problem_of(error: BaseException) -> str | None:

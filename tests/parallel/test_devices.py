@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -70,30 +69,3 @@ def test_a_plugin_of_another_version_is_named_with_its_fix(model_folder, other_v
         code, errors = start(model_folder, path=[other_version], JAX_PLATFORMS="cuda")
         assert code == 2 and errors.startswith(f"error: JAX_PLATFORMS=cuda: {expected}") and fix in errors
     assert start(model_folder, path=[other_version], JAX_PLATFORMS="cpu") == (0, "")
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
-def test_a_program_on_a_cpu_finds_the_memory_of_its_last_run():
-    code = """
-import resource
-from llm2vec_gen_jax.parallel import devices
-devices.prepare()
-import jax, jax.numpy as jnp
-program = jax.jit(lambda x: jnp.cumsum(jnp.outer(x, x), axis=0).max())
-faults = []
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(jnp.ones(4096)).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
-"""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    least = 1 << 20
-    for _ in range(4):  # about one process in five gets an address space in which the memory cannot be kept
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        least = min(least, int(done.stdout))
-        if least < 2000:  # 64 MiB are 16,384 pages
-            break
-    assert least < 2000
