@@ -62,20 +62,20 @@ def attend(
     Scores and softmax are float32. dropout: rate for the attention weights, with the random `key`.
     Returns (B, T, N, H) in q's dtype; unspecified values for padding.
     """
-    T, H, cached = q_BTNH.shape[1], q_BTNH.shape[3], cache is not None
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     key = key if dropout else None
-    kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cached, key is not None)
+    kernel = execution.attention_kernel(T, H, q_BTNH.dtype, cache is not None, key is not None)
     if kernel == "xla":
         return _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout)
     causal, lengths_B, segments = mask.causal, None, None
     if mask.segments_BT is not None:
         segments = (mask.segments_BT, mask.segments_BT)
-    if cached:  # the valid slots are not static, so they are expressed as segments
+    if cache is not None:  # the valid slots are not static, so they are expressed as segments
         own_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
         segments = own_BT, jnp.concatenate([mask.cache_BS.astype(jnp.int32), own_BT], axis=1)  # type: ignore[union-attr]
         k_BTGH, v_BTGH = (
             jnp.concatenate([jnp.swapaxes(slots, 1, 2).astype(own.dtype), own], axis=1)
-            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))  # type: ignore[union-attr]
+            for slots, own in ((cache.k_LBGSH, k_BTGH), (cache.v_LBGSH, v_BTGH))
         )
     if not causal:
         lengths_B = jnp.maximum(mask.lengths_B, 1)  # type: ignore[arg-type]
