@@ -58,6 +58,37 @@ class RespondConfig(DistributedConfig):
 
 
 @dataclasses.dataclass
+class InstructConfig:
+    """`python -m launch.instruct`: turn unlabeled texts into training records with an instruction before each text.
+
+    The answer of a record is the text itself, so that training needs no generation. Evaluation puts an instruction
+    before sentences and passages, a form that bare questions lack. Concatenate the output with that of `respond` to
+    train on both.
+    """
+
+    input: str | None = setting(
+        None, "unlabeled texts: files, folders, saved datasets or patterns, as for `encode`", path=True
+    )
+    output: str | None = setting(None, "output JSONL file of {id, question, answer}", path=True)
+    field: str = setting("text", "key or column of the text")
+    instruction: str = setting("", "instruction prepended to every text, separated by a space")
+    instructions: str | None = setting(
+        None, "text file of instructions, one per line, assigned to the texts in turn; a blank line: none", path=True
+    )
+    unit: str = setting(
+        "text",
+        "part of each text to use; passage: longest paragraph, of at least 8 words; sentence: each sentence of that "
+        "paragraph, of at least 4 words",
+        ("text", "passage", "sentence"),
+    )
+    max_words: int = setting(110, "words after which a text is cut", least=1)
+    count: int | None = setting(None, "number of records, a random sample of the distinct texts; null: all", least=1)
+    exclude: str | None = setting(None, "folder of task folders whose queries and texts are left out", path=True)
+    seed: int = setting(0, "shuffling seed")
+    overwrite: bool = setting(False, "replace an output written with other settings")
+
+
+@dataclasses.dataclass
 class EncodeConfig(DistributedConfig):
     """`python -m launch.encode MODEL`: encode a corpus of any size into embeddings.
 

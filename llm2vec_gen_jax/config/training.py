@@ -152,13 +152,14 @@ class TrainSettings(RunSettings):
     """The training run: length, batch size, run directory and checkpoints."""
 
     checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
-    steps: int = setting(5_000, "number of optimizer steps", least=1)
+    steps: int = setting(5_000, "number of optimizer steps; 0: only solve the alignment head (ridge_examples)")
     batch_size: int = setting(32, "global batch size", least=1)
     seed: int = setting(42, "seed for initializing the trainable parameters")
     init_from: str | None = setting(None, "model directory from which to initialize tokens and heads", path=True)
     ridge_examples: int = setting(
         0,
-        "number of examples for initializing the alignment head by ridge regression; 0: off, as published",
+        "number of examples on which the alignment head is solved by ridge regression before the first step; 0: off, "
+        "as published",
     )
     profile: str | None = setting(None, "START:STOP: steps to profile; the TensorBoard trace is written to profile/")
 

@@ -30,6 +30,11 @@ def read_texts(path: str | os.PathLike[str], field: str) -> list[str]:
     return texts
 
 
+def comparison_key(text: str) -> str:
+    """Returns the text in lower case with single spaces: texts with equal keys are duplicates."""
+    return " ".join(text.lower().split())
+
+
 class Row(NamedTuple):
     """A text, its index in the complete input (from 0), and its id."""
 

@@ -21,6 +21,7 @@ from llm2vec_gen_jax.common.files import (
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
 from llm2vec_gen_jax.config import BUDGETS, options
 from llm2vec_gen_jax.data import records
+from llm2vec_gen_jax.data.texts import comparison_key
 from llm2vec_gen_jax.evaluation.evaluate import evaluate, resolve
 from llm2vec_gen_jax.experiments import measurements, plots, splits, tables
 from llm2vec_gen_jax.experiments.comparisons import (
@@ -278,13 +279,13 @@ class Study:
         sizes, task_texts = self.sizes, splits.evaluation_texts(str(self.config.tasks))
         rows: list[dict[str, Any]] = []
         for number, record in enumerate(records.read_records(source, ("question",), key="queries")):
-            in_task = splits.comparison_key(record["question"]) in task_texts
+            in_task = comparison_key(record["question"]) in task_texts
             if not in_task and len(rows) < sizes.queries + sizes.held_out:
                 rows.append({"id": number, "question": record["question"]})
         # A query may be repeated; held-out queries must not occur among the training queries.
         count = len(rows) - sizes.held_out
-        trained = {splits.comparison_key(row["question"]) for row in rows[:count]} if count > 0 else set()
-        held_out = [row for row in rows[max(count, 0) :] if splits.comparison_key(row["question"]) not in trained]
+        trained = {comparison_key(row["question"]) for row in rows[:count]} if count > 0 else set()
+        held_out = [row for row in rows[max(count, 0) :] if comparison_key(row["question"]) not in trained]
         if count < sizes.batch_size or len(held_out) < 2:
             raise InputError(
                 f"queries={source}: {len(rows)} usable queries ({sizes.held_out} held out) are too few for batches of "

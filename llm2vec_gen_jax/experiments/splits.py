@@ -12,6 +12,7 @@ from typing import Any
 
 from llm2vec_gen_jax.common.files import atomic_directory, read_json, visible, write_json, write_text
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
+from llm2vec_gen_jax.data.texts import comparison_key
 from llm2vec_gen_jax.evaluation import tasks
 
 _Row = dict[str, Any]
@@ -59,11 +60,6 @@ def evaluation_texts(folder: str | pathlib.Path) -> set[str]:
                 for _, row in read_jsonl(source / name):
                     texts |= {comparison_key(row[column]) for column in columns if isinstance(row.get(column), str)}
     return texts
-
-
-def comparison_key(text: str) -> str:
-    """Returns the text in lower case with single spaces: texts with equal keys are duplicates."""
-    return " ".join(text.lower().split())
 
 
 def types(folder: str | pathlib.Path) -> dict[str, str]:

@@ -38,6 +38,8 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
     options.require(config, "data.responses", "train.output")
     if config.teacher.adapters and config.teacher.kind != "llm2vec":
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
+    if not config.train.steps and not config.train.ridge_examples:
+        raise InputError("train.steps=0: nothing to train. Set train.ridge_examples to solve the alignment head only")
     with processes.locked(str(config.train.output), "train.output"):
         return _train(config, show_progress, backbone)
 
@@ -53,11 +55,12 @@ def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | 
     if run.first_step >= config.train.steps and processes.run_on_process_0(final.exists):
         print(f"{final}: already finished")
         return final
-    run.loop(show_progress)
+    if config.train.steps:
+        run.loop(show_progress)
     trainable = run.state.trainable
     model_directory.check_finite(trainable, str(output))
     # A run killed after its last step has logged everything and lacks only the model directory.
-    last = run.last_record or read_metrics(output)[-1]
+    last = run.last_record or (read_metrics(output)[-1] if config.train.steps else {})
     extra = {
         # Without process settings, tracking and speed: equal runs write equal directories.
         "config": {key: value for key, value in options.to_dict(config).items() if key not in FREE_KEYS[""]},
@@ -69,7 +72,7 @@ def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | 
     model_directory.save(final, trainer.model, trainable, backbone, extra)
     processes.barrier("model directory")
     if jax.process_index() == 0:
-        require_written(output / "config.yaml", output / "metrics.jsonl", final)
+        require_written(output / "config.yaml", *([output / "metrics.jsonl"] if config.train.steps else []), final)
     return final
 
 

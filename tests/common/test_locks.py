@@ -121,6 +121,7 @@ COMMANDS = {
     "train_teacher train.overwrite=true": "train.output",
     "respond input=none overwrite=true": "output",
     "synthesize overwrite=true": "output",
+    "instruct input=none overwrite=true": "output",
     "quickstart overwrite=true": "output",
     "evaluate none tasks=none overwrite=true": "output",
     "reproduce tasks=none": "output",
@@ -143,7 +144,7 @@ def test_the_second_of_two_commands_reads_and_removes_nothing(line, hold, comman
     words = line.split()
     if words[0] in ("lens", "convert"):
         words[:2] = [" ".join(words[:2])]
-    if words[0] in ("respond", "synthesize"):
+    if words[0] in ("respond", "synthesize", "instruct"):
         pathlib.Path(output).write_text("{}\n")
     else:
         pathlib.Path(output).mkdir()

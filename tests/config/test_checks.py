@@ -63,7 +63,7 @@ def test_the_home_is_known_in_files_and_in_configs_made_in_python(tmp_path, monk
 # Configs made in Python
 
 WRONG = [
-    (config.TrainSettings(steps=-5), "train.steps=-5: expected an integer >= 1"),
+    (config.TrainSettings(steps=-5), "train.steps=-5: expected an integer >= 0"),
     (config.TrainSettings(steps="many"), "train.steps='many': expected an integer"),
     (config.TrainSettings(steps=1.5), "train.steps=1.5: expected an integer"),
     (config.TrainSettings(steps=True), "train.steps=True: expected an integer"),

@@ -178,7 +178,7 @@ def test_a_wrong_value_of_a_file_is_named(tmp_path, key, value):
         "train.steps=many",
         "train.steps=1.5",
         "train.steps=",
-        "train.steps=0",
+        "train.steps=-1",
         "train.overwrite=maybe",
         "optimizer.learning_rate=nan",
         "teacher.adapters=[a",
@@ -197,7 +197,7 @@ def test_an_unknown_choice_is_named_with_the_nearest(schema):
     for key in fields:
         with pytest.raises(InputError, match=f"{key}=flaot32.*'float32'"):
             options.load(schema, None, [f"{key}=flaot32"])
-    assert fields
+    assert fields or schema is config.InstructConfig
 
 
 @pytest.mark.parametrize("text", ["- a", "just text", "a: b: c", "a: !!python/object:os.system x", "\x00"])

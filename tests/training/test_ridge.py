@@ -11,6 +11,7 @@ from llm2vec_gen_jax.data.examples import tokenize
 from llm2vec_gen_jax.data.records import read_records
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from llm2vec_gen_jax.pretrained.model_directory import read_model_directory
 from llm2vec_gen_jax.training import ridge
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import CompressionTrainer, train
@@ -116,6 +117,27 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
     assert len(run("solved", "train.steps=2", "train.ridge_examples=96")) == 2
     with pytest.raises(InputError, match="holds another run .train.ridge_examples: 96 -> 0"):
         run("solved", "train.steps=3")
+
+
+def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder, questions, tmp_path, capsys):
+    path, texts = questions
+    np.save(tmp_path / "targets.npy", np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32))
+    words = (*WORDS, f"data.responses={path}", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}")
+
+    def run(name, *more):
+        return train(settings_of(tiny_folder, *words, f"train.output={tmp_path / name}", *more), show_progress=False)
+
+    first = run("first", "train.steps=1")
+    solve = (f"train.init_from={first}", "train.steps=0", "train.ridge_examples=96")
+    second = run("second", *solve)
+    assert "alignment head: solved on 96 examples" in capsys.readouterr().out
+    before, after = (read_model_directory(folder) for folder in (first, second))
+    np.testing.assert_array_equal(before.tokens_MD, after.tokens_MD)
+    np.testing.assert_array_equal(before.reconstruction["kernel"], after.reconstruction["kernel"])
+    assert np.abs(before.alignment["kernel"] - after.alignment["kernel"]).max() > 1e-3
+    assert run("second", *solve) == second and "already finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="train.steps=0: nothing to train. Set train.ridge_examples"):
+        run("third", "train.steps=0")
 
 
 def test_too_few_examples_are_named(tiny, tiny_folder, questions):
