@@ -58,6 +58,9 @@ class TeacherConfig:
     )
     normalize: bool = setting(False, "kind=sentence_transformers: L2-normalize targets")
     average: bool = setting(False, "average the targets of records with the same question (`respond samples=N`)")
+    query_weight: float = setting(
+        0.0, "weight of the vector of the query itself in each target, whose rest is that of the answer", most=1
+    )
     centre: bool = setting(False, "subtract the mean of all targets from each target")
     whiten: float = setting(
         0.0, "degree of whitening of the targets, which also centers them; 0: none, 1: full whitening", most=1

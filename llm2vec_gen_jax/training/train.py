@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
@@ -94,13 +95,21 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
         print(f"left out {len(records) - len(examples)} of {len(records)} records: {reason}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
+        if config.teacher.query_weight:
+            raise InputError("teacher.kind=file has no vectors of queries: mix them in the file, without query_weight")
         if "negative_target" in supervised.targets(config.loss):
             raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
         examples.target = targets.read_targets(str(config.teacher.path), len(records), examples.row)
     else:
+        weight = config.teacher.query_weight
         for name, column in supervised.targets(config.loss).items():
-            answers = [records[row][column].strip() for row in examples.row]
-            setattr(examples, name, targets.compute_targets(description, config, answers, str(config.data.responses)))
+            mixed: Any = 0
+            for of, share in ((column, 1 - weight), (column.replace("answer", "question"), weight)):
+                if share:
+                    texts = [records[row][of].strip() for row in examples.row]
+                    vectors = targets.compute_targets(description, config, texts, str(config.data.responses))
+                    mixed = mixed + np.float32(share) * vectors  # float32
+            setattr(examples, name, mixed)
     questions = [records[row]["question"].strip() for row in examples.row]
     whitening.transform_targets(examples, config.teacher, questions)
     return examples, backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)

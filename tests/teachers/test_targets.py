@@ -12,7 +12,7 @@ from llm2vec_gen_jax.data.examples import Examples
 from llm2vec_gen_jax.parallel import preemption
 from llm2vec_gen_jax.teachers import targets, whitening
 from llm2vec_gen_jax.training.metrics import read_metrics
-from llm2vec_gen_jax.training.train import train
+from llm2vec_gen_jax.training.train import load_examples, train
 from tests.conftest import write_jsonl
 from tests.helpers.adapters import ANSWERS, FAMILY, interrupted, kept, settings_of
 from tests.helpers.adapters import targets as computed
@@ -213,3 +213,25 @@ def test_records_of_one_question_share_the_mean_of_their_targets():
     whitening.transform_targets(examples, config.TeacherConfig(average=True, centre=True), ["b", "a", "b", "c"])
     mean = np.array([[2, 4], [5, 5], [2, 4], [7, 8]], np.float32).mean(axis=0)
     np.testing.assert_allclose(examples.target + mean, [[2, 4], [5, 5], [2, 4], [7, 8]])
+
+
+# Mixed with the vector of the query
+
+
+def test_the_target_holds_the_query_by_its_weight(tiny_folder, tmp_path):
+    """Whatever the weight, the parts are computed once and kept."""
+    rows = [{"question": f"why {n}", "answer": f"because {n * 7}"} for n in range(6)]
+    path = write_jsonl(tmp_path / "responses.jsonl", rows)
+
+    def targets_of(weight, *words):
+        settings = settings_of(tiny_folder, f"data.responses={path}", f"teacher.query_weight={weight}", *words)
+        return load_examples(settings)[0].target
+
+    answer, query = targets_of(0), targets_of(1)
+    assert np.abs(answer - query).max() > 1e-2
+    before = {file: file.stat().st_mtime_ns for file in kept(path)}
+    np.testing.assert_allclose(targets_of(0.25), 0.75 * answer + 0.25 * query, rtol=1e-6, atol=1e-6)
+    assert {file: file.stat().st_mtime_ns for file in kept(path)} == before and len(before) == 2
+    np.save(tmp_path / "own.npy", answer)
+    with pytest.raises(InputError, match="query_weight"):
+        targets_of(0.5, "teacher.kind=file", f"teacher.path={tmp_path / 'own.npy'}")
