@@ -24,7 +24,7 @@ from llm2vec_gen_jax.lens.logit import Candidate, logit_lens
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory
-from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, require_own_process
+from llm2vec_gen_jax.pretrained.backbone import HubOptions, LoadedBackbone, load_backbone, require_own_process
 
 _TOKENIZED = 512  # texts per call of the tokenizer, which keeps large objects for each of them
 
@@ -77,23 +77,30 @@ class LLM2VecGen:
         mesh: jax.sharding.Mesh | config_lib.MeshConfig | None = None,
         prompts: dict[str, str] | None = None,
         attention: str = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         """Loads a model directory, written by this or the published package, or a hub repository with that layout.
 
         dtype: backbone dtype (auto | float32 | bfloat16 | float16 | int8). backbone: path or hub id, default the one
         named in the directory. mesh: a Mesh, or a MeshConfig over the devices of all processes; default: the local
-        devices on the data axis. attention: kernel (auto | xla | cudnn | pallas).
+        devices on the data axis. attention: kernel (auto | xla | cudnn | pallas). revision, token, cache_dir,
+        local_files_only: as in huggingface_hub; all but the revision apply to the backbone too.
         Raises InputError naming the missing or incompatible part.
         """
         require_own_process()
         _checked_prompts(prompts)  # before the backbone is loaded
-        record = model_directory.read_model_directory(str(path))
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
+        record = model_directory.read_model_directory(str(path), hub)
         if not isinstance(mesh, jax.sharding.Mesh):
             if not isinstance(mesh, config_lib.MeshConfig | None):
                 raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
             devices = None if mesh else jax.local_devices()
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), devices)
-        loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention)
+        hub = dataclasses.replace(hub, revision=None)
+        loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
         return cls(model, trainable, loaded, prompts, record=record)
 

@@ -29,6 +29,23 @@ EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_mo
 
 
 @dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """How a hub repository is downloaded, as in huggingface_hub.snapshot_download.
+
+    revision: branch, tag or commit, default main. token: access token, default the one of `hf auth login`. cache_dir:
+    default that of huggingface_hub. local_files_only: use only what is in the cache.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+
+DEFAULT_HUB = HubOptions()
+
+
+@dataclasses.dataclass(frozen=True)
 class LoadedBackbone:
     """A frozen backbone.
 
@@ -87,7 +104,9 @@ def require_own_process() -> None:
         )
 
 
-def load_backbone(path: str | os.PathLike[str], dtype: str, mesh: Any, attention: str = "auto") -> LoadedBackbone:
+def load_backbone(
+    path: str | os.PathLike[str], dtype: str, mesh: Any, attention: str = "auto", hub: HubOptions = DEFAULT_HUB
+) -> LoadedBackbone:
     """Loads a backbone onto a mesh.
 
     path: the name of the default backbone, a .gguf file, a local folder or a hub id. dtype: auto | float32 | bfloat16 |
@@ -96,15 +115,17 @@ def load_backbone(path: str | os.PathLike[str], dtype: str, mesh: Any, attention
     """
     require_own_process()
     options.check_arguments(BackboneConfig, dtype=dtype)
-    backbone, source = open_checkpoint(path, Execution(mesh, attention))
+    backbone, source = open_checkpoint(path, Execution(mesh, attention), hub)
     backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
     frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
     return dataclasses.replace(backbone, frozen=frozen)
 
 
-def open_checkpoint(path: str | os.PathLike[str], execution: Execution) -> tuple[LoadedBackbone, weights.WeightSource]:
+def open_checkpoint(
+    path: str | os.PathLike[str], execution: Execution, hub: HubOptions = DEFAULT_HUB
+) -> tuple[LoadedBackbone, weights.WeightSource]:
     """Returns (LoadedBackbone without parameters, source of its weights). Cheap for a checkpoint of any size."""
-    where = resolve_path(path)
+    where = resolve_path(path, hub)
     source: weights.WeightSource
     if where.suffix == ".gguf":
         source = file = gguf.GGUFSource(where)
@@ -130,7 +151,7 @@ def open_checkpoint(path: str | os.PathLike[str], execution: Execution) -> tuple
     return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license, former), source
 
 
-def resolve_path(path: str | os.PathLike[str]) -> pathlib.Path:
+def resolve_path(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
     """Returns the local .gguf file or folder of a backbone; the default backbone and hub ids are downloaded."""
     if path == default_backbone.NAME:
         return default_backbone.default_backbone()
@@ -141,7 +162,7 @@ def resolve_path(path: str | os.PathLike[str]) -> pathlib.Path:
         return local
     if local.suffix == ".gguf" or not is_hub_id(path):
         raise InputError(f"{path}: no such file or folder (known name: {default_backbone.NAME})")
-    return fetch_from_hub(path, hf.PATTERNS)
+    return fetch_from_hub(path, hf.PATTERNS, hub)
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
@@ -153,16 +174,28 @@ def is_hub_id(path: str | os.PathLike[str]) -> bool:
     return match is not None and not pathlib.Path(match[1]).exists()
 
 
-def fetch_from_hub(repository: str | os.PathLike[str], patterns: Sequence[str]) -> pathlib.Path:
+def fetch_from_hub(
+    repository: str | os.PathLike[str], patterns: Sequence[str], hub: HubOptions = DEFAULT_HUB
+) -> pathlib.Path:
     """Returns the local snapshot of a hub repository. Raises InputError when the download fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(snapshot_download(str(repository), allow_patterns=list(patterns)))
+        return pathlib.Path(
+            snapshot_download(
+                str(repository),
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=None if hub.cache_dir is None else str(hub.cache_dir),
+                local_files_only=hub.local_files_only,
+                allow_patterns=list(patterns),
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        name = f"{repository} (revision {hub.revision})" if hub.revision else repository
         raise InputError(
-            f"{repository}: no such local folder, and it cannot be fetched from the hub ({first_line(error)})"
+            f"{name}: no such local folder, and it cannot be fetched from the hub ({first_line(error)})"
         ) from None
 
 

@@ -15,7 +15,7 @@ from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, fetch_from_hub, is_hub_id
+from llm2vec_gen_jax.pretrained.backbone import DEFAULT_HUB, HubOptions, LoadedBackbone, fetch_from_hub, is_hub_id
 from llm2vec_gen_jax.pretrained.model_card import model_card
 
 HEADS = published.HEADS
@@ -73,24 +73,26 @@ def special_token_names(count: int) -> list[str]:
     return [f"<question{number}>" for number in range(1, count + 1)]
 
 
-def local_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+def local_folder(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
     """Returns the local folder of a model directory: a path, a name of MODELS, or a hub id, which is downloaded.
 
-    Raises InputError if it does not exist.
+    Raises InputError if it does not exist, and for a revision of anything but a hub id.
     """
     folder = pathlib.Path(path).expanduser()
+    if hub.revision and (folder.exists() or str(path) in MODELS):
+        raise InputError(f"revision={hub.revision}: {path} is not on the hub. Pass a revision only with a hub id")
     if folder.exists():
         return folder
     if str(path) in MODELS:
         return pathlib.Path(__file__).parent / "assets" / "models" / str(path)
     if is_hub_id(path):
-        return fetch_from_hub(path, PATTERNS)
+        return fetch_from_hub(path, PATTERNS, hub)
     raise InputError(f"{path}: no such directory, hub id (OWNER/NAME) or model of this package: {', '.join(MODELS)}")
 
 
-def read_model_directory(path: str | os.PathLike[str]) -> published.PublishedModel:
+def read_model_directory(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> published.PublishedModel:
     """Reads a local model directory or a hub repository of that layout."""
-    return published.read(local_folder(path))
+    return published.read(local_folder(path, hub))
 
 
 def to_model(

@@ -24,6 +24,7 @@ def model_folder(tiny, tiny_folder, tmp_path_factory):
     return folder
 
 
+COMMIT = "4567cdef" * 5
 LOAD = """
 from llm2vec_gen_jax import LLM2VecGen
 from tests.conftest import one_device_mesh
@@ -31,17 +32,22 @@ print(LLM2VecGen.from_pretrained("someone/embedder", "float32", BACKBONE, one_de
 """
 
 
-def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folder, tiny_folder, tmp_path, monkeypatch):
-    repository = tmp_path / "models--someone--embedder"
-    snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123abcd")
-    blobs.mkdir()
-    for number, file in enumerate(path for path in model_folder.rglob("*") if path.is_file()):
-        link = snapshot / file.relative_to(model_folder)
+def add_to_cache(cache, folder, revision="main", commit="0123abcd"):
+    """Adds a folder to a hub cache as a revision of someone/embedder."""
+    repository = cache / "models--someone--embedder"
+    snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
+    for path in (repository / "refs", blobs):
+        path.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for number, file in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
-        (blobs / str(number)).write_bytes(file.read_bytes())
-        link.symlink_to(blobs / str(number))
+        (blobs / f"{commit}-{number}").write_bytes(file.read_bytes())
+        link.symlink_to(blobs / f"{commit}-{number}")
+
+
+def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folder, tiny_folder, tmp_path, monkeypatch):
+    add_to_cache(tmp_path, model_folder)
     code = LOAD.replace("BACKBONE", repr(str(tiny_folder("llama"))))
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -51,6 +57,33 @@ def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folde
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         load("runs/embeder")
+
+
+def test_a_revision_loads_from_a_cache_of_ones_own(model_folder, tiny, tiny_folder, tmp_path):
+    other = new_model(tiny("llama"))
+    other.trainable["tokens"] = other.trainable["tokens"] + 1
+    other.save_pretrained(tmp_path / "other")
+    for folder, revision, commit in ((model_folder, "main", "0123abcd"), (tmp_path / "other", "v2", COMMIT)):
+        add_to_cache(tmp_path / "cache", folder, revision, commit)
+
+    def vector(path="someone/embedder", **options):
+        backbone, mesh = tiny_folder("llama"), one_device_mesh()
+        model = LLM2VecGen.from_pretrained(
+            path, "float32", backbone, mesh, cache_dir=tmp_path / "cache", local_files_only=True, **options
+        )
+        return model.encode("x")
+
+    expected = {
+        revision: load(folder).encode("x") for folder, revision in ((model_folder, "main"), (tmp_path / "other", "v2"))
+    }
+    assert np.abs(expected["main"] - expected["v2"]).max() > 1e-3
+    np.testing.assert_allclose(vector(), expected["main"], atol=1e-5)
+    for revision in ("v2", COMMIT):
+        np.testing.assert_allclose(vector(revision=revision), expected["v2"], atol=1e-5)
+    with pytest.raises(InputError, match=r"someone/embedder \(revision v3\): .* cannot be fetched"):
+        vector(revision="v3")
+    with pytest.raises(InputError, match="revision=v2: .* is not on the hub"):
+        vector(model_folder, revision="v2")
 
 
 def test_push_to_hub_uploads_what_loads_elsewhere(tiny, tiny_folder, tmp_path, monkeypatch):
