@@ -36,8 +36,18 @@ class SynthesizeConfig(DistributedConfig):
 
 @dataclasses.dataclass
 class RespondConfig(DistributedConfig):
-    """`python -m launch.respond`: generate the LLM's response to every query."""
+    """`python -m launch.respond`: generate the LLM's response to every query.
 
+    engine=openai sends the queries to a server with OpenAI's chat completions API instead of loading a backbone. Then
+    batch_size and max_prompt_length are not used, and responses are written in the order in which they complete.
+    """
+
+    engine: str = setting("backbone", "what generates; openai: the server at `endpoint`", ("backbone", "openai"))
+    endpoint: str | None = setting(None, "engine=openai: URL of the API, such as http://localhost:8000/v1")
+    model: str | None = setting(None, "engine=openai: model name on the server; null: its only one")
+    api_key_env: str = setting("OPENAI_API_KEY", "engine=openai: environment variable of the API key, if one is needed")
+    concurrency: int = setting(16, "engine=openai: requests at a time", least=1, most=1024)
+    request_timeout: int = setting(600, "engine=openai: seconds to wait for a response", least=1)
     backbone: BackboneConfig = section(BackboneConfig)
     input: str | None = setting(None, "input JSONL[.gz] file of {question}, with an optional id", path=True)
     output: str | None = setting(None, "output JSONL file of {id, question, answer, finish}", path=True)

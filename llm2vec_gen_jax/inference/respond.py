@@ -22,6 +22,7 @@ from llm2vec_gen_jax.config import (
 from llm2vec_gen_jax.data.buckets import length_sorted_batches
 from llm2vec_gen_jax.data.records import read_records
 from llm2vec_gen_jax.inference.generate import Sampling, ended, generate
+from llm2vec_gen_jax.inference.openai_engine import respond_by_server
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone
 
@@ -69,6 +70,8 @@ def _respond(path, config, backbone):
         record.setdefault("id", number)
     if len({record["id"] for record in records}) < len(records):
         raise InputError(f"{config.input}: the ids are not unique. Make them unique: resuming identifies lines by id")
+    if config.engine == "openai":
+        return respond_by_server(path, config, records)
     backbone = backbone or load_configured_backbone(config)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     run = {

@@ -23,9 +23,9 @@ SCHEMAS = [
 
 # Paths
 
-PLAIN = """answer_suffix attention_function alignment_function comparisons contrastive_function distributed field host
-id_field instruction layers mask_token name profile prompt query_instruction document_instruction recipe split text
-topology"""
+PLAIN = """answer_suffix api_key_env attention_function alignment_function comparisons contrastive_function distributed
+endpoint field host id_field instruction layers mask_token model name profile prompt query_instruction
+document_instruction recipe split text topology"""
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

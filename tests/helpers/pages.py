@@ -18,6 +18,7 @@ OPTIONAL = re.compile(r"(?<=\s)\[(?:--\w|\w+=)[^\]]*\](?=\s|$)")  # [key=value .
 ELSEWHERE = {
     "pip": "changes the environment; the files that it names are checked",
     "docker": "builds an image",
+    "vllm": "serves an LLM on a GPU; test_openai_engine.py has a server of its API",
     "kubectl": "needs a Kubernetes cluster",
     "sbatch": "needs Slurm; the words of the command that it starts are parsed",
     "sky": "rents machines",
@@ -28,6 +29,7 @@ ELSEWHERE = {
 }
 # Commands of ours that cannot run here, by what they hold, and why. Their words are parsed all the same.
 CANNOT_RUN = {
+    "engine=openai": "needs a server of that API; test_openai_engine.py has one",
     "tasks=mteb-lite": "downloads from the hub",
     "python -m tests.parity.peer": "installs PyTorch from a package index; test_parity.py does it where it can",
     "python -m pytest": "is this run",

@@ -1,0 +1,123 @@
+"""Responses of a server with OpenAI's chat completions API: vLLM, SGLang, llama.cpp, TGI, or a hosted service."""
+
+import concurrent.futures
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llm2vec_gen_jax.common import progress
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, quote
+from llm2vec_gen_jax.common.files import fingerprint, install_command
+from llm2vec_gen_jax.common.jsonl import JsonlAppender
+from llm2vec_gen_jax.config import RespondConfig, options
+
+_RETRIES = 10  # the client waits 0.5 to 8 s before each, or as long as the server asks: about a minute in total
+
+
+def respond_by_server(path: pathlib.Path, config: RespondConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Appends the responses of config.endpoint to records {id, question} to `path`, in the order of completion.
+
+    The lines are those of `respond`. Busy and failing servers are retried; the lines written so far are kept.
+    Raises InputError if there is no such server or model, for an invalid key, and for a request that is refused.
+    """
+    server = _Server(config)
+    run = {
+        "command": "respond",
+        "engine": "openai",
+        "model": server.model,
+        "input": fingerprint(records),
+        "sampling": [config.max_new_tokens, config.temperature, config.top_p, config.seed],
+        "samples": config.samples,
+        "shard": [config.shard.index, config.shard.count],
+    }
+    queries = range(config.shard.index, len(records), config.shard.count)
+    samples = [(row, sample) for row in queries for sample in range(config.samples)]
+    with JsonlAppender(path, run, config.overwrite) as output:
+        done = {(row["id"], row.get("sample", 0)) for row in output.rows}
+        missing = [(row, sample) for row, sample in samples if (records[row]["id"], sample) not in done]
+        with progress.bar(len(samples), "response", "respond", initial=len(done)) as bar:
+            for new in server.answer(records, missing):
+                output.append([new])
+                bar.update(1)
+
+
+class _Server:
+    """A connection to config.endpoint. model: the name of config.model, or the only model of the server."""
+
+    def __init__(self, config: RespondConfig) -> None:
+        options.require(config, "endpoint")
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError(f"engine=openai needs the openai package: {install_command('openai')} ({error})") from None
+        self.config, self.openai = config, openai
+        self.client = openai.OpenAI(
+            base_url=config.endpoint,
+            api_key=os.environ.get(config.api_key_env) or "none",  # local servers accept any
+            timeout=config.request_timeout,
+            max_retries=_RETRIES,
+        )
+        try:
+            models = [model.id for model in self.client.with_options(max_retries=0).models.list()]
+        except openai.OpenAIError as error:
+            raise self._problem(error) from None
+        except (ValueError, TypeError, AttributeError) as error:  # not a list of models
+            raise InputError(
+                f"endpoint={config.endpoint}: no list of models at /models ({first_line(error)})"
+            ) from None
+        if config.model is None and len(models) != 1:
+            raise InputError(f"model is needed: {config.endpoint} has {', '.join(models[:20]) or 'none'}")
+        self.model = config.model or models[0]
+        if self.model not in models:
+            suggestion, available = nearest(self.model, models), ", ".join(models[:20]) or "none"
+            raise InputError(f"model={self.model}: not a model of {config.endpoint}{suggestion} (it has {available})")
+
+    def answer(self, records: Sequence[dict[str, Any]], samples: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Yields the line of each (row, sample), with config.concurrency requests at a time."""
+        threads = concurrent.futures.ThreadPoolExecutor(self.config.concurrency)
+        try:
+            futures = [threads.submit(self._line, records[row], sample, row, len(records)) for row, sample in samples]
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _line(self, record: dict[str, Any], sample: int, row: int, count: int) -> dict[str, Any]:
+        config = self.config
+        seed: Any = {"seed": (config.seed + row + sample * count) % 2**31} if config.temperature else {}
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": record["question"]}],
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                **seed,
+            )
+            choice = completion.choices[0]
+            answer, finish = (choice.message.content or "").strip(), choice.finish_reason
+        except self.openai.OpenAIError as error:
+            raise self._problem(error, record) from None
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"endpoint={config.endpoint}: not a chat completion ({first_line(error)})") from None
+        numbered = {"sample": sample} if config.samples > 1 else {}
+        return record | numbered | {"answer": answer, "finish": "length" if finish == "length" else "stop"}
+
+    def _problem(self, error: Exception, record: dict[str, Any] | None = None) -> InputError:
+        """Returns the error of a failed request. record: that of the request."""
+        endpoint, openai = f"endpoint={self.config.endpoint}", self.openai
+        if isinstance(error, openai.APITimeoutError):
+            return InputError(f"{endpoint}: no answer within request_timeout={self.config.request_timeout} seconds")
+        if isinstance(error, openai.APIConnectionError):
+            cause = error.__cause__ or error
+            return InputError(f"{endpoint}: no server there ({first_line(cause)}). Start it, then repeat the command")
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return InputError(
+                f"{endpoint}: the server refuses the key in the environment variable {self.config.api_key_env} "
+                "(api_key_env=)"
+            )
+        if isinstance(error, openai.NotFoundError) and record is None:
+            return InputError(f"{endpoint}: not the URL of an OpenAI API, which usually ends in /v1")
+        of = f", question {record['id']!r}, {quote(record['question'])}" if record else ""
+        return InputError(f"{endpoint}{of}: {first_line(error)}")
