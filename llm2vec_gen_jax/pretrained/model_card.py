@@ -17,7 +17,7 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
     identifier: path or hub id in the usage examples. license: SPDX id of the backbone, which applies to the model too.
     """
     extra, base = record.extra, _hub_id(record.backbone)
-    convert = record.backbone == default_backbone.NAME  # a GGUF file in a wheel, which PyTorch cannot load by name
+    convert = is_gguf(record.backbone)
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
         "library_name": "llm2vec_gen_jax",
@@ -61,6 +61,14 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
         'vectors = model.encode(["What is the capital of France?"])',
         "```",
         "",
+        "sentence-transformers with peft, in PyTorch, the same vectors:",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        f"model = SentenceTransformer({json.dumps('model-pt' if convert else identifier)}, trust_remote_code=True)",
+        'vectors = model.encode(["What is the capital of France?"])',
+        "```",
+        "",
         *([] if base else _local_backbone(record)),
         *(_scores(extra["scores"]) if extra.get("scores") else []),
         "## Training",
@@ -74,6 +82,11 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
         settings = to_yaml(extra["config"]).splitlines()
         lines += ["Hyper-parameters:", "", "```yaml", *settings, "```", ""]
     return "\n".join(lines)
+
+
+def is_gguf(backbone: str) -> bool:
+    """Whether the name of a backbone stands for a GGUF file, which PyTorch cannot load."""
+    return backbone == default_backbone.NAME or backbone.endswith(".gguf")
 
 
 def _hub_id(backbone):

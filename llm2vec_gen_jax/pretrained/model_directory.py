@@ -16,9 +16,8 @@ from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained import default_backbone
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, fetch_from_hub, is_hub_id
-from llm2vec_gen_jax.pretrained.model_card import model_card
+from llm2vec_gen_jax.pretrained.model_card import is_gguf, model_card
 
 HEADS = published.HEADS
 MODELS = ("smollm2-135m",)  # trained embedders shipped with the package, in assets/models/
@@ -68,8 +67,7 @@ def save(
     # The published package's generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
     card = model_card(record, shown or str(directory), backbone.license)
-    is_gguf = record.backbone == default_backbone.NAME or record.backbone.endswith(".gguf")
-    others = {} if is_gguf else _sentence_transformer_files(prompts or {})  # PyTorch cannot load a GGUF backbone
+    others = {} if is_gguf(record.backbone) else _sentence_transformer_files(prompts or {})
     published.write(directory, record, backbone.tokenizer.hf, backbone_config, card, others)
 
 

@@ -170,6 +170,8 @@ def test_a_gguf_backbone_has_no_torch_files(saved, tmp_path):
         target = tmp_path / name.replace("/", "-")
         model_directory.save(target, model.model, model.trainable, model.backbone, {}, name=name)
         assert not FILES & {path.name for path in target.iterdir()}
+        card = (target / "README.md").read_text()
+        assert "convert to_pytorch" in card and 'SentenceTransformer("model-pt", trust_remote_code=True)' in card
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-name", "owner/not-there"])
