@@ -174,6 +174,15 @@ def test_a_gguf_backbone_has_no_torch_files(saved, tmp_path):
         assert "convert to_pytorch" in card and 'SentenceTransformer("model-pt", trust_remote_code=True)' in card
 
 
+@pytest.mark.slow
+def test_the_default_model_gives_the_same_vectors(command, tmp_path):
+    target = tmp_path / "pt"
+    code, _, errors = command("convert to_pytorch", "smollm2-135m", f"output={target}", "dtype=float32")
+    assert code == 0, errors
+    texts = [*TEXTS[1:], "a long text " * 300]
+    assert_same(open_folder(target).encode(texts), load(target).encode(texts))
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-name", "owner/not-there"])
 def test_a_missing_backbone_is_named(saved, tmp_path, name):
     folder = tmp_path / "model"
