@@ -100,12 +100,13 @@ def write(
     tokenizer: PreTrainedTokenizerFast,
     backbone_config: dict[str, Any],
     card: str,
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `model` atomically as a new directory that the published package loads.
 
     tokenizer: of the backbone, with or without the special tokens; not modified.
     backbone_config: config.json of the backbone, with the keys of transformers 4 or 5.
-    card: the text of README.md.
+    card: the text of README.md. others: {name: text} of further files, which the published package ignores.
     Raises InputError if the directory exists or the parts of the model are inconsistent.
     """
     directory = pathlib.Path(directory)
@@ -131,7 +132,8 @@ def write(
         files.write_text(folder / "run_config.yml", yaml_files.to_yaml(run))
         write_tokenizer(folder, tokenizer, model.special_tokens)
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
-        files.write_text(folder / "README.md", card)
+        for name, text in {"README.md": card, **(others or {})}.items():
+            files.write_text(folder / name, text)
 
 
 def hf_config_v4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def save_pretrained(
         record.special_tokens if record else None,
         backbone,
         shown,
+        embedder.prompts,
     )
 
 

@@ -17,7 +17,7 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
     identifier: path or hub id in the usage examples. license: SPDX id of the backbone, which applies to the model too.
     """
     extra, base = record.extra, _hub_id(record.backbone)
-    convert = record.backbone == default_backbone.NAME  # a GGUF file in a wheel, which PyTorch cannot load by name
+    convert = is_gguf(record.backbone)
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
     front = {
         "library_name": "llm2vec_gen_jax",
@@ -61,6 +61,14 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
         'vectors = model.encode(["What is the capital of France?"])',
         "```",
         "",
+        "sentence-transformers with peft, in PyTorch, the same vectors:",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        f"model = SentenceTransformer({json.dumps('model-pt' if convert else identifier)}, trust_remote_code=True)",
+        'vectors = model.encode(["What is the capital of France?"])',
+        "```",
+        "",
         *([] if base else _local_backbone(record)),
         *(_scores(extra["scores"]) if extra.get("scores") else []),
         "## Training",
@@ -74,6 +82,11 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
         settings = to_yaml(extra["config"]).splitlines()
         lines += ["Hyper-parameters:", "", "```yaml", *settings, "```", ""]
     return "\n".join(lines)
+
+
+def is_gguf(backbone: str) -> bool:
+    """Whether the name of a backbone stands for a GGUF file, which PyTorch cannot load."""
+    return backbone == default_backbone.NAME or backbone.endswith(".gguf")
 
 
 def _hub_id(backbone):
@@ -109,10 +122,13 @@ def _scores(scores):
 def _facts(extra):
     data, facts = extra.get("data") or {}, []
     if data:
-        facts.append(f"data: {data['examples']:,} responses of the LLM to the queries of `{data['responses']}`")
+        facts.append(f"data: {data['examples']:,} records of queries and responses, `{data['responses']}`")
     if config := extra.get("config") or {}:
         teacher, train = config.get("teacher", {}), config.get("train", {})
         adapters = ", ".join(f"`{name}`" for name in teacher.get("adapters") or ()) or "no adapters"
         facts.append(f"alignment targets: {teacher.get('kind')} ({adapters}), attention {teacher.get('attention')}")
+        if train.get("ridge_examples"):
+            initial = f" of `{train['init_from']}`" if train.get("init_from") else ""
+            facts.append(f"alignment head{initial} solved by ridge regression on at most one epoch of the data")
         facts.append(f"{train.get('steps')} steps at batch {train.get('batch_size')}, seed {train.get('seed')}")
     return facts or ["not recorded: this model was trained elsewhere"]

@@ -1,5 +1,6 @@
 """Model directories: written at the end of training, read by `LLM2VecGen.from_pretrained`."""
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import DEFAULT_HUB, HubOptions, LoadedBackbone, fetch_from_hub, is_hub_id
-from llm2vec_gen_jax.pretrained.model_card import model_card
+from llm2vec_gen_jax.pretrained.model_card import is_gguf, model_card
 
 HEADS = published.HEADS
 MODELS = ("smollm2-135m",)  # trained embedders shipped with the package, in assets/models/
@@ -33,6 +34,7 @@ def save(
     special_tokens: list[str] | None = None,
     name: str | os.PathLike[str] | None = None,
     shown: str | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model directory atomically. The directory must not exist.
 
@@ -40,7 +42,7 @@ def save(
     extra: metadata of this package ("config", "data", "metrics"), shown in the model card. dtype: of PyTorch, default
     that of the backbone. special_tokens: texts of the trained tokens, default <question1>, ...
     name: of the backbone in the directory, default as loaded. shown: path or hub id in the examples of the model card,
-    default the directory.
+    default the directory. prompts: of the SentenceTransformer that PyTorch loads from the directory.
     """
     dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
@@ -65,7 +67,25 @@ def save(
     # The published package's generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
     card = model_card(record, shown or str(directory), backbone.license)
-    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card)
+    others = {} if is_gguf(record.backbone) else _sentence_transformer_files(prompts or {})
+    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card, others)
+
+
+def _sentence_transformer_files(prompts):
+    """Returns {name: text} of the files with which `SentenceTransformer(directory)` runs the module in PyTorch."""
+    source = pathlib.Path(__file__).parent / "assets" / "llm2vec_gen_module.py"
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "llm2vec_gen_module.LLM2VecGenModule"}]
+    config = {
+        "model_type": "SentenceTransformer",
+        # sentence-transformers prepends a prompt without a space.
+        "prompts": {name: f"{text} " if text else "" for name, text in prompts.items()},
+        "similarity_fn_name": "cosine",
+    }
+    return {
+        source.name: source.read_text(encoding="utf-8"),
+        "modules.json": json.dumps(modules, indent=2),
+        "config_sentence_transformers.json": json.dumps(config, indent=2),
+    }
 
 
 def special_token_names(count: int) -> list[str]:

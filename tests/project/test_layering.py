@@ -11,10 +11,11 @@ import llm2vec_gen_jax
 
 ROOT = pathlib.Path(llm2vec_gen_jax.__file__).parent
 PACKAGE = ROOT.name
+ELSEWHERE = ("pytorch_encode.py", "llm2vec_gen_module.py")  # files for other environments
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
-    if path != ROOT / "__init__.py" and path.name != "pytorch_encode.py"  # a script for another environment
+    if path != ROOT / "__init__.py" and path.name not in ELSEWHERE
 }
 LAUNCH = {f"launch.{path.stem}": path for path in (ROOT.parent / "launch").glob("*.py")}
 # What each folder (and api.py) may import, beside itself; from the bottom to the top.

@@ -374,7 +374,7 @@ def test_the_model_directory_encodes_as_the_trained_tree(place, run, tiny, tiny_
     assert np.abs(found[1] - found[2]).max() > 1e-3
     assert loaded.backbone.name == str(tiny_folder("qwen3")) and loaded.get_embedding_dimension() == 32
     card = (folder / "model/README.md").read_text()
-    assert "24 responses of the LLM to the queries" in card and "3 steps at batch 8" in card
+    assert "24 records of queries and responses" in card and "3 steps at batch 8" in card
     assert "num_thought_tokens: 2" in card and "| reconstruction loss |" in card
 
 
