@@ -10,6 +10,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import yaml
 
 from llm2vec_gen_jax import LLM2VecGen, load_embeddings
 from tests.conftest import one_device_mesh
@@ -34,6 +35,9 @@ def run(tmp_path, launch):
     """run(NAME, *arguments) runs a command in a process with one device, in the folder of the files: its output."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
+    recorded = tmp_path / "run" / "model" / "run_config.yml"  # names the backbone by the folder it was in
+    settings = yaml.safe_load(recorded.read_text())
+    recorded.write_text(yaml.safe_dump(settings | {"model_name_or_path": str(tmp_path / "backbone")}))
 
     def start(name, *arguments):
         process = launch(tmp_path, *name.split(), *arguments)
