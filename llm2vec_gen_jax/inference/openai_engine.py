@@ -96,13 +96,15 @@ class _Server:
                 **seed,
             )
             choice = completion.choices[0]
-            answer, finish = (choice.message.content or "").strip(), choice.finish_reason
+            # JSON can contain unpaired surrogates, which no file can.
+            answer = (choice.message.content or "").encode("utf-8", "replace").decode().strip()
+            truncated = choice.finish_reason in ("length", "content_filter")
         except self.openai.OpenAIError as error:
             raise self._problem(error, record) from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"endpoint={config.endpoint}: not a chat completion ({first_line(error)})") from None
         numbered = {"sample": sample} if config.samples > 1 else {}
-        return record | numbered | {"answer": answer, "finish": "length" if finish == "length" else "stop"}
+        return record | numbered | {"answer": answer, "finish": "length" if truncated else "stop"}
 
     def _problem(self, error: Exception, record: dict[str, Any] | None = None) -> InputError:
         """Returns the error of a failed request. record: that of the request."""

@@ -48,7 +48,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(question + "\n")
         finish = "length" if len(words) > request["max_tokens"] else "stop"
-        choice = {"index": 0, "message": {"role": "assistant", "content": f" {answer}\n"}, "finish_reason": finish}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": f" {answer}\ud800\n"},
+            "finish_reason": finish,
+        }
         completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "echo", "choices": [choice]}
         self.reply(200, completion)
 
