@@ -31,6 +31,7 @@ STUDY |= {"batch_size": 8, "seeds": 1, "limit": 4, "hyde_limit": 2, "hyde_tokens
 SMALL = {
     "quickstart": ["backbone.path=talker", "queries=16", "steps=2", "max_new_tokens=8"],
     "synthesize": ["backbone.path=talker", "count=3", "batch_size=4", "max_new_tokens=24"],
+    "instruct": ["count=3"],
     "respond": ["backbone.path=tiny", "limit=4", "batch_size=2", "max_new_tokens=4"],
     "train": TRAIN,
     "ablate": [*TRAIN, "teacher.adapters="],
@@ -54,7 +55,14 @@ SMALL = {
     ],
 }
 OUTPUTS = ("output", "train.output", "merged", "backbone_output")
-FAST = ("decode", "encode", "lens logit", "convert from_pytorch", "respond")  # a second or two each; others are slow
+FAST = (
+    "decode",
+    "encode",
+    "instruct",
+    "lens logit",
+    "convert from_pytorch",
+    "respond",
+)  # a second or two each; others are slow
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,12 @@ def world(tiny_folder, model_folder, talker_folder, tmp_path_factory):
     rows = [{"id": n, "question": text, "answer": f"About {n * n}, they say."} for n, text in enumerate(questions)]
     write_jsonl(folder / "responses.jsonl", rows)
     write_jsonl(folder / "queries.jsonl", [{"id": row["id"], "question": row["question"]} for row in rows])
+    # Parts of the queries of the included embedder.
+    shutil.copy(folder / "queries.jsonl", folder / "questions.jsonl")
+    write_jsonl(
+        folder / "t0.jsonl", [{"question": f"{text} Nobody knows how many of them there are."} for text in questions]
+    )
+    (folder / "classify.txt").write_text("Classify this:\n\n")
     (folder / "queries.jsonl.gz").write_bytes(gzip.compress((folder / "queries.jsonl").read_bytes()))
     (folder / "texts.txt").write_text("\n".join(questions) + "\n")
     (folder / "questions.txt").write_text("\n".join(questions[:3]) + "\n")
