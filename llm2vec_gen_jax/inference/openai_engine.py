@@ -2,56 +2,34 @@
 
 import concurrent.futures
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, quote
-from llm2vec_gen_jax.common.files import fingerprint, install_command
-from llm2vec_gen_jax.common.jsonl import JsonlAppender
+from llm2vec_gen_jax.common.files import install_command
 from llm2vec_gen_jax.config import RespondConfig, options
 
 _RETRIES = 10  # the client waits 0.5 to 8 s before each, or as long as the server asks: about a minute in total
 
 
-def respond_by_server(path: pathlib.Path, config: RespondConfig, records: Sequence[dict[str, Any]]) -> None:
-    """Appends the responses of config.endpoint to records {id, question} to `path`, in the order of completion.
+Sample = tuple[int, int]  # row of the records, number of the sample
+Response = tuple[Sample, str, bool]  # sample, answer, whether the answer is truncated
 
-    The lines are those of `respond`. Busy and failing servers are retried; the lines written so far are kept.
-    Raises InputError if there is no such server or model, for an invalid key, and for a request that is refused.
+
+class Server:
+    """A respond.Engine that asks the server at config.endpoint for the model config.model, or for its only one.
+
+    Busy and failing servers are retried. Raises InputError if there is no such server or model, for an invalid key, and
+    for a request that is refused.
     """
-    server = _Server(config)
-    run = {
-        "command": "respond",
-        "engine": "openai",
-        "model": server.model,
-        "input": fingerprint(records),
-        "sampling": [config.max_new_tokens, config.temperature, config.top_p, config.seed],
-        "samples": config.samples,
-        "shard": [config.shard.index, config.shard.count],
-    }
-    queries = range(config.shard.index, len(records), config.shard.count)
-    samples = [(row, sample) for row in queries for sample in range(config.samples)]
-    with JsonlAppender(path, run, config.overwrite) as output:
-        done = {(row["id"], row.get("sample", 0)) for row in output.rows}
-        missing = [(row, sample) for row, sample in samples if (records[row]["id"], sample) not in done]
-        with progress.bar(len(samples), "response", "respond", initial=len(done)) as bar:
-            for new in server.answer(records, missing):
-                output.append([new])
-                bar.update(1)
 
-
-class _Server:
-    """A connection to config.endpoint. model: the name of config.model, or the only model of the server."""
-
-    def __init__(self, config: RespondConfig) -> None:
+    def __init__(self, config: RespondConfig, records: Sequence[dict[str, Any]]) -> None:
         options.require(config, "endpoint")
         try:
             import openai
         except ImportError as error:
             raise InputError(f"engine=openai needs the openai package: {install_command('openai')} ({error})") from None
-        self.config, self.openai = config, openai
+        self.config, self.records, self.openai = config, records, openai
         self.client = openai.OpenAI(
             base_url=config.endpoint,
             api_key=os.environ.get(config.api_key_env) or "none",  # local servers accept any
@@ -72,24 +50,26 @@ class _Server:
         if self.model not in models:
             suggestion, available = nearest(self.model, models), ", ".join(models[:20]) or "none"
             raise InputError(f"model={self.model}: not a model of {config.endpoint}{suggestion} (it has {available})")
+        self.record = {"engine": "openai", "model": self.model}
 
-    def answer(self, records: Sequence[dict[str, Any]], samples: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        """Yields the line of each (row, sample), with config.concurrency requests at a time."""
+    def respond(self, samples: Sequence[Sample], is_missing: Sequence[bool]) -> Iterator[list[Response]]:
+        """Yields the responses in the order of completion, with config.concurrency requests at a time."""
+        missing = [sample for sample, needed in zip(samples, is_missing) if needed]
         threads = concurrent.futures.ThreadPoolExecutor(self.config.concurrency)
         try:
-            futures = [threads.submit(self._line, records[row], sample, row, len(records)) for row, sample in samples]
+            futures = [threads.submit(self._response, sample) for sample in missing]
             for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+                yield [future.result()]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _line(self, record: dict[str, Any], sample: int, row: int, count: int) -> dict[str, Any]:
-        config = self.config
-        seed: Any = {"seed": (config.seed + row + sample * count) % 2**31} if config.temperature else {}
+    def _response(self, sample: Sample) -> Response:
+        config, records, (row, number) = self.config, self.records, sample
+        seed: Any = {"seed": (config.seed + row + number * len(records)) % 2**31} if config.temperature else {}
         try:
             completion = self.client.chat.completions.create(
                 model=self.model,
-                messages=[{"role": "user", "content": record["question"]}],
+                messages=[{"role": "user", "content": records[row]["question"]}],
                 max_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p,
@@ -98,13 +78,11 @@ class _Server:
             choice = completion.choices[0]
             # JSON can contain unpaired surrogates, which no file can.
             answer = (choice.message.content or "").encode("utf-8", "replace").decode().strip()
-            truncated = choice.finish_reason in ("length", "content_filter")
+            return sample, answer, choice.finish_reason in ("length", "content_filter")
         except self.openai.OpenAIError as error:
-            raise self._problem(error, record) from None
+            raise self._problem(error, records[row]) from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"endpoint={config.endpoint}: not a chat completion ({first_line(error)})") from None
-        numbered = {"sample": sample} if config.samples > 1 else {}
-        return record | numbered | {"answer": answer, "finish": "length" if truncated else "stop"}
 
     def _problem(self, error: Exception, record: dict[str, Any] | None = None) -> InputError:
         """Returns the error of a failed request. record: that of the request."""

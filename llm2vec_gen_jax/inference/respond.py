@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from llm2vec_gen_jax.config import (
 from llm2vec_gen_jax.data.buckets import length_sorted_batches
 from llm2vec_gen_jax.data.records import read_records
 from llm2vec_gen_jax.inference.generate import Sampling, ended, generate
-from llm2vec_gen_jax.inference.openai_engine import respond_by_server
+from llm2vec_gen_jax.inference.openai_engine import Response, Sample, Server
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone
 
@@ -64,58 +65,89 @@ def respond(config: RespondConfig, backbone: LoadedBackbone | None = None) -> pa
     return path
 
 
-def _respond(path, config, backbone):
-    records = read_records(config.input, ("question",), limit=config.limit)
+def _respond(path: pathlib.Path, config: RespondConfig, backbone: LoadedBackbone | None) -> None:
+    records = read_records(str(config.input), ("question",), limit=config.limit)
     for number, record in enumerate(records):
         record.setdefault("id", number)
     if len({record["id"] for record in records}) < len(records):
         raise InputError(f"{config.input}: the ids are not unique. Make them unique: resuming identifies lines by id")
+    rows = range(config.shard.index, len(records), config.shard.count)
+    samples = [(row, sample) for row in rows for sample in range(config.samples)]
+    engine: Engine
     if config.engine == "openai":
-        return respond_by_server(path, config, records)
-    backbone = backbone or load_configured_backbone(config)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    run = {
+        engine = Server(config, records)
+    else:
+        engine = _BackboneEngine(config, records, rows, backbone)
+    run: dict[str, Any] = {
         "command": "respond",
-        "backbone": backbone.identity,
+        **engine.record,
         "input": fingerprint(records),
         "sampling": [config.max_new_tokens, config.temperature, config.top_p, config.seed],
-        "batch": [config.batch_size, config.max_prompt_length],
         "shard": [config.shard.index, config.shard.count],
     }
     if config.samples > 1:
         run["samples"] = config.samples
-    queries = range(config.shard.index, len(records), config.shard.count)
-    prompts = {
-        row: backbone.tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in queries
-    }
-    samples = [(row, sample) for row in queries for sample in range(config.samples)]
-    lengths = [len(prompts[row]) for row, _ in samples]
     with JsonlAppender(path, run, config.overwrite) as output:
         done = {(row["id"], row.get("sample", 0)) for row in output.rows}
+        is_missing = [(records[row]["id"], sample) not in done for row, sample in samples]
         with progress.bar(len(samples), "response", "respond", initial=len(done)) as bar:
-            for batch in length_sorted_batches(lengths, config.batch_size):
-                items = [samples[index] for index in batch]
-                missing = [(records[row]["id"], sample) not in done for row, sample in items]
-                if not any(missing):
-                    continue
-                # A partially written batch is recomputed completely, which gives the same answers.
-                padding = config.batch_size - len(items)
-                ids = [prompts[row] for row, _ in items] + [[0]] * padding
-                numbers = np.array([row + sample * len(records) for row, sample in items] + [0] * padding)
-                answers = generate(backbone, ids, sampling, config.seed, numbers)
+            for responses in engine.respond(samples, is_missing):
                 new = [
                     records[row]
                     | ({"sample": sample} if config.samples > 1 else {})
-                    | {
-                        "answer": backbone.tokenizer.decode(answer).strip(),
-                        "finish": "stop" if ended(answer, sampling) else "length",
-                    }
-                    for (row, sample), answer, is_missing in zip(items, answers, missing)
-                    if is_missing and answer is not None
+                    | {"answer": answer, "finish": "length" if is_truncated else "stop"}
+                    for (row, sample), answer, is_truncated in responses
                 ]
                 output.append(new)
                 bar.update(len(new))
-                for (row, _), answer, is_missing in zip(items, answers, missing):
-                    if is_missing and answer is None:
-                        name = f"{config.input}: question {records[row]['id']!r}, {quote(records[row]['question'])}"
-                        raise not_finite(name, backbone.dtype)
+
+
+class Engine(Protocol):
+    """What generates responses. record: what identifies it in the run record of the output."""
+
+    record: dict[str, Any]
+
+    def respond(self, samples: Sequence[Sample], is_missing: Sequence[bool]) -> Iterator[list[Response]]:
+        """Yields lists of the responses to the missing ones of `samples`, each as soon as it is there."""
+
+
+class _BackboneEngine:
+    """Generates with the backbone of a RespondConfig, in length-sorted batches."""
+
+    def __init__(
+        self,
+        config: RespondConfig,
+        records: Sequence[dict[str, Any]],
+        rows: Sequence[int],
+        backbone: LoadedBackbone | None,
+    ) -> None:
+        """rows: the records to respond to. backbone: that of the config, if it is already loaded."""
+        self.config, self.records, self.backbone = config, records, backbone or load_configured_backbone(config)
+        self.record = {
+            "backbone": self.backbone.identity,
+            "batch": [config.batch_size, config.max_prompt_length],
+        }
+        tokenizer = self.backbone.tokenizer
+        self.prompts = {row: tokenizer.chat_prompt(records[row]["question"], config.max_prompt_length) for row in rows}
+
+    def respond(self, samples: Sequence[Sample], is_missing: Sequence[bool]) -> Iterator[list[Response]]:
+        config, records, backbone = self.config, self.records, self.backbone
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+        for batch in length_sorted_batches([len(self.prompts[row]) for row, _ in samples], config.batch_size):
+            if not any(is_missing[index] for index in batch):
+                continue
+            # A partially written batch is recomputed completely, which gives the same answers.
+            padding = config.batch_size - len(batch)
+            ids = [self.prompts[samples[index][0]] for index in batch] + [[0]] * padding
+            numbers = [row + sample * len(records) for row, sample in (samples[index] for index in batch)]
+            answers = generate(backbone, ids, sampling, config.seed, np.array(numbers + [0] * padding))
+            missing = [(samples[index], answer) for index, answer in zip(batch, answers) if is_missing[index]]
+            yield [
+                (sample, backbone.tokenizer.decode(answer).strip(), not ended(answer, sampling))
+                for sample, answer in missing
+                if answer is not None
+            ]
+            for (row, _), answer in missing:
+                if answer is None:
+                    name = f"{config.input}: question {records[row]['id']!r}, {quote(records[row]['question'])}"
+                    raise not_finite(name, backbone.dtype)

@@ -8,6 +8,7 @@ from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
 from llm2vec_gen_jax.common.jsonl import JsonlAppender
 from llm2vec_gen_jax.config import SynthesizeConfig, options
+from llm2vec_gen_jax.data.texts import comparison_key
 from llm2vec_gen_jax.inference.generate import Sampling, ended, generate
 from llm2vec_gen_jax.inference.respond import load_configured_backbone, shard_path
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
@@ -46,7 +47,7 @@ def _synthesize(path, config, backbone):
     }
     prompt = backbone.tokenizer.user_turn()
     with JsonlAppender(path, run, config.overwrite) as output:
-        seen = {_key(row["question"]) for row in output.rows}
+        seen = {comparison_key(row["question"]) for row in output.rows}
         last = output.rows[-1]["id"] if output.rows else -1
         batch, without = (last // shard.count) // config.batch_size if output.rows else 0, 0
         with progress.bar(target, "query", "synthesize", initial=len(output.rows)) as bar:
@@ -59,8 +60,8 @@ def _synthesize(path, config, backbone):
                         raise not_finite(f"{path}: sample {number}", backbone.dtype)
                     question = backbone.tokenizer.decode(ids).strip()
                     valid = number > last and ended(ids, sampling) and len(question) >= _MIN_LENGTH
-                    if valid and _key(question) not in seen and len(output.rows) + len(rows) < target:
-                        seen.add(_key(question))
+                    if valid and comparison_key(question) not in seen and len(output.rows) + len(rows) < target:
+                        seen.add(comparison_key(question))
                         rows.append({"id": number, "question": question})
                 output.append(rows)
                 bar.update(len(rows))
@@ -70,7 +71,3 @@ def _synthesize(path, config, backbone):
                         f"no new query in {_PATIENCE} batches: is {backbone.name} an instruct model? Otherwise "
                         "raise max_new_tokens or temperature"
                     )
-
-
-def _key(question):
-    return " ".join(question.lower().split())

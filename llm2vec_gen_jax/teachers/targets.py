@@ -52,6 +52,22 @@ def read_targets(path: str | os.PathLike[str], records: int, rows: np.ndarray) -
     return targets
 
 
+def compute_mixed_targets(
+    backbone: LoadedBackbone, config: TrainConfig, answers: Sequence[str], queries: Sequence[str], responses: str
+) -> NDArray[np.float32]:
+    """Returns the targets (n, E) of stripped answers, mixed with the vectors of their queries by teacher.query_weight.
+
+    See compute_targets. Vectors with weight 0 are not computed.
+    """
+    weight = config.teacher.query_weight
+    parts = [
+        np.float32(share) * compute_targets(backbone, config, texts, responses)
+        for share, texts in ((1 - weight, answers), (weight, queries))
+        if share
+    ]
+    return sum(parts[1:], parts[0])
+
+
 def compute_targets(
     backbone: LoadedBackbone, config: TrainConfig, answers: Sequence[str], responses: str
 ) -> NDArray[np.float32]:

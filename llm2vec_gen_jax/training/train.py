@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
@@ -101,15 +100,11 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
             raise InputError("teacher.kind=file has no targets of negative answers: pass loss.negative=0")
         examples.target = targets.read_targets(str(config.teacher.path), len(records), examples.row)
     else:
-        weight = config.teacher.query_weight
         for name, column in supervised.targets(config.loss).items():
-            mixed: Any = 0
-            for of, share in ((column, 1 - weight), (column.replace("answer", "question"), weight)):
-                if share:
-                    texts = [records[row][of].strip() for row in examples.row]
-                    vectors = targets.compute_targets(description, config, texts, str(config.data.responses))
-                    mixed = mixed + np.float32(share) * vectors  # float32
-            setattr(examples, name, mixed)
+            pair = (column, column.replace("answer", "question"))
+            answers, queries = ([records[row][key].strip() for row in examples.row] for key in pair)
+            responses = str(config.data.responses)
+            setattr(examples, name, targets.compute_mixed_targets(description, config, answers, queries, responses))
     questions = [records[row]["question"].strip() for row in examples.row]
     whitening.transform_targets(examples, config.teacher, questions)
     return examples, backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 
 import jax
 
@@ -26,3 +27,10 @@ def environment(devices=1, torch=False, **variables):
         }
         | variables
     )
+
+
+def free_port():
+    """Returns a port of this machine that nothing listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -17,17 +17,10 @@ from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.inference.respond import respond
 from tests.conftest import write_jsonl
-from tests.helpers import processes
+from tests.helpers.processes import free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
-KEYS = ("engine", "endpoint", "concurrency", "input", "output")
 QUESTIONS = [f"question {number} " + "a" * (number % 7) for number in range(40)]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -59,6 +52,11 @@ def settings(folder, port, **changes):
     values = {"engine": "openai", "endpoint": f"http://127.0.0.1:{port}/v1", "concurrency": 4}
     values |= {"input": str(folder / "queries.jsonl"), "output": str(folder / "out.jsonl")}
     return config.RespondConfig(**values | changes)
+
+
+def words_of(values):
+    """The words of the command with these settings."""
+    return [f"{key}={getattr(values, key)}" for key in ("engine", "endpoint", "concurrency", "input", "output")]
 
 
 def rows_of(path):
@@ -105,13 +103,10 @@ def test_shares_and_samples_complete_each_other(server, tmp_path):
     assert len(set(seeds)) == 80, "every sample has a seed of its own"
 
 
-def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path):
+def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path, launch):
     port, log = free_port(), tmp_path / "log"
-    words = [f"{key}={value}" for key, value in vars(settings(tmp_path, port)).items() if key in KEYS]
-    environment = processes.environment(1) | {"PYTHONPATH": str(ROOT)}
     with serving(port, log, 0.2) as first:
-        command = [sys.executable, "-m", "launch.respond", *words]
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        run = launch(tmp_path, "respond", *words_of(settings(tmp_path, port)))
         while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 8):
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
@@ -122,12 +117,10 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path):
     assert by_id(rows_of(tmp_path / "out.jsonl")) == expected()
 
 
-def test_a_client_that_is_killed_goes_on_where_it_stopped(tmp_path):
+def test_a_client_that_is_killed_goes_on_where_it_stopped(tmp_path, launch):
     port, log, output = free_port(), tmp_path / "log", tmp_path / "out.jsonl"
-    words = [f"{key}={value}" for key, value in vars(settings(tmp_path, port)).items() if key in KEYS]
-    environment = processes.environment(1) | {"PYTHONPATH": str(ROOT)}
     with serving(port, log, 0.2):
-        run = subprocess.Popen([sys.executable, "-m", "launch.respond", *words], cwd=ROOT, env=environment)
+        run = launch(tmp_path, "respond", *words_of(settings(tmp_path, port)))
         while run.poll() is None and not (output.exists() and len(output.read_bytes().splitlines()) >= 8):
             time.sleep(0.05)
         run.kill()

@@ -11,7 +11,6 @@ import os
 import pathlib
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -21,6 +20,7 @@ import pytest
 from llm2vec_gen_jax import LLM2VecGen
 from tests.conftest import write_jsonl
 from tests.helpers.pages import CANNOT_RUN, CASES, PAGES, ROOT, blocks, commands, split, stand_in
+from tests.helpers.processes import free_port
 from tests.helpers.tasks import TYPES, write_task
 
 TRAIN = ["backbone.path=tiny", "backbone.dtype=float32", "train.steps=2", "train.batch_size=8", "train.remat=none"]
@@ -55,14 +55,8 @@ SMALL = {
     ],
 }
 OUTPUTS = ("output", "train.output", "merged", "backbone_output")
-FAST = (
-    "decode",
-    "encode",
-    "instruct",
-    "lens logit",
-    "convert from_pytorch",
-    "respond",
-)  # a second or two each; others are slow
+# A second or two each; others are slow.
+FAST = ("decode", "encode", "instruct", "lens logit", "convert from_pytorch", "respond")
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +187,6 @@ def test_python_runs(text, here, command, monkeypatch, request):
     if "model." in text and "from_pretrained" not in text:
         names["model"] = LLM2VecGen.from_pretrained("MODEL")
     exec(compile(tree, "example", "exec"), names)  # noqa: S102
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def environment():
