@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.common.jsonl import JsonlAppender, read_lines
 from llm2vec_gen_jax.config import InstructConfig, ShardConfig, options
 from llm2vec_gen_jax.data.texts import Corpus, comparison_key
@@ -35,12 +36,12 @@ def instruct(config: InstructConfig, excluded: Collection[str] = ()) -> pathlib.
             raise InputError("input=-: the texts are shuffled, so they must be in a file")
         run = {"command": "instruct", "input": list(corpus.identity()["sha256"].values()), "instructions": instructions}
         run |= {name: getattr(config, name) for name in ("field", "unit", "max_words", "count", "seed")}
+        run["excluded"] = fingerprint(sorted(excluded))
+        records = [
+            {"id": number, "question": f"{instructions[number % len(instructions)]} {text}".strip(), "answer": text}
+            for number, text in enumerate(_texts(corpus, config, excluded))
+        ]
         with JsonlAppender(path, run, config.overwrite) as output:
-            texts = _texts(corpus, config, excluded)
-            records = [
-                {"id": number, "question": f"{instructions[number % len(instructions)]} {text}".strip(), "answer": text}
-                for number, text in enumerate(texts)
-            ]
             for start in range(len(output.rows), len(records), _ROWS):
                 output.append(records[start : start + _ROWS])
     return path

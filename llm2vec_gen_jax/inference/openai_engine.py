@@ -1,7 +1,9 @@
 """Responses of a server with OpenAI's chat completions API: vLLM, SGLang, llama.cpp, TGI, or a hosted service."""
 
-import concurrent.futures
+import contextlib
 import os
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,8 +11,8 @@ from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, quote
 from llm2vec_gen_jax.common.files import install_command
 from llm2vec_gen_jax.config import RespondConfig, options
 
-_RETRIES = 10  # the client waits 0.5 to 8 s before each, or as long as the server asks: about a minute in total
-
+# The client waits 0.5 to 8 s before each, about a minute in total, or as long as the server asks, up to two minutes.
+_RETRIES = 10
 
 Sample = tuple[int, int]  # row of the records, number of the sample
 Response = tuple[Sample, str, bool]  # sample, answer, whether the answer is truncated
@@ -53,15 +55,46 @@ class Server:
         self.record = {"engine": "openai", "model": self.model}
 
     def respond(self, samples: Sequence[Sample], is_missing: Sequence[bool]) -> Iterator[list[Response]]:
-        """Yields the responses in the order of completion, with config.concurrency requests at a time."""
-        missing = [sample for sample, needed in zip(samples, is_missing) if needed]
-        threads = concurrent.futures.ThreadPoolExecutor(self.config.concurrency)
+        """Yields the responses in the order of completion, with config.concurrency requests at a time.
+
+        After an error no request is started; the responses of those that run are yielded before it is raised.
+        """
+        missing: queue.SimpleQueue[Sample] = queue.SimpleQueue()
+        for sample, needed in zip(samples, is_missing):
+            if needed:
+                missing.put(sample)
+        results: queue.SimpleQueue[Response | Exception | None] = queue.SimpleQueue()  # None: a thread has ended
+        stopped = threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not stopped.is_set():
+                    sample = missing.get_nowait()
+                    try:
+                        results.put(self._response(sample))
+                    except Exception as error:
+                        results.put(error)
+                        stopped.set()
+            results.put(None)
+
+        threads = min(self.config.concurrency, missing.qsize())
+        for _ in range(threads):
+            # Daemon threads, because Python waits for others at exit: Ctrl-C would last as long as the requests.
+            threading.Thread(target=work, daemon=True).start()
+        failure = None
         try:
-            futures = [threads.submit(self._response, sample) for sample in missing]
-            for future in concurrent.futures.as_completed(futures):
-                yield [future.result()]
+            while threads:
+                result = results.get()
+                if result is None:
+                    threads -= 1
+                elif isinstance(result, Exception):
+                    failure = failure or result
+                else:
+                    yield [result]
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+        if failure:
+            raise failure
 
     def _response(self, sample: Sample) -> Response:
         config, records, (row, number) = self.config, self.records, sample

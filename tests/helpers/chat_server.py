@@ -1,7 +1,8 @@
 """A server of OpenAI's chat completions in a process of its own: python -m tests.helpers.chat_server PORT LOG [SECONDS]
 
 Its only model is "echo". It answers a question with the question, is busy (429) or fails (503) at the first request for
-some of them, refuses those that say "too long", and appends every question that it answers to the file LOG.
+some of them, refuses those that say "too long", takes a minute for "slow" and half a second for "late", and appends
+every question that it answers to the file LOG.
 """
 
 import http.server
@@ -40,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.asked.add(question)
         if first and len(question) % 3 == 0:
             return self.reply(429 if len(question) % 2 else 503, {"error": {"message": "busy"}}, Retry_After="0.01")
-        time.sleep(self.seconds)
+        time.sleep(60 if "slow" in question else 0.5 if "late" in question else self.seconds)
         words = question.split()
         answer = " ".join(words[: request["max_tokens"]])
         if request["temperature"]:

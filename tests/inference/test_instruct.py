@@ -97,4 +97,10 @@ def test_an_invalid_setting_is_named_and_leaves_no_records(settings, tmp_path, c
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=message):
         instruct(settings(**changes))
-    assert not (tmp_path / "records.jsonl").exists() or not (tmp_path / "records.jsonl").stat().st_size
+    assert not list(tmp_path.glob("records.*"))
+
+
+def test_other_excluded_texts_are_another_run(settings):
+    instruct(settings(), {"why?"})
+    with pytest.raises(InputError, match="holds another run .excluded"):
+        instruct(settings(), {"why not?"})

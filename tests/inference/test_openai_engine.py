@@ -153,3 +153,25 @@ def test_a_server_that_does_not_answer_in_time_is_named(tmp_path, monkeypatch):
     port = free_port()
     with serving(port, tmp_path / "log", 5.0), pytest.raises(InputError, match="within request_timeout=1 seconds"):
         respond(settings(tmp_path, port, request_timeout=1))
+
+
+def test_ctrl_c_does_not_wait_for_requests_and_keeps_what_is_answered(tmp_path, launch):
+    port, log, output = free_port(), tmp_path / "log", tmp_path / "out.jsonl"
+    write_jsonl(tmp_path / "queries.jsonl", [{"question": text} for text in ["fast", "slow 1", "slow 2"]])
+    with serving(port, log):
+        run = launch(tmp_path, "respond", *words_of(settings(tmp_path, port)))
+        while run.poll() is None and not (output.exists() and output.read_bytes()):
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=15)
+    assert run.returncode == 130 and "Traceback" not in errors, errors
+    assert [row["question"] for row in rows_of(output)] == ["fast"]
+
+
+def test_answers_under_way_at_an_error_are_kept(server, tmp_path):
+    questions = ["too long", "late 1", "late 2", *(f"never asked {number}" for number in range(20))]
+    write_jsonl(tmp_path / "queries.jsonl", [{"question": question} for question in questions])
+    with pytest.raises(InputError, match="question 0, 'too long'"):
+        respond(settings(tmp_path, server, concurrency=3))
+    assert {"late 1", "late 2"} <= {row["question"] for row in rows_of(tmp_path / "out.jsonl")}
+    assert len(rows_of(tmp_path / "out.jsonl")) < 10, "nothing is asked after the error"
