@@ -51,6 +51,7 @@ from llm2vec_gen_jax.config.training import (
     TrackingConfig,
     TrainConfig,
     TrainSettings,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "ToPytorchConfig",
     "TrainConfig",
     "TrainSettings",
+    "ValidationConfig",
     "VerifyConfig",
     "section",
     "setting",

@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -48,6 +48,26 @@ def load(schema: type[Config], file: str | os.PathLike[str] | None = None, overr
     instance: Any = OmegaConf.to_object(config)
     check(instance)
     return cast(Config, instance)
+
+
+def from_values(schema: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Returns an instance of the dataclass `schema`: its defaults, updated by nested dicts of Python values.
+
+    Paths and NumPy scalars are accepted. source: for errors. Raises InputError as `load` does.
+    """
+    instance: Any = OmegaConf.to_object(_merge(OmegaConf.structured(schema), _plain(values), source))
+    check(instance)
+    return cast(Config, instance)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check(config: Any, prefix: str = "") -> None:

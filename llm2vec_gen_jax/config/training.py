@@ -168,6 +168,29 @@ class TrainSettings(RunSettings):
 
 
 @dataclasses.dataclass
+class ValidationConfig:
+    """Evaluation during training, of held-out records and task folders; off without either."""
+
+    responses: str | None = setting(
+        None, "held-out records, as data.responses, on which all losses are computed", path=True
+    )
+    tasks: str | None = setting(
+        None,
+        "folder of task folders, or hub tasks, as for `evaluate` (pip install -r requirements-eval.txt)",
+        path=True,
+    )
+    limit: int | None = setting(None, "maximum number of queries or test rows per task folder; null: all", least=1)
+    every: int = setting(500, "steps between evaluations; the last step is always evaluated", least=1)
+    metric: str | None = setting(
+        None,
+        "value that decides which step is best: loss, reconstruction_loss, alignment_loss, tasks (mean of the main "
+        "scores) or the name of a task; null: loss, or tasks without validation.responses",
+    )
+    keep_best: bool = setting(True, "write the model of the best step; false: of the last step")
+    patience: int = setting(0, "evaluations without a new best step after which training ends; 0: off")
+
+
+@dataclasses.dataclass
 class TrackingConfig:
     """Settings shared by all commands that train."""
 
@@ -190,6 +213,7 @@ class TrainConfig(TrackingConfig, DistributedConfig):
     loss: LossConfig = section(LossConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainSettings = section(TrainSettings)
+    validation: ValidationConfig = section(ValidationConfig)
     kernels: KernelsConfig = section(KernelsConfig)
     mesh: MeshConfig = section(MeshConfig)
 

@@ -19,6 +19,8 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
     extra, base = record.extra, _hub_id(record.backbone)
     convert = is_gguf(record.backbone)
     metrics = {name: value for name, value in (extra.get("metrics") or {}).items() if name != "step"}
+    validation = dict(extra.get("validation") or {})
+    step = validation.pop("step", None)
     front = {
         "library_name": "llm2vec_gen_jax",
         "pipeline_tag": "feature-extraction",
@@ -74,8 +76,9 @@ def model_card(record: PublishedModel, identifier: str, license: str | None = No
         "## Training",
         "",
         *[f"* {line}" for line in _facts(extra)],
-        *(["", "| metric at the last step | value |", "|---|---|"] if metrics else []),
+        *(["", "| metric | value |", "|---|---|"] if metrics else []),
         *[f"| {name.replace('_', ' ')} | {value:.6g} |" for name, value in metrics.items()],
+        *[f"| validation {name.replace('_', ' ')}, step {step} | {value:.6g} |" for name, value in validation.items()],
         "",
     ]
     if extra.get("config"):

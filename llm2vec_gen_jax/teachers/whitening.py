@@ -13,10 +13,13 @@ from llm2vec_gen_jax.data.examples import Examples
 _MIN_VARIANCE = 1e-6
 
 
-def transform_targets(examples: Examples, config: TeacherConfig, questions: Sequence[str]) -> None:
+def transform_targets(
+    examples: Examples, config: TeacherConfig, questions: Sequence[str], held_out: Examples | None = None
+) -> None:
     """Transforms the targets of Examples in place, as set by a TeacherConfig: averaging, then centering or whitening.
 
-    questions: the texts of the queries. Targets of negative answers get the same shift and scale.
+    questions: the texts of the queries. Targets of negative answers and of held-out examples, which are not averaged,
+    get the same shift and scale.
     """
     target_BE: Any = examples.target
     if config.average:
@@ -28,10 +31,11 @@ def transform_targets(examples: Examples, config: TeacherConfig, questions: Sequ
         mean_E = _mean(target_BE)
     else:
         return
-    for name in ("target", "negative_target"):
-        if (targets_BE := getattr(examples, name)) is not None:
-            centered_BE = targets_BE - mean_E
-            setattr(examples, name, centered_BE if matrix_EE is None else centered_BE @ matrix_EE)
+    for part in [examples] if held_out is None else [examples, held_out]:
+        for name in ("target", "negative_target"):
+            if (targets_BE := getattr(part, name)) is not None:
+                centered_BE = targets_BE - mean_E
+                setattr(part, name, centered_BE if matrix_EE is None else centered_BE @ matrix_EE)
 
 
 def average(targets_BE: np.ndarray, questions: Sequence[str]) -> NDArray[np.float32]:

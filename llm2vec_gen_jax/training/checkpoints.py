@@ -4,11 +4,12 @@ Orbax does not detect flipped bits, so every checkpoint has a digest of every le
 """
 
 import contextlib
+import dataclasses
 import errno
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,15 +31,24 @@ class Checkpoints:
     """The checkpoints/ folder of a run, without the frozen backbone. Saving is asynchronous.
 
     record: a JSON dict that identifies the run (backbone, data, trainable shapes); restoring with another one raises
-    InputError naming the difference. keep: number of checkpoints to keep.
+    InputError naming the difference. keep: number of latest checkpoints to keep. best_step: returns a step that is
+    kept too.
     """
 
-    def __init__(self, folder: pathlib.Path, record: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        record: dict[str, Any],
+        keep: int,
+        best_step: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.folder, self.record = folder.absolute(), record
         # Orbax moves deleted steps to _deleted, so that a kill never leaves half a step, and never empties it.
         self._purge()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policies.LatestN(keep), cleanup_tmp_directories=True, todelete_subdir="_deleted"
+            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), _KeepStep(best_step)]),
+            cleanup_tmp_directories=True,
+            todelete_subdir="_deleted",
         )
         self.manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
 
@@ -69,6 +79,17 @@ class Checkpoints:
                 f"{self.folder}: all checkpoints are damaged ({reasons}). Pass train.overwrite=true to start again"
             )
         return None
+
+    def read(self, step: int, like: TrainState) -> TrainState:
+        """Returns the state of a step. Raises InputError if its checkpoint is missing or damaged."""
+        state, reason = self._read(step, like)
+        if reason is not None:
+            raise InputError(
+                f"{self.folder / str(step)}: the checkpoint of the best step is missing or damaged ({reason}). Pass "
+                "validation.keep_best=false to write the model of the last step"
+            )
+        restored: TrainState = state
+        return restored
 
     def _read(self, step: int, like: TrainState) -> tuple[Any, str | None]:
         """Returns (state, None), or (None, what is damaged)."""
@@ -148,6 +169,16 @@ class Checkpoints:
     def _purge(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / "_deleted", ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepStep:
+    """A preservation policy of orbax: keeps the checkpoint of the step that a function returns during later saves."""
+
+    step: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step() for checkpoint in checkpoints]
 
 
 @jax.jit

@@ -4,8 +4,8 @@ import collections
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from llm2vec_gen_jax.data.batches import count_tokens, iterate
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
 from llm2vec_gen_jax.parallel.watchdog import Watchdog
 from llm2vec_gen_jax.training.checkpoints import Checkpoints
-from llm2vec_gen_jax.training.metrics import MetricsWriter
+from llm2vec_gen_jax.training.metrics import MetricsWriter, read_validation
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
 from llm2vec_gen_jax.training.step import TrainState, new_state
 
@@ -67,6 +67,42 @@ class Trainer(Protocol):
         """Returns a description of the rows that a step (from 0) reads, for errors about a non-finite loss."""
 
 
+class Validator(Protocol):
+    """Evaluates the trainable tree during a run. rows: records of the evaluated steps."""
+
+    rows: list[dict[str, Any]]
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether a step (from 1) of a run of `last` steps is evaluated."""
+
+    def evaluate(self, trainable: Any, beat: Callable[[str], None]) -> dict[str, float]:
+        """Returns {name: value}. beat: called with a description before each part."""
+
+    def record_of(self, step: int) -> dict[str, Any]:
+        """Returns the record of a step, empty if it was not evaluated."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The best of the evaluated steps."""
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether training is to end because the evaluations no longer improve."""
+
+
+class TrainingCallback:
+    """Hooks of a training run, called on process 0. Override those that are needed."""
+
+    def on_log(self, record: Mapping[str, Any]) -> None:
+        """Gets each record of metrics.jsonl."""
+
+    def on_validation(self, record: Mapping[str, Any]) -> bool | None:
+        """Gets each record of validation.jsonl. Return True to end the training at this step."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """Called when the checkpoint of a step is being written."""
+
+
 class _Window:
     """Metrics of the steps since the last record, of which a record holds the means."""
 
@@ -107,8 +143,11 @@ class Run:
         mesh: jax.sharding.Mesh,
         output: pathlib.Path,
         config: TrackingConfig,
+        validation: Validator | None = None,
+        keep_best: bool = False,
+        callbacks: Sequence[TrainingCallback] = (),
     ) -> None:
-        """config: complete configuration of the command, for the tracker."""
+        """config: complete configuration of the command, for the tracker. keep_best: end with the best step's state."""
         shards = sharding.batch_shards(mesh)
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
@@ -117,29 +156,54 @@ class Run:
         rates = make_schedule(optimizer)(jnp.arange(settings.steps))
         self.learning_rates = np.broadcast_to(rates, settings.steps)
         self.optimizer = make_optimizer(optimizer)
-        self.last_record: dict[str, Any] | None = None
+        self.validation, self.keep_best, self.callbacks = validation, keep_best, callbacks
 
     def start(self, resuming: bool) -> None:
-        """Initializes state and first step, from the newest valid checkpoint if `resuming`."""
+        """Initializes state and step, from the newest valid checkpoint if `resuming`."""
         processes.assert_equal_across_processes({"record": self.trainer.record})
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
         self.state: TrainState = start(self.trainer.init())
         self.first_step = 0
-        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, self.settings.keep_checkpoints)
+        keep, validation = self.settings.keep_checkpoints, self.validation
+        best_step = (lambda: validation.best_step) if validation and self.keep_best else lambda: None
+        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, keep, best_step)
         restored = self.checkpoints.restore(self.state) if resuming else None
         if restored is not None:
             self.state, self.first_step = restored
             print(f"resuming {self.output} at step {self.first_step}")
         else:
             self.state = start(self.trainer.begin(self.state.trainable))
+        self.step = self.first_step
+        if validation:
+            validation.rows = processes.run_on_process_0(lambda: read_validation(self.output, self.first_step))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step and no evaluation is left."""
+        if self.step < self.settings.steps and not (self.validation and self.validation.is_exhausted):
+            return False
+        return not self._is_evaluation_missing()
+
+    @property
+    def final_step(self) -> int:
+        """The step whose state is the result of a finished run."""
+        best = self.validation.best_step if self.validation and self.keep_best else None
+        return self.step if best is None else best
+
+    def _is_evaluation_missing(self) -> bool:
+        validation, step = self.validation, self.step
+        return bool(
+            validation and step and validation.is_due(step, self.settings.steps) and not validation.record_of(step)
+        )
 
     def loop(self, show_progress: bool, name: str = "train") -> None:
-        """Trains until train.steps, with logging and checkpoints.
+        """Trains until train.steps, with logging, evaluations and checkpoints. The state is then that of final_step.
 
         Raises preemption.Stopped on a stop request, after saving a checkpoint of the last step. Step n is dispatched
         before the metrics of step n-1 are read, so that the device does not wait for the host.
         """
+        self.name = name
         settings = self.settings
         if processes.stop_requested():
             self.checkpoints.close()
@@ -155,23 +219,31 @@ class Run:
             steps = range(self.first_step, settings.steps)
             train_step = self.trainer.compile(self.state, steps, show_progress, before_compiling)
             with preemption.deferred():
-                self._train(train_step, show_progress, name, watchdog.beat)
+                self._train(train_step, show_progress, watchdog.beat)
+            if self.final_step != self.step:
+                self.checkpoints.wait()
+                self.state = self.checkpoints.read(self.final_step, self.state)
         self.checkpoints.close()
 
-    def _train(self, train_step: StepFunction, show_progress: bool, name: str, beat: Callable[[str], None]) -> None:
+    def _train(self, train_step: StepFunction, show_progress: bool, beat: Callable[[str], None]) -> None:
         settings, state = self.settings, self.state
         window = _Window(self.learning_rates)
         steps = range(self.first_step + 1, settings.steps + 1)
-        bar = progress.bar(settings.steps, "step", name, initial=self.first_step, enabled=show_progress)
+        bar = progress.bar(settings.steps, "step", self.name, initial=self.first_step, enabled=show_progress)
         batches = iterate(self.trainer.batches, self.first_step, settings.steps)
         self.saved_step, self.saved_at = self.first_step, time.monotonic()
         with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
+            if self._is_evaluation_missing():  # the run was interrupted between checkpoint and evaluation
+                self._validate(writer, bar, beat)
+            if self.is_finished:
+                return
             pending: _Pending | None = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
                 beat(f"step {number}")
                 self.checkpoints.check()
                 profile.before(number)
-                due = number % settings.checkpoint_every == 0 or number == settings.steps
+                evaluates = self._is_evaluated(number)
+                due = number % settings.checkpoint_every == 0 or number == settings.steps or evaluates
                 real, computed = count_tokens(on_mesh if jax.process_count() > 1 else batch)
                 request: Any = self._request_of_any()
                 # An implicit transfer would wait for the running step and block the host.
@@ -183,13 +255,51 @@ class Run:
                         action = max(action, self._finish(pending, window, writer, bar))
                         pending = None
                 profile.after(number)
+                self.state, self.step = state, number
                 if due or action:
                     self.checkpoints.save(number, state)
                     self.saved_step, self.saved_at = number, time.monotonic()
+                    self._call(lambda callback: callback.on_checkpoint(self.step))
                 if action == _STOP and number < settings.steps:
-                    self.checkpoints.close()
-                    raise preemption.Stopped(f"{self.output}: stopped as asked, and saved at step {number}")
-        self.state = state
+                    self._stop()
+                if evaluates and self._validate(writer, bar, beat):
+                    break
+
+    def _stop(self) -> NoReturn:
+        self.checkpoints.close()
+        raise preemption.Stopped(f"{self.output}: stopped as asked, and saved at step {self.step}")
+
+    def _is_evaluated(self, step: int) -> bool:
+        return self.validation is not None and self.validation.is_due(step, self.settings.steps)
+
+    def _call(self, hook: Callable[[TrainingCallback], Any]) -> bool:
+        """Calls a hook of all callbacks on process 0. Returns whether one of them returned True, on all processes."""
+        if not self.callbacks:
+            return False
+        return bool(processes.run_on_process_0(lambda: any([hook(callback) is True for callback in self.callbacks])))
+
+    def _validate(self, writer: MetricsWriter | None, bar: Any, beat: Callable[[str], None]) -> bool:
+        """Evaluates the state and logs the record. Returns whether training is to end."""
+        assert self.validation is not None
+        validation = self.validation
+
+        def check(description: str) -> None:
+            beat(f"the evaluation of step {self.step}")
+            bar.set_description_str(f"validate: {description}")
+            if processes.stop_requested():
+                self._stop()
+
+        values = validation.evaluate(self.state.trainable, check)
+        bar.set_description_str(self.name)
+        record = processes.run_on_process_0(lambda: {"step": self.step} | values)
+        if writer:
+            writer.write_validation(record)
+        validation.rows.append(record)
+        if not bar.disable:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step")
+            best = " (best so far)" if validation.best_step == self.step else ""
+            bar.write(f"step {self.step}: {text}{best}")
+        return self._call(lambda callback: callback.on_validation(record)) or validation.is_exhausted
 
     def _writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:
         if jax.process_index() > 0:
@@ -226,10 +336,13 @@ class Run:
         window.add(values, computed)
         bar.update(1)
         bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
-        if number % self.settings.log_every == 0 or number in (self.first_step + 1, self.settings.steps):
-            self.last_record = window.flush(number)
+        is_end = number in (self.first_step + 1, self.settings.steps)
+        if number % self.settings.log_every == 0 or is_end or self._is_evaluated(number):
+            record = window.flush(number)
             if writer:
-                writer.write(self.last_record)
+                writer.write(record)
+            for callback in self.callbacks if jax.process_index() == 0 else ():
+                callback.on_log(record)
         return request
 
 

@@ -1,4 +1,4 @@
-"""Training metrics: metrics.jsonl, TensorBoard events and experiment tracking, written by process 0."""
+"""Metrics: metrics.jsonl, validation.jsonl, TensorBoard events and experiment tracking, written by process 0."""
 
 import json
 import pathlib
@@ -13,9 +13,11 @@ from llm2vec_gen_jax.common.files import removed, write_text
 from llm2vec_gen_jax.common.jsonl import read_jsonl
 from llm2vec_gen_jax.training.tracking import Tracker
 
+VALIDATION = "validation.jsonl"
+
 
 class MetricsWriter:
-    """Appends one record per logged step. A resumed run drops the records after the restored step."""
+    """Appends one record per logged step, and per evaluated step. A resumed run drops those after the restored step."""
 
     def __init__(
         self,
@@ -25,14 +27,10 @@ class MetricsWriter:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """tracking: None | wandb | trackio, which gets `config`, the complete configuration as a dict."""
-        self.path, last = folder / "metrics.jsonl", 0
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8")
-            complete = lines[: lines.rfind("\n") + 1]
-            rows = [json.loads(line) for line in complete.splitlines()]
-            last = max((row["step"] for row in rows), default=0)
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
-        self.tracker = Tracker(tracking, folder, config, last) if tracking else None
+        self.path, self.validation_path = folder / "metrics.jsonl", folder / VALIDATION
+        last = _drop_after(self.path, first_step)
+        last_validated = _drop_after(self.validation_path, first_step)
+        self.tracker = Tracker(tracking, folder, config, last, last_validated) if tracking else None
         self.file = open(self.path, "a", encoding="utf-8")
         # An unlimited queue: on a full disk the writing thread ends, and a put into a full queue would block forever.
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10, max_queue=0)
@@ -49,6 +47,16 @@ class MetricsWriter:
             if name != "step":
                 self.board.add_scalar(f"train/{name}", value, record["step"])
 
+    def write_validation(self, record: Mapping[str, Any]) -> None:
+        """Writes a dict with `step` and numbers to validation.jsonl."""
+        if self.tracker:
+            self.tracker.write(record, "validation")
+        with open(self.validation_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(f"validation/{name}", value, record["step"])
+
     def __enter__(self) -> Self:
         return self
 
@@ -62,6 +70,22 @@ class MetricsWriter:
             self.board.close()
 
 
+def _drop_after(path: pathlib.Path, step: int) -> int:
+    """Removes the records after a step, and a partial line, from a file. Returns the last step that it had, or 0."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in lines[: lines.rfind("\n") + 1].splitlines()]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return max((row["step"] for row in rows), default=0)
+
+
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the records of a run directory."""
     return [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+
+
+def read_validation(folder: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
+    """Returns the records of the evaluations of a run directory up to a step."""
+    path = folder / VALIDATION
+    return [row for _, row in read_jsonl(path) if row["step"] <= last_step] if path.exists() else []

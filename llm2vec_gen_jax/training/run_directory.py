@@ -27,6 +27,7 @@ FREE_KEYS = {
         "profile",
     ),
     "teacher": ("batch_size",),
+    "validation": ("patience", "keep_best"),
     "kernels": ("attention",),
     "mesh": ("data", "fsdp", "tensor"),
 }

@@ -97,6 +97,26 @@ def jit_step(config: TrainConfig | PlanConfig, model: LLM2VecGenModel) -> Callab
     )
 
 
+def jit_losses(config: TrainConfig, model: LLM2VecGenModel) -> Callable[..., Metrics]:
+    """Returns the losses of a config as a jitted function of (trainable, frozen, batch): {"loss": x, "NAME_loss": y}.
+
+    Without dropout and gradients.
+    """
+    execution = model.execution
+    chunk = config.loss.chunk_tokens or chunk_tokens(model.architecture, execution)
+    loss_config = dataclasses.replace(config.loss, chunk_tokens=chunk)
+
+    def losses(trainable: Any, frozen: Any, batch: Mapping[str, Any]) -> Metrics:
+        loss, parts = loss_fn(trainable, model, frozen, batch, loss_config)
+        return {"loss": loss, **parts}
+
+    return jax.jit(
+        losses,
+        out_shardings=execution.mesh and sharding.replicated(execution.mesh),
+        compiler_options=execution.compiler_options,
+    )
+
+
 def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[..., KVCache]:
     """Returns `model.prefill`, padded to a number of slots, as a jitted function of (frozen, ids, lengths)."""
     execution = model.execution

@@ -29,9 +29,9 @@ def check(package: str | None) -> None:
         raise InputError(f"tracking={package}: the package {package} is not installed: pip install {package}")
 
 
-def names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record of metrics.jsonl with the metric names of the published trainer: train/loss, ..."""
-    return {f"train/{_PUBLISHED_NAMES.get(name, name)}": value for name, value in record.items()}
+def names(record: Mapping[str, Any], kind: str = "train") -> dict[str, Any]:
+    """Returns a record with the metric names of the published trainer: train/loss, ... kind: train | validation."""
+    return {f"{kind}/{_PUBLISHED_NAMES.get(name, name)}": value for name, value in record.items()}
 
 
 class Tracker:
@@ -40,24 +40,31 @@ class Tracker:
     The project is WANDB_PROJECT or TRACKIO_PROJECT, default llm2vec-gen.
     """
 
-    def __init__(self, package: str, folder: pathlib.Path, config: Mapping[str, Any] | None, last: int = 0) -> None:
-        """package: wandb | trackio. config: of the run, as a dict. last: last step logged by earlier parts of the run.
+    def __init__(
+        self,
+        package: str,
+        folder: pathlib.Path,
+        config: Mapping[str, Any] | None,
+        last: int = 0,
+        last_validated: int = 0,
+    ) -> None:
+        """package: wandb | trackio. config: of the run, as a dict. last, last_validated: last steps logged before.
 
         Raises InputError if the tracking service fails.
         """
         check(package)
         path = folder / "tracking.json"
         known = read_json(path) if path.exists() else {}
-        self.last = last if package in known else 0
+        self.last = {"train": last, "validation": last_validated} if package in known else {}
         identity = known.setdefault(package, secrets.token_hex(4))
         write_json(path, known)
         start = {"wandb": _start_wandb, "trackio": _start_trackio}[package]
         self._log, self._finish = start(folder, identity, config)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Logs a record, unless an earlier part of the run logged its step."""
-        if record["step"] > self.last:
-            self._log(names(record), step=record["step"])
+    def write(self, record: Mapping[str, Any], kind: str = "train") -> None:
+        """Logs a record, unless an earlier part of the run logged its step. kind: train | validation."""
+        if record["step"] > self.last.get(kind, 0):
+            self._log(names(record, kind), step=record["step"])
 
     def finish(self, failed: bool = False) -> None:
         """Ends the tracked run after sending all records."""

@@ -21,7 +21,7 @@ from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.teachers import encoder
 from llm2vec_gen_jax.training import llm2vec, ridge, supervised, train_teacher
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.step import abstract_cache, jit_prefill, jit_step, new_state
+from llm2vec_gen_jax.training.step import abstract_cache, jit_losses, jit_prefill, jit_step, new_state
 
 TINY = Architecture(
     vocab_size=512,
@@ -126,9 +126,12 @@ class Programs:
             return ids
         return abstract_cache(jit_prefill(self.model, self.T), self.mesh, self.frozen, ids, lengths)
 
-    def step(self, loss=None):
+    def settings(self, loss=None):
         settings = config.TrainConfig()
         settings.loss, settings.lora.rank = loss or config.LossConfig(), self.lora_rank
+        return settings
+
+    def batch(self, settings):
         a, X = self.architecture, len(supervised.texts(settings.loss))
         batch = {"query_lengths": self.rows(), "answer": self.rows(self.S), "answer_lengths": self.rows()}
         batch["target"] = self.rows(a.hidden_size, dtype=jnp.float32)
@@ -136,9 +139,17 @@ class Programs:
         if X:
             batch |= {"extra_lengths": self.rows(X), "negative_target": batch["target"]}
             batch["extra"] = self.prefilled(self.rows(X, self.T), batch["extra_lengths"])
+        return batch
+
+    def losses(self):
+        settings = self.settings()
+        return jit_losses(settings, self.model), (self.trainable, self.frozen, self.batch(settings))
+
+    def step(self, loss=None):
+        settings = self.settings(loss)
         optimizer = make_optimizer(settings.optimizer)
         state = self.whole(jax.eval_shape(functools.partial(new_state, optimizer=optimizer), self.trainable))
-        return jit_step(settings, self.model), (state, self.frozen, batch)
+        return jit_step(settings, self.model), (state, self.frozen, self.batch(settings))
 
     def encode(self):
         return encode._encode.jitted(self.execution), (self.model, False, self.trainable, self.frozen, self.packed)
@@ -217,7 +228,7 @@ class Programs:
 
     def every(self):
         """Yields (name, jitted function, arguments) of all programs that this model has."""
-        names = "prefix step encode teacher generate states states_of_text logit_lens search ridge".split()
+        names = "prefix step losses encode teacher generate states states_of_text logit_lens search ridge".split()
         programs = {name: getattr(self, name) for name in names}
         programs["supervised step"] = functools.partial(self.step, SUPERVISED)
         programs["causal teacher"] = functools.partial(self.teacher, True)

@@ -11,8 +11,9 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.data.examples import Examples
 from llm2vec_gen_jax.parallel import preemption
 from llm2vec_gen_jax.teachers import targets, whitening
+from llm2vec_gen_jax.training.examples import load_training_data
 from llm2vec_gen_jax.training.metrics import read_metrics
-from llm2vec_gen_jax.training.train import load_examples, train
+from llm2vec_gen_jax.training.train import train
 from tests.conftest import write_jsonl
 from tests.helpers.adapters import ANSWERS, FAMILY, interrupted, kept, settings_of
 from tests.helpers.adapters import targets as computed
@@ -225,7 +226,7 @@ def test_the_target_holds_the_query_by_its_weight(tiny_folder, tmp_path):
 
     def targets_of(weight, *words):
         settings = settings_of(tiny_folder, f"data.responses={path}", f"teacher.query_weight={weight}", *words)
-        return load_examples(settings)[0].target
+        return load_training_data(settings).examples.target
 
     answer, query = targets_of(0), targets_of(1)
     assert np.abs(answer - query).max() > 1e-2
