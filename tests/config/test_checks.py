@@ -24,7 +24,7 @@ SCHEMAS = [
 # Paths
 
 PLAIN = """answer_suffix api_key_env attention_function alignment_function comparisons contrastive_function distributed
-endpoint field host id_field instruction layers mask_token model name profile prompt query_instruction
+endpoint field host id_field instruction layers mask_token metric model name profile prompt query_instruction
 document_instruction recipe split text topology"""
 
 

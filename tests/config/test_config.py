@@ -18,6 +18,7 @@ from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrain
 from llm2vec_gen_jax.evaluation import instructions
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import write_jsonl
+from tests.helpers.tasks import write_task
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SCHEMAS = [
@@ -361,6 +362,8 @@ def test_training_reads_every_key_of_its_config(tmp_path, tiny_folder, keys_read
         "train.overwrite=true",
         "lora.rank=1",
         *(f"loss.{name}=1" for name in ("repeat", "negative", "margin", "contrastive")),
+        f"validation.responses={tmp_path / 'responses.jsonl'}",
+        f"validation.tasks={write_task(tmp_path / 'task', 'safety_retrieval')}",
     ]
     for more in (file_teacher, supervised):
         train(options.load(TrainConfig, None, [*words, *more]), False)

@@ -21,9 +21,10 @@ import yaml
 from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.parallel import rendezvous
-from llm2vec_gen_jax.training.metrics import read_metrics
+from llm2vec_gen_jax.training.metrics import read_metrics, read_validation
 from tests.conftest import write_jsonl
 from tests.helpers.processes import environment
+from tests.helpers.tasks import write_task
 
 RECORDS = [
     {"question": f"What is {number}?", "answer": f"It is {'abcdefgh'[number % 8] * (1 + number % 6)}."}
@@ -114,10 +115,15 @@ def contents(folder):
 
 
 def test_two_processes_equal_one(cluster):
-    """Targets, training, checkpoint and model of 2 x 4 devices, of 1 x 8 and of one device; then from 2 to 1."""
+    """Targets, training, evaluation, checkpoint and model of 2 x 4 devices, of 1 x 8 and of one device."""
     words = ("mesh.fsdp=2", "mesh.tensor=2", "train.steps=4", "train.checkpoint_every=2")
+    words += ("validation.responses=../responses.jsonl", "validation.every=2", "validation.keep_best=false")
     two = cluster("two", 2, 4, *words).succeed()
     one = cluster("one", 1, 8, *words).succeed()
+    evaluated = [read_validation(run, 4) for run in (two, one)]
+    assert [row["step"] for row in evaluated[0]] == [2, 4]
+    for rows in zip(*evaluated, strict=True):
+        np.testing.assert_allclose(*([row[name] for name in sorted(row)] for row in rows), rtol=1e-5)
     single = cluster("single", 1, 1, "train.steps=4").succeed()
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     np.testing.assert_allclose(losses(two), losses(single), rtol=1e-5)
@@ -129,6 +135,19 @@ def test_two_processes_equal_one(cluster):
         found = LLM2VecGen.from_pretrained(run / "model", dtype="float32").encode(texts)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_score_tasks_and_end_at_the_same_step(cluster):
+    pytest.importorskip("mteb", reason="needs requirements-eval.txt")
+    write_task(cluster.folder / "tasks/sts", "sts")
+    words = ("validation.tasks=../tasks", "validation.every=2", "validation.patience=1", "train.steps=100")
+    two, one = (cluster(str(count), count, 2 // count, *words).succeed() for count in (2, 1))
+    scores = [read_validation(run, 100) for run in (two, one)]
+    assert len(scores[0]) < 50, "the run ended before its last step"
+    assert [row["step"] for row in scores[0]] == [row["step"] for row in scores[1]]
+    for rows in zip(*scores):
+        assert rows[0]["Small-sts"] == pytest.approx(rows[1]["Small-sts"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.data.batches import pad
@@ -64,28 +64,26 @@ def test_the_losses_are_those_of_the_held_out_records_and_change_no_step(run, ti
     assert [row["step"] for row in rows(folder)] == [2, 4, 6]
     losses_of = [{row["step"]: row["loss"] for row in read_metrics(path)} for path in (plain, folder)]
     assert losses_of[0].items() <= losses_of[1].items(), "evaluation leaves the trajectory as it was"
-    # The same losses from the model directory, as one batch: the 8 examples of the only complete one.
+    # The same losses from the model directory, of the 8 examples of the only complete batch.
     backbone, settings = tiny("qwen3"), run.settings(*VALIDATED)
-    data = load_training_data(settings, backbone)
-    model = LLM2VecGen.from_pretrained(folder / "model", dtype="float32")
-    values = []
-    for seed_rows in [np.random.default_rng([settings.data.seed, 0]).permutation(11)[:8]]:
-        query, answer = ([ids[row] for row in seed_rows] for ids in (data.held_out.query, data.held_out.answer))
-        lengths = [np.array([len(ids) for ids in part], np.int32) for part in (query, answer)]
-        width = lengths[0].max()
-        batch = {
-            "query": model.model.prefill(backbone.frozen, pad(query, width), lengths[0], slots=int(width)),
-            "query_lengths": lengths[0],
-            "answer": pad(answer, lengths[1].max()),
-            "answer_lengths": lengths[1],
-            "target": data.held_out.target[seed_rows],
-        }
-        compute = jax.jit(functools.partial(losses.loss_fn, model=model.model, loss_config=settings.loss))
-        loss, parts = compute(model.trainable, frozen=backbone.frozen, batch=batch)
-        values.append({"loss": loss, **parts})
-    step = model.record.extra["metrics"]["step"]
-    found = next(row for row in rows(folder) if row["step"] == step)
-    for name, value in values[0].items():
+    held_out = load_training_data(settings, backbone).held_out
+    record = model_directory.read_model_directory(folder / "model")
+    model, trainable = model_directory.to_model(record, backbone, folder)
+    chosen = np.random.default_rng([settings.data.seed, 0]).permutation(11)[:8]
+    query, answer = ([ids[row] for row in chosen] for ids in (held_out.query, held_out.answer))
+    lengths = [np.array([len(ids) for ids in part], np.int32) for part in (query, answer)]
+    width = int(lengths[0].max())
+    batch = {
+        "query": model.prefill(backbone.frozen, pad(query, width), lengths[0], slots=width),
+        "query_lengths": lengths[0],
+        "answer": pad(answer, lengths[1].max()),
+        "answer_lengths": lengths[1],
+        "target": held_out.target[chosen],
+    }
+    compute = jax.jit(functools.partial(losses.loss_fn, model=model, loss_config=settings.loss))
+    loss, parts = compute(trainable, frozen=backbone.frozen, batch=batch)
+    found = next(row for row in rows(folder) if row["step"] == record.extra["metrics"]["step"])
+    for name, value in {"loss": loss, **parts}.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
 
 
