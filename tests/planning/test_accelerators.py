@@ -98,7 +98,7 @@ def test_attention_over_odd_lengths_has_gradients(h100, causal, T):
 
 def test_compiled_programs_hold_flash_attention_forward_and_backward(h100):
     programs = Programs(h100)
-    expected = {"prefix": (1, 0), "step": (2, 1), "encode": (1, 0), "teacher": (1, 0)}
+    expected = {"prefix": (1, 0), "losses": (1, 0), "step": (2, 1), "encode": (1, 0), "teacher": (1, 0)}
     for name, counts in expected.items():
         jitted, arguments = getattr(programs, name)()
         assert kernels(jitted.lower(*arguments).compile().as_text()) == counts, name
