@@ -49,7 +49,9 @@ class RespondConfig(DistributedConfig):
     concurrency: int = setting(16, "engine=openai: requests at a time", least=1, most=1024)
     request_timeout: int = setting(600, "engine=openai: seconds to wait for a response", least=1)
     backbone: BackboneConfig = section(BackboneConfig)
-    input: str | None = setting(None, "input JSONL[.gz] file of {question}, with an optional id", path=True)
+    input: str | None = setting(
+        None, "queries: .txt (one per line), or .jsonl, .csv or .parquet with question and an optional id", path=True
+    )
     output: str | None = setting(None, "output JSONL file of {id, question, answer, finish}", path=True)
     limit: int | None = setting(None, "maximum number of queries; null: all", least=1)
     batch_size: int = setting(32, "prompts per generation batch", least=1)
@@ -118,14 +120,14 @@ class EncodeConfig(DistributedConfig):
 
     input: str | None = setting(
         None,
-        "input files: .txt (one text per line), .jsonl, either also .gz, .parquet, .arrow; also folders, saved "
+        "input files: .txt (one text per line), .jsonl, .csv, each also .gz, .parquet, .arrow; also folders, saved "
         "datasets, glob patterns, or several separated by commas; -: standard input",
         path=True,
     )
     output: str | None = setting(None, "output directory for the embeddings and the manifest", path=True)
     field: str = setting("text", "key or column of the text")
     id_field: str | None = setting(None, "key or column of the id, for format=parquet; null: row number")
-    stdin: str = setting("txt", "format of standard input", ("txt", "jsonl"))
+    stdin: str = setting("txt", "format of standard input", ("txt", "jsonl", "csv"))
     instruction: str = setting("", "instruction prepended to every text, separated by a space")
     batch_size: int = setting(32, "rows of 256 tokens per batch; short texts share a row", least=1)
     max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
@@ -147,12 +149,12 @@ class DecodeConfig:
     """`python -m launch.decode MODEL`: decode embeddings' soft prompts into text with the frozen LLM."""
 
     text: str | None = setting(None, "single text to encode and decode")
-    input: str | None = setting(None, ".txt or .jsonl[.gz] file of texts to encode and decode", path=True)
+    input: str | None = setting(None, ".txt, .jsonl, .csv or .parquet file of texts to encode and decode", path=True)
     soft_prompts: str | None = setting(
         None, "output folder of `encode save_soft_prompts=true`, or a .npy file (n, K, D) from it", path=True
     )
     output: str | None = setting(None, "output JSONL file; null: print", path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     batch_size: int = setting(16, "texts per batch", least=1)
     max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
     max_new_tokens: int = setting(128, "maximum tokens per decoded text", least=1)

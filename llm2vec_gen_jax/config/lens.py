@@ -6,7 +6,7 @@ from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsCo
 
 READINGS = ("hidden", "soft_prompts")
 PROJECTIONS = ("pca", "umap")
-_INPUT_HELP = ".txt or .jsonl[.gz] file of texts, or a hub dataset id"
+_INPUT_HELP = ".txt, .jsonl, .csv or .parquet file of texts, or a hub dataset id"
 
 
 @dataclasses.dataclass
@@ -15,7 +15,7 @@ class TextsConfig:
 
     text: str | None = setting(None, "single text")
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     limit: int | None = setting(None, "maximum number of texts; null: all", least=1)
     output: str | None = setting(None, "output JSONL file; null: print a table", path=True)
     top_k: int = setting(5, "tokens, words or neighbors per compression token", least=1)
@@ -82,7 +82,7 @@ class GenerationsConfig:
     """
 
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     output: str | None = setting(None, "output .csv or .jsonl file", path=True)
     limit: int | None = setting(100, "number of sampled texts; null: all", least=1)
     seed: int = setting(42, "seed for sampling texts")
@@ -103,7 +103,7 @@ class ReportConfig:
     """
 
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     output: str | None = setting(None, "new .html file", path=True)
     limit: int = setting(50, "maximum number of texts", least=1)
     index: str | None = setting(None, "index folder written by build_index, for the latent lens", path=True)

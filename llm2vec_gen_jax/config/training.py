@@ -73,7 +73,7 @@ class DataConfig:
     """The training data: source, truncation and order."""
 
     responses: str | None = setting(
-        None, "JSONL[.gz] file of {question, answer}, or a Hugging Face dataset id", path=True
+        None, ".jsonl, .csv or .parquet file with question and answer, or a Hugging Face dataset id", path=True
     )
     split: str = setting("train", "split of a Hugging Face dataset")
     finished_only: bool = setting(False, "skip truncated responses (`finish: length` in the output of `respond`)")
@@ -243,9 +243,11 @@ class CorpusConfig:
     """The texts on which a teacher is trained."""
 
     path: str | None = setting(
-        None, ".txt (one text per line) or .jsonl[.gz] file; null: generate responses with the backbone", path=True
+        None,
+        ".txt (one text per line), .jsonl, .csv or .parquet file; null: generate responses with the backbone",
+        path=True,
     )
-    field: str = setting("answer", "JSONL key of the text")
+    field: str = setting("answer", "key or column of the text")
     sentences: bool = setting(True, "train SimCSE on sentences; false: on full texts")
     queries: int = setting(5000, "without corpus.path: number of queries to generate and respond to", least=1)
     max_new_tokens: int = setting(256, "without corpus.path: maximum tokens per response", least=1)

@@ -1,13 +1,13 @@
-"""Training records from JSONL files and Hugging Face datasets."""
+"""Training records from files and Hugging Face datasets."""
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
-from llm2vec_gen_jax.common.files import has_lone_surrogate
-from llm2vec_gen_jax.common.jsonl import read_jsonl
+from llm2vec_gen_jax.common.errors import InputError, first_line
+from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate
+from llm2vec_gen_jax.data import tables
 
 
 def read_records(
@@ -16,28 +16,22 @@ def read_records(
     split: str = "train",
     limit: int | None = None,
     key: str = "input",
+    remedy: str = "",
 ) -> list[dict[str, Any]]:
-    """Reads the string `columns`, and `id` if present, of a JSONL[.gz] file or a Hugging Face dataset.
+    """Reads the string `columns`, and `id` if present, of a file (`tables.chunks`) or a Hugging Face dataset.
 
-    key: the setting of the source, for errors.
-    Raises InputError naming file, line and column for a missing column, a value that is not a string, or no rows.
+    The lines of a .txt file are a single column; blank lines are skipped. key: the setting of the source, for errors.
+    remedy: the fix for a missing column. Raises InputError naming file, line and column for a missing column, a value
+    that is not a string, or no rows.
     """
-    path = pathlib.Path(source).expanduser()
-    if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
-        raise InputError(f"{key}={source}: no such file")
-    if path.exists():
-        rows = ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
-    else:
-        rows = ((f"{source}, row {number}", row) for number, row in enumerate(_hub_dataset(source, split)))
+    needed = dict.fromkeys(columns, remedy and f". {remedy}")
     records: list[dict[str, Any]] = []
-    for where, row in rows:
+    for where, row in _rows(source, needed, split, key):
         if limit is not None and len(records) == limit:
             break
         if not isinstance(row.get("id", 0), (str, int)):
             raise InputError(f"{where}: 'id' must be a string or an integer, found {row['id']!r}")
         for column in columns:
-            if column not in row:
-                raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
             if not isinstance(row[column], str):
                 raise InputError(f"{where}: {column!r} must be a string, found {type(row[column]).__name__}")
         record = {key: row[key] for key in ("id", *columns) if key in row}
@@ -48,6 +42,23 @@ def read_records(
     if not records:
         raise InputError(f"{source}: no rows")
     return records
+
+
+def _rows(source, needed, split, key) -> Iterator[tables.Row]:
+    path = pathlib.Path(source).expanduser()
+    if path.exists():
+        if path.is_dir() and not (path / "state.json").exists():
+            check_file(path)  # a folder that is not a saved dataset
+        is_text = tables.format_of(path) == ".txt"
+        for _, read in tables.chunks(path, needed, ["id"]):
+            yield from (pair for pair in read() if not is_text or next(iter(pair[1].values())).strip())
+        return
+    if path.name.endswith((*tables.SUFFIXES, ".gz", ".json")):
+        raise InputError(f"{key}={source}: no such file")
+    for number, row in enumerate(_hub_dataset(source, split)):
+        where = f"{source}, row {number}"
+        tables.require_columns(where, row, needed)
+        yield where, row
 
 
 def _hub_dataset(source, split):

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "api": "common config parallel model formats pretrained inference lens",
     "training": "common config parallel model data formats pretrained inference teachers",
     "planning": "common config parallel model pretrained inference training",
-    "evaluation": "common config parallel api teachers",
+    "evaluation": "common config parallel data api teachers",
     "serving": "common config parallel data pretrained inference api",
     "integrations": "common config parallel data pretrained inference api",
     "experiments": "common config parallel model data pretrained inference teachers api training evaluation",
