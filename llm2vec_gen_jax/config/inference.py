@@ -1,6 +1,7 @@
 """Settings of the commands that generate, encode, decode, convert and evaluate."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import (
     BACKBONE_DTYPES,
@@ -19,6 +20,9 @@ from llm2vec_gen_jax.config.common import (
 @dataclasses.dataclass
 class SynthesizeConfig(DistributedConfig):
     """`python -m launch.synthesize`: generate queries with the LLM itself (Magpie, Xu et al. 2024)."""
+
+    REQUIRED: ClassVar = ("output",)
+    EXAMPLE: ClassVar = "output=queries.jsonl count=100"
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str | None = setting(None, "output JSONL file of {id, question}", path=True)
@@ -41,6 +45,9 @@ class RespondConfig(DistributedConfig):
     engine=openai sends the queries to a server with OpenAI's chat completions API instead of loading a backbone. Then
     batch_size and max_prompt_length are not used, and responses are written in the order in which they complete.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "input=queries.jsonl output=responses.jsonl max_new_tokens=100"
 
     engine: str = setting("backbone", "what generates; openai: the server at `endpoint`", ("backbone", "openai"))
     endpoint: str | None = setting(None, "engine=openai: URL of the API, such as http://localhost:8000/v1")
@@ -77,6 +84,9 @@ class InstructConfig:
     before sentences and passages, a form that bare questions lack. Concatenate the output with that of `respond` to
     train on both.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = 'input=texts.txt output=records.jsonl instruction="Summarize:"'
 
     input: str | None = setting(
         None, "unlabeled texts: files, folders, saved datasets or patterns, as for `encode`", path=True
@@ -118,6 +128,9 @@ class EncodeConfig(DistributedConfig):
     outside the range are clipped. precision=binary packs the signs into bytes.
     """
 
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=vectors"
+
     input: str | None = setting(
         None,
         "input files: .txt (one text per line), .jsonl, .csv, each also .gz, .parquet, .arrow; also folders, saved "
@@ -148,6 +161,8 @@ class EncodeConfig(DistributedConfig):
 class DecodeConfig:
     """`python -m launch.decode MODEL`: decode embeddings' soft prompts into text with the frozen LLM."""
 
+    EXAMPLE: ClassVar = 'smollm2-135m text="What is the capital of France?"'
+
     text: str | None = setting(None, "single text to encode and decode")
     input: str | None = setting(None, ".txt, .jsonl, .csv or .parquet file of texts to encode and decode", path=True)
     soft_prompts: str | None = setting(
@@ -169,6 +184,9 @@ class DecodeConfig:
 @dataclasses.dataclass
 class EvaluateConfig:
     """`python -m launch.evaluate MODEL`: evaluate an embedder or a baseline on task folders, MTEB or BRIGHT."""
+
+    REQUIRED: ClassVar = ("tasks", "output")
+    EXAMPLE: ClassVar = "smollm2-135m tasks=tasks output=scores"
 
     tasks: str | None = setting(
         None,
@@ -215,6 +233,9 @@ class EvaluateConfig:
 class FromPytorchConfig:
     """`python -m launch.convert from_pytorch MODEL`: convert a published PyTorch model to a model directory."""
 
+    REQUIRED: ClassVar = ("output",)
+    EXAMPLE: ClassVar = "McGill-NLP/LLM2Vec-Gen-Qwen3-06B output=model"
+
     output: str | None = setting(None, "new model directory, also readable by PyTorch", path=True)
     backbone: str | None = setting(None, "path or hub id of the backbone; null: the one recorded in MODEL", path=True)
     dtype: str = setting("auto", "dtype in which to load the backbone", DTYPES)
@@ -224,6 +245,8 @@ class FromPytorchConfig:
 @dataclasses.dataclass
 class ToPytorchConfig:
     """`python -m launch.convert to_pytorch MODEL`: convert a model or run directory for use in PyTorch."""
+
+    EXAMPLE: ClassVar = "smollm2-135m output=model-pt"
 
     output: str | None = setting(None, "new model directory in the published layout", path=True)
     backbone_output: str | None = setting(
@@ -249,6 +272,8 @@ class VerifyConfig:
 
     Exit code: 0 PASS, 1 FAIL, 2 not compared because PyTorch is missing.
     """
+
+    EXAMPLE: ClassVar = "smollm2-135m python=PYTORCH_ENV/bin/python"
 
     python: str | None = setting(
         None,

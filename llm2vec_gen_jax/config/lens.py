@@ -1,6 +1,7 @@
 """Settings of the `lens` command, which shows what embeddings encode."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsConfig, MeshConfig, section, setting
 
@@ -30,6 +31,8 @@ class TextsConfig:
 class LogitLensConfig(TextsConfig):
     """`python -m launch.lens logit MODEL`: top vocabulary entries for each compression token (logit lens)."""
 
+    EXAMPLE: ClassVar = 'smollm2-135m text="What is the capital of France?"'
+
     state: str = setting(
         "hidden",
         "vector projected to the vocabulary; hidden: last hidden state, as published; soft_prompts: decoder input",
@@ -46,6 +49,9 @@ class BuildIndexConfig:
     Writes OUTPUT/layer-00.npy ... (L2-normalized hidden states of one layer), contexts.npy, ids.npy, offsets.npy and
     index.json. Until it is complete, the index is in OUTPUT.partial; repeat an interrupted command to resume.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=index"
 
     input: str | None = setting(None, "input files, folders and glob patterns, as for `encode`", path=True)
     field: str = setting("text", "key or column of the text")
@@ -69,6 +75,9 @@ class BuildIndexConfig:
 class QueryIndexConfig(TextsConfig):
     """`python -m launch.lens query MODEL`: nearest indexed contexts of each compression token, per layer."""
 
+    REQUIRED: ClassVar = ("index",)
+    EXAMPLE: ClassVar = 'smollm2-135m index=index text="What is the capital of France?"'
+
     index: str | None = setting(None, "index folder written by build_index", path=True)
     layers: list[str] = setting([], "layers of the compression tokens; []: the indexed layers")
     same_layer: bool = setting(False, "search only contexts of the same layer; false: all layers, as published")
@@ -80,6 +89,9 @@ class GenerationsConfig:
 
     Writes {input_text, output_text}, as the published script does; seed 42 selects the same sample.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=generations.csv"
 
     input: str | None = setting(None, _INPUT_HELP, path=True)
     field: str = setting("text", "key or column of the text")
@@ -101,6 +113,9 @@ class ReportConfig:
     The map compares MODEL with its teacher: by default the llm2vec teacher recorded in MODEL, if any; `adapters` and
     `attention` select another.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=report.html"
 
     input: str | None = setting(None, _INPUT_HELP, path=True)
     field: str = setting("text", "key or column of the text")

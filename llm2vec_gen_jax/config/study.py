@@ -1,6 +1,7 @@
 """Settings of `reproduce`: what the study runs on, and its sizes."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import BackboneConfig, KernelsConfig, MeshConfig, section, setting
 from llm2vec_gen_jax.config.training import TeacherConfig
@@ -107,6 +108,9 @@ class ReproduceConfig:
     lora-8, supervised-teacher; additional: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, ridge,
     finished-only, alignment-10, reconstruction-10, longer; custom: "NAME: key=value key=value", with keys of `train`.
     """
+
+    REQUIRED: ClassVar = ("tasks",)
+    EXAMPLE: ClassVar = "tasks=tasks budget=minutes output=runs/study"
 
     backbone: BackboneConfig = section(BackboneConfig)
     teacher: TeacherConfig = dataclasses.field(default_factory=_shipped_teacher)

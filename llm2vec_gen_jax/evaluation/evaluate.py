@@ -39,7 +39,7 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     Finished tasks are skipped. Raises InputError if the output holds results of another model or other settings,
     which are recorded in run.json.
     """
-    options.require(config, "tasks", "output")
+    options.require(config)
     output = pathlib.Path(str(config.output))
     with locks.locked(output, "output"):
         jobs = resolve(config)

@@ -18,7 +18,7 @@ def ablate(files: Sequence[str], configs: Sequence[AblateConfig], show_progress:
     """
     folders: list[pathlib.Path] = []
     for file, config in zip(files, configs, strict=True):
-        options.require(config, "data.responses", "train.output")
+        options.require(config)
         folder = pathlib.Path(str(config.train.output)) / pathlib.Path(file).stem
         if folder in folders:
             raise InputError(f"{file}: another config file has the same name, and both would train into {folder}")

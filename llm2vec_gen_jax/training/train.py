@@ -35,7 +35,7 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
     backbone: the config's backbone, if it is already loaded.
     Raises InputError for invalid configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
-    options.require(config, "data.responses", "train.output")
+    options.require(config)
     if config.teacher.adapters and config.teacher.kind != "llm2vec":
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
     if not config.train.steps and not config.train.ridge_examples:
