@@ -28,12 +28,12 @@ def main() -> None:
         importlib.import_module(f"llm2vec_gen_jax.commands.{name}").run()
     elif name in ("-h", "--help"):
         from llm2vec_gen_jax.commands import cli
-        from llm2vec_gen_jax.config import help
+        from llm2vec_gen_jax.common import terminal
 
         lines = ["usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]", ""]
         lines.append("commands (COMMAND --help lists the keys):")
         for name, summary in known.items():
-            lines += help.wrap(summary, help.terminal_width(), " " * 17, f"  {name:<14} ")
+            lines += terminal.wrap(summary, terminal.terminal_width(), " " * 17, f"  {name:<14} ")
         cli.show("\n".join(lines))
     elif name == "--version":
         print(__version__)

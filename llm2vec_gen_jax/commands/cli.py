@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm2vec_gen_jax.common import locks
+from llm2vec_gen_jax.common import locks, terminal
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
 from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, help, options
@@ -253,11 +253,11 @@ def _help(schema, positional):
         "CONFIG": "CONFIG is a YAML file (see configs/); key=value pairs override it.",
         "CONFIG...": "Each CONFIG is a YAML file (see configs/ablations/); key=value pairs override all of them.",
     }[positional]
-    width = help.terminal_width()
+    width = terminal.terminal_width()
     paragraphs = [f"usage: {_program()}{name} {argument} [key=value ...]", f"{about_command} {about}", *more]
     return "\n\n".join(
         [
-            *("\n".join(help.wrap(paragraph, width)) for paragraph in paragraphs),
+            *("\n".join(terminal.wrap(paragraph, width)) for paragraph in paragraphs),
             help.example_text(f"{_program()}{name}", schema.EXAMPLE, width),
             help.help_text(schema, width),
         ]
@@ -265,14 +265,14 @@ def _help(schema, positional):
 
 
 def _actions_help(about, schemas):
-    width = help.terminal_width()
+    width = terminal.terminal_width()
     lines = [
         f"usage: {_program()}{_about(next(iter(schemas.values())))[0].split()[0]} ACTION MODEL [key=value ...]",
         "",
     ]
-    lines += [*help.wrap(about.splitlines()[0], width), "", "actions (ACTION --help lists the keys):"]
+    lines += [*terminal.wrap(about.splitlines()[0], width), "", "actions (ACTION --help lists the keys):"]
     for name, schema in schemas.items():
-        lines += help.wrap(_about(schema)[1], width, " " * 16, f"  {name:<14}")
+        lines += terminal.wrap(_about(schema)[1], width, " " * 16, f"  {name:<14}")
     return "\n".join(lines)
 
 

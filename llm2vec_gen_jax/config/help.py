@@ -2,19 +2,11 @@
 
 import dataclasses
 import shlex
-import shutil
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llm2vec_gen_jax.common.terminal import terminal_width, wrap
 from llm2vec_gen_jax.config.common import DistributedConfig
-
-_WIDEST, _NARROWEST = 120, 40  # columns
-
-
-def terminal_width() -> int:
-    """Returns the columns to wrap at: those of the terminal or of $COLUMNS, 80 without either, at most 120."""
-    return min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
 
 
 def help_text(schema: type, width: int | None = None) -> str:
@@ -43,18 +35,6 @@ def example_text(command: str, example: str, width: int | None = None) -> str:
         else:
             lines[-1] += f" {quoted}"
     return "\n".join(["example:", *lines])
-
-
-def wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:
-    """Returns the lines of a paragraph. Words and keys with hyphens are not broken."""
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=indent if first is None else first,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
 
 
 def _keys(schema: Any, defaults: Any) -> Iterator[tuple[str, str, dataclasses.Field[Any], Any]]:

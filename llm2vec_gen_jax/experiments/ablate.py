@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import AblateConfig, options
-from llm2vec_gen_jax.evaluation.evaluate import align_columns
 from llm2vec_gen_jax.experiments.comparisons import final_losses
 from llm2vec_gen_jax.training.train import train
 
