@@ -271,12 +271,18 @@ def test_a_real_process_says_the_same(talker_folder, tmp_path, launch):
 
 def test_quickstart_goes_from_nothing_to_a_model_and_resumes(command, talker_folder):
     words = [f"backbone.path={talker_folder}", "output=quick", "queries=16", "steps=4", "max_new_tokens=16"]
+    check_error(command("quickstart", *words, "queries=7"), "queries=7: too few for batches of 8")
+    assert os.listdir() == []
     code, out, errors = command("quickstart", *words)
     assert code == 0, errors
     assert {"queries.jsonl", "responses.jsonl", "run"} <= set(os.listdir("quick"))
     assert len(rows_of("quick/queries.jsonl")) == len(rows_of("quick/responses.jsonl")) == 16
-    for part in ("nearest answer is the right one:", "decoded:", "next: python -m launch.encode quick/run/model"):
+    for part in ("four stages, about 1 min on ", "a1: The capital of France is Paris", "  a4: ", "decoded:"):
         assert part in out
+    next_ = out[out.index("  python -m launch.lens report quick/run/model") :].replace("\\\n", "").split("\n")[0]
+    assert command("lens", *next_.split()[3:], "limit=2", "max_new_tokens=4")[0] == 0
+    assert os.path.getsize("quick/report.html") > 1000
+    assert max(map(len, out.splitlines())) <= 80
     assert LLM2VecGen.from_pretrained("quick/run/model").encode(["a", "b"]).shape == (2, 32)
     before = files.sha256_file("quick/run/model/alignment_mlp")
     code, out, errors = command("quickstart", *words)
