@@ -285,9 +285,9 @@ def launch():
 
     started = []
 
-    def start(folder, name, *words, torch=False):
+    def start(folder, name, *words, torch=False, stdout=subprocess.PIPE):
         command = [sys.executable, "-m", f"launch.{name}", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=folder, env=environment(torch=torch), **pipes))
         return started[-1]
 

@@ -28,11 +28,13 @@ def main() -> None:
         importlib.import_module(f"llm2vec_gen_jax.commands.{name}").run()
     elif name in ("-h", "--help"):
         from llm2vec_gen_jax.commands import cli
+        from llm2vec_gen_jax.common import terminal
 
-        usage = (
-            "usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]\n\ncommands (COMMAND --help lists the keys):"
-        )
-        cli.show("\n".join([usage, *(f"  {name:<14} {summary}" for name, summary in known.items())]))
+        lines = ["usage: llm2vec-gen COMMAND [CONFIG | MODEL] [key=value ...]", ""]
+        lines.append("commands (COMMAND --help lists the keys):")
+        for name, summary in known.items():
+            lines += terminal.wrap(summary, terminal.terminal_width(), " " * 17, f"  {name:<14} ")
+        cli.show("\n".join(lines))
     elif name == "--version":
         print(__version__)
     else:

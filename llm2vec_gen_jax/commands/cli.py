@@ -3,18 +3,18 @@
 import contextlib
 import errno
 import functools
+import inspect
 import logging
 import os
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm2vec_gen_jax.common import locks
+from llm2vec_gen_jax.common import locks, terminal
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
-from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, options
+from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, help, options
 from llm2vec_gen_jax.parallel import devices, preemption
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
 
@@ -30,13 +30,16 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _INTERRUPTED = "\ninterrupted; there is no partial output. Repeat the command to resume"
 
 
-def run_action(actions: Mapping[str, tuple[type, Callable[..., None]]]) -> None:
-    """Runs `python -m launch.NAME ACTION MODEL [key=value ...]`. actions: {name: (schema, command(model, config))}."""
+def run_action(about: str, actions: Mapping[str, tuple[type, Callable[..., None]]]) -> None:
+    """Runs `python -m launch.NAME ACTION MODEL [key=value ...]`.
+
+    about: the docstring of the command's module. actions: {name: (schema, command(model, config))}.
+    """
     action, *argv = sys.argv[1:] or ["--help"]
     if action in actions:
         run(*actions[action], positional="MODEL", argv=argv)
     elif action in ("-h", "--help"):
-        show("\n\n".join(_help(schema, "MODEL") for schema, _ in actions.values()))
+        show(_actions_help(about, {name: schema for name, (schema, _) in actions.items()}))
     else:
         print(f"error: unknown action {action!r}{nearest(action, actions)}", file=sys.stderr)
         sys.exit(2)
@@ -83,8 +86,10 @@ def run(
 def show(text: str) -> None:
     """Prints a text; its reader may close the pipe early, as in `--help | head`."""
     with contextlib.suppress(BrokenPipeError):
-        print(text)
-        _flush()
+        try:
+            print(text)
+        finally:
+            _flush()
 
 
 def _flush():
@@ -139,7 +144,9 @@ def _parse(schema, positional, argv):
     """Returns (arguments of the command, config that determines how it runs)."""
     overrides = [argument for argument in argv if "=" in argument and not os.path.exists(argument)]  # a path may have =
     paths = [argument for argument in argv if argument not in overrides]
-    if (len(paths) > 1 and positional != "CONFIG...") or any(path.startswith("-") for path in paths):
+    if any(argument.startswith("-") and not os.path.exists(argument) for argument in argv):
+        raise InputError(f"settings are written key=value, without dashes: {options.suggest(schema, argv)}")
+    if len(paths) > 1 and positional != "CONFIG...":
         raise InputError(f"cannot read {' '.join(map(repr, paths))}: expected one {positional} and key=value pairs")
     files = [file for path in paths for file in _expand(path)] if positional != "MODEL" else []
     configs = [options.load(schema, file, overrides) for file in files or [None]]
@@ -239,25 +246,43 @@ def _prepare():
 
 
 def _help(schema, positional):
-    lines = textwrap.dedent(" " * 4 + schema.__doc__).strip().splitlines()
-    start = "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
-    name = lines[0].split("`")[1].removeprefix("python -m launch.").removesuffix(" MODEL")
-    about_command = lines[0].split("`: ", 1)[1]
+    name, about_command, *more = _about(schema)
     argument = "[CONFIG]" if positional == "CONFIG" else positional
     about = {
         "MODEL": "MODEL is a model directory or hub id.",
         "CONFIG": "CONFIG is a YAML file (see configs/); key=value pairs override it.",
         "CONFIG...": "Each CONFIG is a YAML file (see configs/ablations/); key=value pairs override all of them.",
     }[positional]
-    return "\n".join(
+    width = terminal.terminal_width()
+    paragraphs = [f"usage: {_program()}{name} {argument} [key=value ...]", f"{about_command} {about}", *more]
+    return "\n\n".join(
         [
-            f"usage: {start}{name} {argument} [key=value ...]",
-            "",
-            about_command[0].upper() + about_command[1:],
-            about,
-            *lines[1:],
-            "",
-            "keys and their defaults:",
-            options.help_text(schema),
+            *("\n".join(terminal.wrap(paragraph, width)) for paragraph in paragraphs),
+            help.example_text(f"{_program()}{name}", schema.EXAMPLE, width),
+            help.help_text(schema, width),
         ]
     )
+
+
+def _actions_help(about, schemas):
+    width = terminal.terminal_width()
+    lines = [
+        f"usage: {_program()}{_about(next(iter(schemas.values())))[0].split()[0]} ACTION MODEL [key=value ...]",
+        "",
+    ]
+    lines += [*terminal.wrap(about.splitlines()[0], width), "", "actions (ACTION --help lists the keys):"]
+    for name, schema in schemas.items():
+        lines += terminal.wrap(_about(schema)[1], width, " " * 16, f"  {name:<14}")
+    return "\n".join(lines)
+
+
+def _program():
+    return "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
+
+
+def _about(schema):
+    """Returns (name of the command, what it does, further paragraphs) from the docstring of a schema."""
+    first, *more = inspect.cleandoc(schema.__doc__).split("\n\n")
+    call, about = " ".join(first.split()).split("`: ", 1)
+    name = call.removeprefix("`python -m launch.").removesuffix(" MODEL")
+    return name, about[0].upper() + about[1:], *(" ".join(paragraph.split()) for paragraph in more)

@@ -17,7 +17,7 @@ def from_pytorch(path: str, config: FromPytorchConfig) -> None:
     """Writes a published model as a model directory, with its heads unchanged."""
     from llm2vec_gen_jax import LLM2VecGen
 
-    options.require(config, "output")
+    options.require(config)
     output = str(config.output)
     require_new(output, "output")
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
@@ -72,9 +72,10 @@ def verify(path: str, config: VerifyConfig) -> None:
 def run() -> None:
     """Runs the command with the arguments of sys.argv."""
     cli.run_action(
+        str(__doc__),
         {
             "from_pytorch": (FromPytorchConfig, cli.lock_outputs(from_pytorch)),
             "to_pytorch": (ToPytorchConfig, cli.lock_outputs(to_pytorch, "output", "merged", "backbone_output")),
             "verify": (VerifyConfig, verify),
-        }
+        },
     )

@@ -47,7 +47,7 @@ def query(path: str, config: QueryIndexConfig) -> None:
     """Writes the nearest contexts of each compression token, as a table or JSONL."""
     from llm2vec_gen_jax.lens.search import Index, latent_lens
 
-    (folder,) = options.require(config, "index")
+    (folder,) = options.require(config)
     texts = _texts(config)
     embedder = cli.load_embedder(path, config)
     index = Index(folder, embedder.backbone)
@@ -65,7 +65,7 @@ def generations(path: str, config: GenerationsConfig) -> None:
     """Writes the published script's table of texts and the texts decoded from their embeddings."""
     from llm2vec_gen_jax.lens import generations
 
-    source, output = options.require(config, "input", "output")
+    source, output = options.require(config)
     generations.check_output(output)
     texts = generations.sample(read_texts(source, config.field), config.limit, config.seed)
     embedder = cli.load_embedder(path, config)
@@ -78,7 +78,7 @@ def report(path: str, config: ReportConfig) -> None:
     """Writes an HTML page about the embeddings of some texts."""
     from llm2vec_gen_jax.lens.report import write_report
 
-    source, output = options.require(config, "input", "output")
+    source, output = options.require(config)
     require_new(output, "output")
     texts = read_texts(source, config.field)[: config.limit]
     embedder = cli.load_embedder(path, config)
@@ -110,11 +110,12 @@ def _write(config, rows, table):
 def run() -> None:
     """Runs the command with the arguments of sys.argv."""
     cli.run_action(
+        str(__doc__),
         {
             "logit": (LogitLensConfig, cli.lock_outputs(logit)),
             "build_index": (BuildIndexConfig, build_index),
             "query": (QueryIndexConfig, cli.lock_outputs(query)),
             "generations": (GenerationsConfig, cli.lock_outputs(generations)),
             "report": (ReportConfig, cli.lock_outputs(report)),
-        }
+        },
     )

@@ -31,15 +31,18 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
     write_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
-    """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line."""
+def read_lines(path: str | os.PathLike, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields (line number, text) of a UTF-8 text file, plain or .gz. Raises InputError naming file and line.
+
+    keep_ends: whether the text includes the line end.
+    """
     path = pathlib.Path(path)
     check_file(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        yield from lines_of(file, path)
+        yield from lines_of(file, path, keep_ends)
 
 
-def lines_of(file: IO[bytes] | io.BufferedIOBase, name: object) -> Iterator[tuple[int, str]]:
+def lines_of(file: IO[bytes] | io.BufferedIOBase, name: object, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
     """`read_lines` of a binary file object; `name` is for errors."""
     number = 0
     try:
@@ -48,7 +51,8 @@ def lines_of(file: IO[bytes] | io.BufferedIOBase, name: object) -> Iterator[tupl
                 raise InputError(f"{name}, line {number}: longer than {_LONGEST_LINE} bytes")
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw = raw[3:]
-            yield number, raw.decode("utf-8").rstrip("\r\n")
+            text = raw.decode("utf-8")
+            yield number, text if keep_ends else text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name}, line {number}: not UTF-8 (byte {error.start} is {raw[error.start]:#04x}). "

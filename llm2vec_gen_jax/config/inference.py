@@ -1,6 +1,7 @@
 """Settings of the commands that generate, encode, decode, convert and evaluate."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import (
     BACKBONE_DTYPES,
@@ -19,6 +20,9 @@ from llm2vec_gen_jax.config.common import (
 @dataclasses.dataclass
 class SynthesizeConfig(DistributedConfig):
     """`python -m launch.synthesize`: generate queries with the LLM itself (Magpie, Xu et al. 2024)."""
+
+    REQUIRED: ClassVar = ("output",)
+    EXAMPLE: ClassVar = "output=queries.jsonl count=100"
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str | None = setting(None, "output JSONL file of {id, question}", path=True)
@@ -42,6 +46,9 @@ class RespondConfig(DistributedConfig):
     batch_size and max_prompt_length are not used, and responses are written in the order in which they complete.
     """
 
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "input=queries.jsonl output=responses.jsonl max_new_tokens=100"
+
     engine: str = setting("backbone", "what generates; openai: the server at `endpoint`", ("backbone", "openai"))
     endpoint: str | None = setting(None, "engine=openai: URL of the API, such as http://localhost:8000/v1")
     model: str | None = setting(None, "engine=openai: model name on the server; null: its only one")
@@ -49,7 +56,9 @@ class RespondConfig(DistributedConfig):
     concurrency: int = setting(16, "engine=openai: requests at a time", least=1, most=1024)
     request_timeout: int = setting(600, "engine=openai: seconds to wait for a response", least=1)
     backbone: BackboneConfig = section(BackboneConfig)
-    input: str | None = setting(None, "input JSONL[.gz] file of {question}, with an optional id", path=True)
+    input: str | None = setting(
+        None, "queries: .txt (one per line), or .jsonl, .csv or .parquet with question and an optional id", path=True
+    )
     output: str | None = setting(None, "output JSONL file of {id, question, answer, finish}", path=True)
     limit: int | None = setting(None, "maximum number of queries; null: all", least=1)
     batch_size: int = setting(32, "prompts per generation batch", least=1)
@@ -75,6 +84,9 @@ class InstructConfig:
     before sentences and passages, a form that bare questions lack. Concatenate the output with that of `respond` to
     train on both.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = 'input=texts.txt output=records.jsonl instruction="Summarize:"'
 
     input: str | None = setting(
         None, "unlabeled texts: files, folders, saved datasets or patterns, as for `encode`", path=True
@@ -116,16 +128,19 @@ class EncodeConfig(DistributedConfig):
     outside the range are clipped. precision=binary packs the signs into bytes.
     """
 
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=vectors"
+
     input: str | None = setting(
         None,
-        "input files: .txt (one text per line), .jsonl, either also .gz, .parquet, .arrow; also folders, saved "
+        "input files: .txt (one text per line), .jsonl, .csv, each also .gz, .parquet, .arrow; also folders, saved "
         "datasets, glob patterns, or several separated by commas; -: standard input",
         path=True,
     )
     output: str | None = setting(None, "output directory for the embeddings and the manifest", path=True)
     field: str = setting("text", "key or column of the text")
     id_field: str | None = setting(None, "key or column of the id, for format=parquet; null: row number")
-    stdin: str = setting("txt", "format of standard input", ("txt", "jsonl"))
+    stdin: str = setting("txt", "format of standard input", ("txt", "jsonl", "csv"))
     instruction: str = setting("", "instruction prepended to every text, separated by a space")
     batch_size: int = setting(32, "rows of 256 tokens per batch; short texts share a row", least=1)
     max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
@@ -146,13 +161,15 @@ class EncodeConfig(DistributedConfig):
 class DecodeConfig:
     """`python -m launch.decode MODEL`: decode embeddings' soft prompts into text with the frozen LLM."""
 
+    EXAMPLE: ClassVar = 'smollm2-135m text="What is the capital of France?"'
+
     text: str | None = setting(None, "single text to encode and decode")
-    input: str | None = setting(None, ".txt or .jsonl[.gz] file of texts to encode and decode", path=True)
+    input: str | None = setting(None, ".txt, .jsonl, .csv or .parquet file of texts to encode and decode", path=True)
     soft_prompts: str | None = setting(
         None, "output folder of `encode save_soft_prompts=true`, or a .npy file (n, K, D) from it", path=True
     )
     output: str | None = setting(None, "output JSONL file; null: print", path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     batch_size: int = setting(16, "texts per batch", least=1)
     max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
     max_new_tokens: int = setting(128, "maximum tokens per decoded text", least=1)
@@ -167,6 +184,9 @@ class DecodeConfig:
 @dataclasses.dataclass
 class EvaluateConfig:
     """`python -m launch.evaluate MODEL`: evaluate an embedder or a baseline on task folders, MTEB or BRIGHT."""
+
+    REQUIRED: ClassVar = ("tasks", "output")
+    EXAMPLE: ClassVar = "smollm2-135m tasks=tasks output=scores"
 
     tasks: str | None = setting(
         None,
@@ -213,6 +233,9 @@ class EvaluateConfig:
 class FromPytorchConfig:
     """`python -m launch.convert from_pytorch MODEL`: convert a published PyTorch model to a model directory."""
 
+    REQUIRED: ClassVar = ("output",)
+    EXAMPLE: ClassVar = "McGill-NLP/LLM2Vec-Gen-Qwen3-06B output=model"
+
     output: str | None = setting(None, "new model directory, also readable by PyTorch", path=True)
     backbone: str | None = setting(None, "path or hub id of the backbone; null: the one recorded in MODEL", path=True)
     dtype: str = setting("auto", "dtype in which to load the backbone", DTYPES)
@@ -222,6 +245,8 @@ class FromPytorchConfig:
 @dataclasses.dataclass
 class ToPytorchConfig:
     """`python -m launch.convert to_pytorch MODEL`: convert a model or run directory for use in PyTorch."""
+
+    EXAMPLE: ClassVar = "smollm2-135m output=model-pt"
 
     output: str | None = setting(None, "new model directory in the published layout", path=True)
     backbone_output: str | None = setting(
@@ -247,6 +272,8 @@ class VerifyConfig:
 
     Exit code: 0 PASS, 1 FAIL, 2 not compared because PyTorch is missing.
     """
+
+    EXAMPLE: ClassVar = "smollm2-135m python=PYTORCH_ENV/bin/python"
 
     python: str | None = setting(
         None,

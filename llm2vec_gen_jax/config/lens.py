@@ -1,12 +1,13 @@
 """Settings of the `lens` command, which shows what embeddings encode."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsConfig, MeshConfig, section, setting
 
 READINGS = ("hidden", "soft_prompts")
 PROJECTIONS = ("pca", "umap")
-_INPUT_HELP = ".txt or .jsonl[.gz] file of texts, or a hub dataset id"
+_INPUT_HELP = ".txt, .jsonl, .csv or .parquet file of texts, or a hub dataset id"
 
 
 @dataclasses.dataclass
@@ -15,7 +16,7 @@ class TextsConfig:
 
     text: str | None = setting(None, "single text")
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     limit: int | None = setting(None, "maximum number of texts; null: all", least=1)
     output: str | None = setting(None, "output JSONL file; null: print a table", path=True)
     top_k: int = setting(5, "tokens, words or neighbors per compression token", least=1)
@@ -29,6 +30,8 @@ class TextsConfig:
 @dataclasses.dataclass
 class LogitLensConfig(TextsConfig):
     """`python -m launch.lens logit MODEL`: top vocabulary entries for each compression token (logit lens)."""
+
+    EXAMPLE: ClassVar = 'smollm2-135m text="What is the capital of France?"'
 
     state: str = setting(
         "hidden",
@@ -46,6 +49,9 @@ class BuildIndexConfig:
     Writes OUTPUT/layer-00.npy ... (L2-normalized hidden states of one layer), contexts.npy, ids.npy, offsets.npy and
     index.json. Until it is complete, the index is in OUTPUT.partial; repeat an interrupted command to resume.
     """
+
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=index"
 
     input: str | None = setting(None, "input files, folders and glob patterns, as for `encode`", path=True)
     field: str = setting("text", "key or column of the text")
@@ -69,6 +75,9 @@ class BuildIndexConfig:
 class QueryIndexConfig(TextsConfig):
     """`python -m launch.lens query MODEL`: nearest indexed contexts of each compression token, per layer."""
 
+    REQUIRED: ClassVar = ("index",)
+    EXAMPLE: ClassVar = 'smollm2-135m index=index text="What is the capital of France?"'
+
     index: str | None = setting(None, "index folder written by build_index", path=True)
     layers: list[str] = setting([], "layers of the compression tokens; []: the indexed layers")
     same_layer: bool = setting(False, "search only contexts of the same layer; false: all layers, as published")
@@ -81,8 +90,11 @@ class GenerationsConfig:
     Writes {input_text, output_text}, as the published script does; seed 42 selects the same sample.
     """
 
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=generations.csv"
+
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     output: str | None = setting(None, "output .csv or .jsonl file", path=True)
     limit: int | None = setting(100, "number of sampled texts; null: all", least=1)
     seed: int = setting(42, "seed for sampling texts")
@@ -102,8 +114,11 @@ class ReportConfig:
     `attention` select another.
     """
 
+    REQUIRED: ClassVar = ("input", "output")
+    EXAMPLE: ClassVar = "smollm2-135m input=texts.txt output=report.html"
+
     input: str | None = setting(None, _INPUT_HELP, path=True)
-    field: str = setting("text", "JSONL key of the text")
+    field: str = setting("text", "key or column of the text")
     output: str | None = setting(None, "new .html file", path=True)
     limit: int = setting(50, "maximum number of texts", least=1)
     index: str | None = setting(None, "index folder written by build_index, for the latent lens", path=True)

@@ -5,11 +5,11 @@ override it. An unknown key, a wrong type or an unknown choice is an error that 
 """
 
 import dataclasses
+import difflib
 import math
 import numbers
 import os
 import re
-import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -99,10 +99,13 @@ def check_arguments(schema: type, **values: Any) -> None:
 
 
 def require(config: Any, *keys: str) -> list[Any]:
-    """Returns the values of dotted keys. Raises InputError unless `config` passes `check` and none of them is None."""
+    """Returns the values of dotted keys, default those of REQUIRED in the schema.
+
+    Raises InputError unless `config` passes `check` and none of the values is None.
+    """
     check(config)
     values = []
-    for key in keys:
+    for key in keys or getattr(config, "REQUIRED", ()):
         value = config
         for part in key.split("."):
             value = getattr(value, part)
@@ -110,6 +113,23 @@ def require(config: Any, *keys: str) -> list[Any]:
             raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
         values.append(value)
     return values
+
+
+def suggest(schema: type, arguments: Sequence[str]) -> str:
+    """Returns the key=value form of GNU style arguments, such as --steps 5: "train.steps=5"."""
+    suggestions, words = [], list(arguments)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("-"):
+            continue
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else "true"
+        name = name.lstrip("-").replace("-", "_")
+        leaves = _leaves(schema)
+        same = [leaf for leaf in leaves if leaf == name] or [leaf for leaf in leaves if leaf.endswith(f".{name}")]
+        close = same or difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
+        suggestions.append(" or ".join(f"{leaf}={value}" for leaf in close) or f"unknown key {name}")
+    return " ".join(suggestions)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -120,23 +140,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """Returns the config as YAML, with all keys."""
     return yaml_files.to_yaml(to_dict(config))
-
-
-def help_text(schema: type) -> str:
-    """Returns a paragraph per key: name, default, help and choices."""
-    defaults, lines = schema(), []
-    for key in _leaves(schema):
-        value = defaults
-        for part in key.split("."):
-            value = getattr(value, part)
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        choices = _field_of(schema, key).metadata["choices"]
-        about = _help_of(schema, key) + (f" ({' | '.join(choices)})" if choices else "")
-        start = f"  {key + '=' + text:<44} "
-        lines.append(
-            textwrap.fill(about, 120, initial_indent=start, subsequent_indent=" " * 47, break_on_hyphens=False)
-        )
-    return "\n".join(lines)
 
 
 def _read_yaml(file: str | os.PathLike[str]) -> dict[str, Any]:

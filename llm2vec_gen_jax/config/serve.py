@@ -1,6 +1,7 @@
 """Settings of the server."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsConfig, MeshConfig, section, setting
 
@@ -25,6 +26,8 @@ class ServeConfig:
     the environment variable LLM2VEC_GEN_API_KEY is set, /v1/ requires it as a Bearer token. On SIGTERM, the server
     completes the requests in flight and exits with code 0. Requires requirements-serve.txt.
     """
+
+    EXAMPLE: ClassVar = "smollm2-135m port=8000"
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all interfaces")
     port: int = setting(8000, "port to listen on; 0: any free port, which is printed")

@@ -1,6 +1,7 @@
 """Settings of the commands that train, and of `plan`."""
 
 import dataclasses
+from typing import ClassVar
 
 from llm2vec_gen_jax.config.common import (
     BackboneConfig,
@@ -73,7 +74,7 @@ class DataConfig:
     """The training data: source, truncation and order."""
 
     responses: str | None = setting(
-        None, "JSONL[.gz] file of {question, answer}, or a Hugging Face dataset id", path=True
+        None, ".jsonl, .csv or .parquet file with question and answer, or a Hugging Face dataset id", path=True
     )
     split: str = setting("train", "split of a Hugging Face dataset")
     finished_only: bool = setting(False, "skip truncated responses (`finish: length` in the output of `respond`)")
@@ -205,6 +206,9 @@ class TrackingConfig:
 class TrainConfig(TrackingConfig, DistributedConfig):
     """`python -m launch.train`: train compression tokens and heads on responses."""
 
+    REQUIRED: ClassVar = ("data.responses", "train.output")
+    EXAMPLE: ClassVar = "data.responses=responses.jsonl train.output=runs/demo train.steps=100"
+
     backbone: BackboneConfig = section(BackboneConfig)
     compression: CompressionConfig = section(CompressionConfig)
     lora: LoraConfig = section(LoraConfig)
@@ -222,6 +226,8 @@ class TrainConfig(TrackingConfig, DistributedConfig):
 class AblateConfig(TrainConfig):
     """`python -m launch.ablate`: train one run per config, in train.output/NAME, and print a table of the results."""
 
+    EXAMPLE: ClassVar = "configs/ablations/tokens-*.yaml data.responses=responses.jsonl train.output=runs/tokens"
+
 
 @dataclasses.dataclass
 class PlanConfig:
@@ -234,10 +240,12 @@ class PlanConfig:
     only lowered for CUDA. A program fits if it needs less than 92 % of the memory available to JAX: on GPUs 75 % of the
     device memory, or XLA_PYTHON_CLIENT_MEM_FRACTION.
 
-    topology=   v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1; h100 (one), h100:8 (one host), h100:2x8 (two):
-                a100, a100-40gb, a10g, b200, gb200, gh200, h100, h100-nvl, h100-pcie, h200, l4, l40s, t4;
-                cpu:4; null: the attached devices
+    topology= is for TPUs v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1; for GPUs h100 (one), h100:8 (one host),
+    h100:2x8 (two) with a100, a100-40gb, a10g, b200, gb200, gh200, h100, h100-nvl, h100-pcie, h200, l4, l40s, t4; cpu:4;
+    null: the attached devices.
     """
+
+    EXAMPLE: ClassVar = "configs/qwen3-0.6b.yaml architecture=configs/architectures/qwen3-0.6b.json topology=v5e:4x4"
 
     topology: str | None = setting(None, "device topology, as listed above")
     architecture: str | None = setting(
@@ -267,9 +275,11 @@ class CorpusConfig:
     """The texts on which a teacher is trained."""
 
     path: str | None = setting(
-        None, ".txt (one text per line) or .jsonl[.gz] file; null: generate responses with the backbone", path=True
+        None,
+        ".txt (one text per line), .jsonl, .csv or .parquet file; null: generate responses with the backbone",
+        path=True,
     )
-    field: str = setting("answer", "JSONL key of the text")
+    field: str = setting("answer", "key or column of the text")
     sentences: bool = setting(True, "train SimCSE on sentences; false: on full texts")
     queries: int = setting(5000, "without corpus.path: number of queries to generate and respond to", least=1)
     max_new_tokens: int = setting(256, "without corpus.path: maximum tokens per response", least=1)
@@ -327,6 +337,9 @@ class TeacherSettings(RunSettings):
 class TeacherTrainConfig(TrackingConfig, DistributedConfig):
     """`python -m launch.train_teacher`: train an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
 
+    REQUIRED: ClassVar = ("train.output",)
+    EXAMPLE: ClassVar = "corpus.path=texts.txt train.output=runs/teacher"
+
     backbone: BackboneConfig = section(BackboneConfig)
     attention: str = setting(
         "bidirectional", "attention of both stages and of the resulting teacher", ("bidirectional", "causal")
@@ -342,6 +355,8 @@ class TeacherTrainConfig(TrackingConfig, DistributedConfig):
 @dataclasses.dataclass
 class QuickstartConfig(TrackingConfig):
     """`python -m launch.quickstart`: run the complete recipe at a small scale, from the default backbone alone."""
+
+    EXAMPLE: ClassVar = "output=runs/quickstart"
 
     backbone: BackboneConfig = section(BackboneConfig)
     output: str = setting("runs/quickstart", "output directory; repeat the command to resume", path=True)

@@ -1,13 +1,13 @@
-"""Training records from JSONL files, Hugging Face datasets and memory."""
+"""Training records from files, Hugging Face datasets and memory."""
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
-from llm2vec_gen_jax.common.files import has_lone_surrogate
-from llm2vec_gen_jax.common.jsonl import read_jsonl
+from llm2vec_gen_jax.common.errors import InputError, first_line
+from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate
+from llm2vec_gen_jax.data import tables
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -18,31 +18,23 @@ def read_records(
     split: str = "train",
     limit: int | None = None,
     key: str = "input",
+    remedy: str = "",
 ) -> list[dict[str, Any]]:
     """Returns the string `columns`, and `id` if present, of the rows of a source.
 
-    source: a JSONL[.gz] file, a Hugging Face dataset id, or dicts in memory, such as a datasets.Dataset. key: the
-    setting of the source, for errors.
-    Raises InputError naming file, line and column for a missing column, a value that is not a string, or no rows.
+    source: a file (`tables.chunks`), a Hugging Face dataset id, or dicts in memory, such as a datasets.Dataset. The
+    lines of a .txt file are a single column; blank lines are skipped. key: the setting of the source, for errors.
+    remedy: the fix for a missing column. Raises InputError naming file, line and column for a missing column, a value
+    that is not a string, or no rows.
     """
-    name: object = source
-    if isinstance(source, str | os.PathLike):
-        rows = _read(source, split, key)
-    elif isinstance(source, Iterable):
-        name, rows = key, ((f"{key}, row {number}", row) for number, row in enumerate(source))
-    else:
-        raise InputError(f"{key}: expected a path or a list of dicts, found {type(source).__name__}")
+    needed = dict.fromkeys(columns, remedy and f". {remedy}")
     records: list[dict[str, Any]] = []
-    for where, row in rows:
+    for where, row in _rows(source, needed, split, key):
         if limit is not None and len(records) == limit:
             break
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: expected a dict, found {type(row).__name__}")
         if not isinstance(row.get("id", 0), (str, int)):
             raise InputError(f"{where}: 'id' must be a string or an integer, found {row['id']!r}")
         for column in columns:
-            if column not in row:
-                raise InputError(f"{where}: no column {column!r}{nearest(column, row)}")
             if not isinstance(row[column], str):
                 raise InputError(f"{where}: {column!r} must be a string, found {type(row[column]).__name__}")
         record = {column: row[column] for column in ("id", *columns) if column in row}
@@ -51,19 +43,39 @@ def read_records(
                 raise InputError(f"{where}: {column!r} has an unpaired surrogate (not valid Unicode)")
         records.append(record)
     if not records:
-        raise InputError(f"{name}: no rows")
+        raise InputError(f"{source if isinstance(source, str | os.PathLike) else key}: no rows")
     return records
 
 
-def _read(source, split, key):
-    """Yields (place, row) of a file or a Hugging Face dataset."""
+def _rows(source, needed, split, key) -> Iterator[tables.Row]:
+    if not isinstance(source, str | os.PathLike):
+        yield from _rows_in_memory(source, needed, key)
+        return
     path = pathlib.Path(source).expanduser()
-    if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
-        raise InputError(f"{key}={source}: no such file")
     if path.exists():
-        yield from ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
-    else:
-        yield from ((f"{source}, row {number}", row) for number, row in enumerate(_hub_dataset(source, split)))
+        if path.is_dir() and not (path / "state.json").exists():
+            check_file(path)  # a folder that is not a saved dataset
+        is_text = tables.format_of(path) == ".txt"
+        for _, read in tables.chunks(path, needed, ["id"]):
+            yield from (pair for pair in read() if not is_text or next(iter(pair[1].values())).strip())
+        return
+    if path.name.endswith((*tables.SUFFIXES, ".gz", ".json")):
+        raise InputError(f"{key}={source}: no such file")
+    for number, row in enumerate(_hub_dataset(source, split)):
+        where = f"{source}, row {number}"
+        tables.require_columns(where, row, needed)
+        yield where, row
+
+
+def _rows_in_memory(source, needed, key):
+    if not isinstance(source, Iterable):
+        raise InputError(f"{key}: expected a path or a list of dicts, found {type(source).__name__}")
+    for number, row in enumerate(source):
+        where = f"{key}, row {number}"
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: expected a dict, found {type(row).__name__}")
+        tables.require_columns(where, row, needed)
+        yield where, row
 
 
 def _hub_dataset(source, split):

@@ -1,4 +1,4 @@
-"""Streams texts from text, JSONL, Parquet and Arrow files, saved datasets and standard input."""
+"""Streams texts from text, JSONL, CSV, Parquet and Arrow files, saved datasets and standard input."""
 
 import glob
 import hashlib
@@ -10,20 +10,17 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, visible
-from llm2vec_gen_jax.common.jsonl import lines_of, parse_object, read_lines
+from llm2vec_gen_jax.common.jsonl import read_lines
+from llm2vec_gen_jax.data import tables
 from llm2vec_gen_jax.data.records import read_records
-
-_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-_CHUNK_ROWS = 1024  # rows of a table in memory
-_MAX_ROWS = 2**34  # the count in a damaged file can be 2**62
 
 
 def read_texts(path: str | os.PathLike[str], field: str) -> list[str]:
-    """Returns all lines of a .txt file, or `field` of all rows of a .jsonl[.gz] file or a Hugging Face dataset."""
-    if pathlib.Path(path).suffix != ".txt":
-        return [row[field] for row in read_records(path, (field,))]
+    """Returns all lines of a .txt[.gz] file, or `field` of all rows of another source of `read_records`."""
+    if tables.format_of(path) != ".txt":
+        return [row[field] for row in read_records(path, (field,), remedy="Set field=")]
     texts = [line for _, line in read_lines(path)]
     if not texts:
         raise InputError(f"{path}: no lines")
@@ -48,8 +45,8 @@ class Corpus:
 
     source: files, folders and glob patterns (including `**`), separated by commas; `-` is standard input. A folder is a
     Hugging Face dataset (save_to_disk), or all its files except names with a leading dot. field, id_field: keys of JSON
-    objects or columns of tables. stdin: format of `-`, "txt" or "jsonl". check: called repeatedly while no data arrives
-    on `-`; it may raise to stop. Files are read in the order of `source`, those of a pattern or folder sorted.
+    objects or columns of tables. stdin: format of `-`, "txt", "jsonl" or "csv". check: called repeatedly while no data
+    arrives on `-`; it may raise to stop. Files are read in the order of `source`, those of a pattern or folder sorted.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class Corpus:
         for file in self.files:
             if file == "-" or file.suffix == ".gz":
                 return None
-            if file.suffix in (".txt", ".jsonl"):
+            if tables.format_of(file) in (".txt", ".jsonl"):
                 with open(file, "rb") as lines:
                     total += sum(1 for _ in lines)
             else:
@@ -92,70 +89,35 @@ class Corpus:
         """
         number = 0
         for file in self.files:
-            suffix = f".{self.stdin}" if file == "-" else file.suffix
-            if suffix == ".gz":
-                suffix = pathlib.Path(file.stem).suffix
-            if suffix in (".txt", ".jsonl"):
-                name = "standard input" if file == "-" else file
-                lines = lines_of(_standard_input(self.check), name) if file == "-" else read_lines(file)
-                for line_number, line in lines:
-                    if suffix == ".jsonl" and not line.strip():
-                        continue
-                    if is_selected(number, 1):
-                        where = f"{name}, line {line_number}"
-                        record = {self.field: line} if suffix == ".txt" else parse_object(line, where)
-                        yield self._row(record, number, where, suffix == ".txt")
-                    number += 1
-            else:
-                start = number
-                for length, records in self._chunks(file):
-                    if is_selected(number, length):
-                        for row, record in enumerate(records(), number):
-                            if is_selected(row, 1):
-                                yield self._row(record, row, f"{file}, row {row - start}", False)
-                    number += length
+            for length, read in self._chunks(file):
+                if is_selected(number, length):
+                    for row, (place, record) in enumerate(read(), number):
+                        if is_selected(row, 1):
+                            yield self._row(record, row, place)
+                number += length
         if number == 0:
             raise InputError(f"input={self.source}: no texts")
         self.rows = number
 
-    def _row(self, record, number, where, plain):
-        text, id_ = record.get(self.field), number
-        if self.field not in record:
-            raise InputError(f"{where}: no column {self.field!r}{nearest(self.field, record)}. Set field=")
-        if not isinstance(text, str):
-            raise InputError(f"{where}: {self.field!r} must be a string, found {type(text).__name__}")
-        if has_lone_surrogate(text):
-            raise InputError(f"{where}: {self.field!r} has an unpaired surrogate (not valid Unicode)")
+    def _chunks(self, file):
+        columns = {self.field: ". Set field="}
         if self.id_field is not None:
-            if plain:
-                raise InputError(f"{where}: plain text has no {self.id_field!r}. Omit id_field, or use JSONL")
-            if self.id_field not in record:
-                raise InputError(f"{where}: no column {self.id_field!r}{nearest(self.id_field, record)}. Set id_field=")
+            columns.setdefault(self.id_field, ". Set id_field=")
+        if file != "-":
+            return tables.chunks(file, columns)
+        return tables.stream_chunks(_standard_input(self.check), "standard input", f".{self.stdin}", columns)
+
+    def _row(self, record, number, place):
+        text, id_ = record[self.field], number
+        if not isinstance(text, str):
+            raise InputError(f"{place}: {self.field!r} must be a string, found {type(text).__name__}")
+        if has_lone_surrogate(text):
+            raise InputError(f"{place}: {self.field!r} has an unpaired surrogate (not valid Unicode)")
+        if self.id_field is not None:
             if not isinstance(record[self.id_field], str | int):
-                raise InputError(f"{where}: {self.id_field!r} must be a string or an integer")
+                raise InputError(f"{place}: {self.id_field!r} must be a string or an integer")
             id_ = str(record[self.id_field])
         return Row(number, id_, text)
-
-    def _chunks(self, file):
-        """Yields (number of rows, function that reads them as dicts) of a Parquet or Arrow file or a saved dataset."""
-        columns = [self.field] if self.id_field in (None, self.field) else [self.field, self.id_field]
-
-        def guarded(read):
-            try:
-                return read()
-            except ImportError:
-                raise
-            except Exception as error:  # damaged files raise nearly any exception in pyarrow and datasets
-                raise InputError(f"{file}: damaged or not readable ({first_line(error)})") from None
-
-        names, chunks = guarded(lambda: _open_parquet(file) if file.suffix == ".parquet" else _open_arrow(file))
-        if duplicates := [name for name in columns if list(names).count(name) > 1]:
-            raise InputError(f"{file}: two columns are called {duplicates[0]!r}. Rename one")
-        if missing := [name for name in columns if name not in names]:
-            key = "field" if missing[0] == self.field else "id_field"
-            raise InputError(f"{file}: no column {missing[0]!r}{nearest(missing[0], names)}. Set {key}=")
-        for length, table in chunks(columns):
-            yield length, lambda table=table: guarded(lambda: _rows(table()))
 
 
 class _StandardInput(io.RawIOBase):
@@ -187,70 +149,6 @@ def _standard_input(check):
     return io.BufferedReader(_StandardInput(descriptor, check), 1 << 16)
 
 
-def _rows(table):
-    """Returns the rows of an Arrow table as dicts. Validates it first, because a wrong offset would crash."""
-    table.validate(full=True)
-    return table.to_pylist()
-
-
-def _check_rows(counts):
-    if min(counts, default=0) < 0 or sum(counts) > _MAX_ROWS:
-        raise ValueError(f"invalid number of rows, {sum(counts)}")
-
-
-def _open_parquet(path):
-    """Returns (column names, chunks): chunks(columns) yields (number of rows, function that returns an Arrow table)."""
-    import pyarrow.parquet
-
-    file = pyarrow.parquet.ParquetFile(path)
-    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    _check_rows(groups)
-
-    def chunks(columns):
-        for group, rows in enumerate(groups):
-            # A row group may be large: it is read in chunks, and only if one of them is used.
-            batches = None
-
-            def chunk(index, group=group):
-                nonlocal batches
-                if batches is None:
-                    batches = enumerate(file.iter_batches(_CHUNK_ROWS, [group], columns))
-                return next(batch for number, batch in batches if number == index)
-
-            for start in range(0, rows, _CHUNK_ROWS):
-                yield min(_CHUNK_ROWS, rows - start), lambda start=start: chunk(start // _CHUNK_ROWS)
-
-    return file.schema_arrow.names, chunks
-
-
-def _open_arrow(path):
-    """`_open_parquet` for a folder of save_to_disk, or an Arrow file or stream."""
-    if path.is_dir():
-        import datasets
-
-        dataset = datasets.load_from_disk(str(path)).with_format("arrow")
-        names, slice_of = dataset.column_names, lambda start, stop: dataset[start:stop]
-    else:
-        import pyarrow
-
-        source = pyarrow.memory_map(str(path))
-        try:
-            table = pyarrow.ipc.open_file(source).read_all()
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            table = pyarrow.ipc.open_stream(source).read_all()
-        dataset, names, slice_of = table, table.column_names, lambda start, stop: table.slice(start, stop - start)
-
-    _check_rows([len(dataset)])
-
-    def chunks(columns):
-        for start in range(0, len(dataset), _CHUNK_ROWS):
-            stop = min(start + _CHUNK_ROWS, len(dataset))
-            yield stop - start, lambda start=start, stop=stop: slice_of(start, stop).select(columns)
-
-    return names, chunks
-
-
 def _expand(source):
     """Returns the paths, and "-", of an input setting."""
     paths = []
@@ -271,8 +169,10 @@ def _expand(source):
     for path in paths:
         if path != "-" and not path.is_dir():
             check_file(path)
-            if not path.name.endswith(_SUFFIXES):
-                raise InputError(f"{path}: unknown file type; supported: {', '.join(_SUFFIXES)}, and saved datasets")
+            if not path.name.endswith(tables.SUFFIXES):
+                raise InputError(
+                    f"{path}: unknown file type; supported: {', '.join(tables.SUFFIXES)}, and saved datasets"
+                )
     if paths.count("-") > 1:
         raise InputError(f"input={source}: standard input (-) can be read once")
     return paths
@@ -288,9 +188,9 @@ def _files_in(folder):
         raise InputError(
             f"{folder}: contains several splits. Pass one of {', '.join(str(folder / name) for name in splits)}"
         )
-    files = [path for path in visible(folder) if path.name.endswith(_SUFFIXES)]
+    files = [path for path in visible(folder) if path.name.endswith(tables.SUFFIXES)]
     if not files:
-        raise InputError(f"{folder}: contains no supported file ({', '.join(_SUFFIXES)})")
+        raise InputError(f"{folder}: contains no supported file ({', '.join(tables.SUFFIXES)})")
     return files
 
 

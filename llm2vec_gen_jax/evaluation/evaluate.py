@@ -9,6 +9,7 @@ from typing import Any
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import install_command, read_json, require_same_run, require_written, write_json
+from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.teachers import hyde
@@ -39,7 +40,7 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     Finished tasks are skipped. Raises InputError if the output holds results of another model or other settings,
     which are recorded in run.json.
     """
-    options.require(config, "tasks", "output")
+    options.require(config)
     output = pathlib.Path(str(config.output))
     with locks.locked(output, "output"):
         jobs = resolve(config)
@@ -116,12 +117,6 @@ def table(jobs: Sequence[Job], results: Mapping[str, Mapping[str, Any]]) -> str:
         value = results[job.name]["main_score"]
         lines.append((job.name, job.type, metric, "undefined" if value is None else f"{value:.4f}"))
     return align_columns(lines)
-
-
-def align_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells as lines with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def _hub_jobs(config: EvaluateConfig, name: str, known: instructions.Instructions) -> list[Job]:

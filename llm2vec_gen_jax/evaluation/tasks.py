@@ -1,14 +1,15 @@
-"""Reads and validates evaluation task folders: task.json and JSONL files with BEIR's names."""
+"""Reads and validates evaluation task folders: task.json and files with BEIR's names."""
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError, nearest
 from llm2vec_gen_jax.common.files import fingerprint, has_lone_surrogate, read_json, sha256_file, visible, whole_number
-from llm2vec_gen_jax.common.jsonl import read_jsonl, read_lines
+from llm2vec_gen_jax.common.jsonl import read_lines
+from llm2vec_gen_jax.data import tables
 from llm2vec_gen_jax.evaluation import safety
 
 MAIN_METRIC = {
@@ -18,6 +19,7 @@ MAIN_METRIC = {
     "clustering": "v_measure",
     "safety_retrieval": "top_5_acc",
 }
+_COLUMNS = ("_id", "title", "text", "label", "sentence1", "sentence2", "score")
 
 
 @dataclasses.dataclass
@@ -71,17 +73,18 @@ def read(folder: str | pathlib.Path, limit: int | None = None) -> EvaluationTask
         if not isinstance(settings.get(key, 1), int) or settings.get(key, 1) < 1:
             raise InputError(f"{file}: {key!r} must be a positive whole number, found {settings[key]!r}")
     if kind in ("retrieval", "safety_retrieval"):
-        data, names = _read_retrieval(folder, limit), ["corpus.jsonl", "queries.jsonl", "qrels.tsv"]
+        data = _read_retrieval(folder, limit)
+        files = [table(folder, "corpus"), table(folder, "queries"), folder / "qrels.tsv"]
     else:
-        data = {"test": _read_rows(folder / "test.jsonl", kind)[:limit]}
-        names = ["test.jsonl"]
+        files = [table(folder, "test")]
+        data = {"test": _read_rows(files[0], kind)[:limit]}
         if kind == "sts" and len(data["test"]) < 2:
-            raise InputError(f"{folder / 'test.jsonl'}: a correlation needs at least two pairs")
+            raise InputError(f"{files[0]}: a correlation needs at least two pairs")
         if kind == "classification":
-            data["train"] = _read_rows(folder / "train.jsonl", kind)
+            files.append(table(folder, "train"))
+            data["train"] = _read_rows(files[1], kind)
             if len({row["label"] for row in data["train"]}) < 2:
-                raise InputError(f"{folder / 'train.jsonl'}: all rows have one label; a classifier needs two")
-            names.append("train.jsonl")
+                raise InputError(f"{files[1]}: all rows have one label; a classifier needs two")
     return EvaluationTask(
         settings["name"],
         kind,
@@ -90,16 +93,31 @@ def read(folder: str | pathlib.Path, limit: int | None = None) -> EvaluationTask
         settings.get("document_instruction", ""),
         settings,
         data,
-        fingerprint([sha256_file(folder / name) for name in ("task.json", *names)]),
+        fingerprint([sha256_file(path) for path in (file, *files)]),
     )
+
+
+def table(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the file NAME.jsonl of a task folder, or the one with another suffix of `tables` if only that exists."""
+    files = [folder / f"{name}{suffix}" for suffix in (".jsonl", *tables.SUFFIXES) if not suffix.startswith(".txt")]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def rows(file: pathlib.Path, *needed: str) -> Iterator[tables.Row]:
+    """Yields (place, row) of a file of a task folder. Raises InputError if a column of `needed` is missing."""
+    for _, read in tables.chunks(file, dict.fromkeys(needed, ""), _COLUMNS):
+        for place, row in read():
+            if "score" in row and tables.format_of(file) == ".csv":
+                row["score"] = _number(row["score"])
+            yield place, row
 
 
 def _read_retrieval(folder: pathlib.Path, limit: int | None) -> dict[str, Any]:
     corpus = [
         {"id": row["_id"], "title": row.get("title") or "", "text": row["text"]}
-        for row in _read_texts(folder / "corpus.jsonl")
+        for row in _read_texts(table(folder, "corpus"))
     ]
-    queries = [{"id": row["_id"], "text": row["text"]} for row in _read_texts(folder / "queries.jsonl")]
+    queries = [{"id": row["_id"], "text": row["text"]} for row in _read_texts(table(folder, "queries"))]
     file = folder / "qrels.tsv"
     document_ids, query_ids = {row["id"] for row in corpus}, {row["id"] for row in queries}
     qrels: dict[str, dict[str, int]] = {}
@@ -111,9 +129,9 @@ def _read_retrieval(folder: pathlib.Path, limit: int | None) -> dict[str, Any]:
             raise InputError(f"{file}, line {number}: expected query-id, corpus-id and a whole number, tab-separated")
         query, document, _ = fields
         if query not in query_ids:
-            raise InputError(f"{file}, line {number}: queries.jsonl has no {query!r}")
+            raise InputError(f"{file}, line {number}: {table(folder, 'queries').name} has no {query!r}")
         if document not in document_ids:
-            raise InputError(f"{file}, line {number}: corpus.jsonl has no {document!r}")
+            raise InputError(f"{file}, line {number}: {table(folder, 'corpus').name} has no {document!r}")
         qrels.setdefault(query, {})[document] = grade
     # As in BEIR, queries without a relevant document are skipped.
     queries = [row for row in queries if any(qrels.get(row["id"], {}).values())][:limit]
@@ -123,39 +141,46 @@ def _read_retrieval(folder: pathlib.Path, limit: int | None) -> dict[str, Any]:
 
 
 def _read_texts(file: pathlib.Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
-    for number, row in read_jsonl(file):
-        _check_strings(file, number, {"_id": row.get("_id"), "text": row.get("text"), "title": row.get("title") or ""})
+    texts: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    for place, row in rows(file, "_id", "text"):
+        _check_strings(place, {"_id": row["_id"], "text": row["text"], "title": row.get("title") or ""})
         if row["_id"] in seen:
-            raise InputError(f"{file}, line {number}: the _id {row['_id']!r} is also on line {seen[row['_id']]}")
-        seen[row["_id"]] = number
-        rows.append(row)
-    if not rows:
+            raise InputError(f"{place}: the _id {row['_id']!r} is also in {seen[row['_id']]}")
+        seen[row["_id"]] = place
+        texts.append(row)
+    if not texts:
         raise InputError(f"{file}: no rows")
-    return rows
+    return texts
 
 
 def _read_rows(file: pathlib.Path, kind: str) -> list[dict[str, Any]]:
     texts, value = (("sentence1", "sentence2"), "score") if kind == "sts" else (("text",), "label")
-    rows = []
-    for number, row in read_jsonl(file):
-        _check_strings(file, number, {key: row.get(key) for key in texts})
-        label: Any = row.get(value)
+    examples = []
+    for place, row in rows(file, *texts, value):
+        _check_strings(place, {key: row[key] for key in texts})
+        label: Any = row[value]
         expected = "a number" if kind == "sts" else "a string or a whole number"
         label_types = (int, float) if kind == "sts" else (int, str)
         valid = isinstance(label, label_types) and not isinstance(label, bool)
         if not valid or (kind == "sts" and not math.isfinite(label)):
-            raise InputError(f"{file}, line {number}: {value!r} must be {expected}, found {label!r}")
-        rows.append({key: row[key] for key in (*texts, value)})
-    if not rows:
+            raise InputError(f"{place}: {value!r} must be {expected}, found {label!r}")
+        examples.append({key: row[key] for key in texts} | {value: label})
+    if not examples:
         raise InputError(f"{file}: no rows")
-    return rows
+    return examples
 
 
-def _check_strings(file: pathlib.Path, number: int, values: Mapping[str, Any]) -> None:
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_strings(place: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if not isinstance(value, str):
-            raise InputError(f"{file}, line {number}: {key!r} must be a string, found {type(value).__name__}")
+            raise InputError(f"{place}: {key!r} must be a string, found {type(value).__name__}")
         if has_lone_surrogate(value):
-            raise InputError(f"{file}, line {number}: {key!r} has an unpaired surrogate (not valid Unicode)")
+            raise InputError(f"{place}: {key!r} has an unpaired surrogate (not valid Unicode)")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json
+from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import AblateConfig, options
-from llm2vec_gen_jax.evaluation.evaluate import align_columns
 from llm2vec_gen_jax.experiments.comparisons import final_losses
 from llm2vec_gen_jax.training.train import train
 
@@ -18,7 +18,7 @@ def ablate(files: Sequence[str], configs: Sequence[AblateConfig], show_progress:
     """
     folders: list[pathlib.Path] = []
     for file, config in zip(files, configs, strict=True):
-        options.require(config, "data.responses", "train.output")
+        options.require(config)
         folder = pathlib.Path(str(config.train.output)) / pathlib.Path(file).stem
         if folder in folders:
             raise InputError(f"{file}: another config file has the same name, and both would train into {folder}")

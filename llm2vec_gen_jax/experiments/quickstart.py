@@ -1,5 +1,6 @@
 """The complete recipe at a small size: queries, responses, targets, training, a model directory and a report."""
 
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,19 @@ from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import entries, require_written
 from llm2vec_gen_jax.common.jsonl import read_jsonl
+from llm2vec_gen_jax.common.terminal import shorten, terminal_width, wrap
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.inference.respond import load_configured_backbone, respond
 from llm2vec_gen_jax.inference.synthesize import synthesize
 from llm2vec_gen_jax.pretrained import default_backbone
-from llm2vec_gen_jax.pretrained.backbone import TEACHERS
+from llm2vec_gen_jax.pretrained.backbone import TEACHERS, LoadedBackbone
+from llm2vec_gen_jax.training import tracking
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
+
+_QUERY_TOKENS = 64  # maximum tokens of a generated query
+# Seconds of one CPU core per token and parameter, measured with the default backbone in float32.
+_GENERATED, _TRAINED = 1e-10, 1e-10
 
 # For the report; not part of any training data.
 QUESTIONS = (
@@ -39,6 +46,9 @@ ANSWERS = (
 def quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     """Runs (or resumes) the recipe of a QuickstartConfig and prints a report. Returns the model directory."""
     options.require(config)
+    tracking.check(config.tracking)
+    if config.queries < config.batch_size:
+        raise InputError(f"queries={config.queries}: too few for batches of {config.batch_size} (batch_size)")
     with locks.locked(config.output, "output"):
         return _quickstart(config)
 
@@ -57,11 +67,13 @@ def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
         "mesh": config.mesh,
         "seed": config.seed,
     }
-    print(f"1/4  generating {config.queries} queries with {config.backbone.path}", flush=True)
-    backbone = load_configured_backbone(config)
+    backbone = load_configured_backbone(config)  # downloads the default one
+    for line in wrap(_duration(config, backbone), terminal_width()):
+        print(line)
+    print(f"\n1/4  generating {config.queries} queries with {config.backbone.path}", flush=True)
     queries = synthesize(
         config_lib.SynthesizeConfig(
-            **common, output=str(output / "queries.jsonl"), count=config.queries, max_new_tokens=64
+            **common, output=str(output / "queries.jsonl"), count=config.queries, max_new_tokens=_QUERY_TOKENS
         ),
         backbone,
     )
@@ -86,6 +98,20 @@ def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     print(report(model, model_directory.parent, responses))
     print(_written_paths(output, queries, responses, model_directory))
     return model_directory
+
+
+def _duration(config: config_lib.QuickstartConfig, backbone: LoadedBackbone) -> str:
+    """Returns a sentence about the expected duration, proportional to tokens, parameters and cores."""
+    resume = "Ctrl-C stops; the same command resumes"
+    device = backbone.mesh.devices.flat[0]
+    if device.platform != "cpu":
+        return f"four stages, some minutes on {device.device_kind}, mostly compilation. {resume}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    generated = config.queries * (_QUERY_TOKENS + config.max_new_tokens)
+    trained = config.steps * config.batch_size * (_QUERY_TOKENS + config.max_new_tokens)
+    work = backbone.architecture.num_parameters * (_GENERATED * generated + _TRAINED * trained)
+    minutes = max(round(work / cores / 60), 1)
+    return f"four stages, about {minutes} min on {cores} CPU cores if these are otherwise idle. {resume}"
 
 
 def _teacher_adapters(config: config_lib.QuickstartConfig) -> list[str]:
@@ -117,40 +143,47 @@ def _train_config(config: config_lib.QuickstartConfig, responses: pathlib.Path) 
 
 def report(model: LLM2VecGen, run: pathlib.Path, responses: pathlib.Path) -> str:
     """Returns the report: loss curve, cosines of questions and answers, decoded embeddings."""
-    parts = ["loss", loss_curve(read_metrics(run)), "", cosine_table(model), "", "text decoded from two embeddings"]
+    width = terminal_width()
+    parts = ["loss", loss_curve(read_metrics(run), width), "", cosine_table(model, width), ""]
+    parts.append("text decoded from two embeddings; readable text needs longer training")
     rows = [row for _, row in read_jsonl(responses)][:2]
     _, soft_prompts = model.encode([row["question"] for row in rows], return_soft_prompts=True)
     for row, decoded in zip(rows, model.decode(soft_prompts, max_new_tokens=40)):
         parts += [
-            f"  question: {_short(row['question'])}",
-            f"  response: {_short(row['answer'])}",
-            f"  decoded:  {_short(decoded)}",
+            f"  question: {shorten(row['question'], width - 12)}",
+            f"  response: {shorten(row['answer'], width - 12)}",
+            f"  decoded:  {shorten(decoded, width - 12)}",
             "",
         ]
     return "\n".join(parts)
 
 
-def loss_curve(records: Sequence[Mapping[str, Any]], width: int = 48) -> str:
+def loss_curve(records: Sequence[Mapping[str, Any]], width: int = 80) -> str:
     """Returns one line per record: step, losses, and a bar whose length is proportional to the loss."""
+    longest = width - 46
     top = max(record["loss"] for record in records)
     lines = [f"  {'step':>6} {'loss':>8} {'reconstruction':>15} {'alignment':>10}"]
     for record in records:
         losses = f"{record['loss']:8.3f} {record['reconstruction_loss']:15.3f} {record['alignment_loss']:10.3f}"
-        lines.append(f"  {record['step']:>6} {losses}  {'█' * round(record['loss'] / top * width)}")
+        lines.append(f"  {record['step']:>6} {losses}  {'█' * round(record['loss'] / top * longest)}")
     return "\n".join(lines)
 
 
-def cosine_table(model: LLM2VecGen) -> str:
-    """Returns the cosines between the centered embeddings of QUESTIONS and ANSWERS."""
+def cosine_table(model: LLM2VecGen, width: int = 80) -> str:
+    """Returns the cosines between the centered embeddings of QUESTIONS and ANSWERS, and the answers."""
     embeddings = model.encode([*QUESTIONS, *ANSWERS])
     # Embeddings of one LLM have a large common component, which would dominate the cosines.
     embeddings = embeddings - embeddings.mean(axis=0)
     cosines = model.similarity(embeddings[: len(QUESTIONS)], embeddings[len(QUESTIONS) :])
     hits = int(np.sum(cosines.argmax(axis=1) == np.arange(len(QUESTIONS))))
-    lines = ["cosine of questions (rows) and answers (columns), centered", " " * 52 + "a1     a2     a3     a4"]
+    names = [f"a{number}" for number in range(1, len(ANSWERS) + 1)]
+    room = width - 4 - 7 * len(names)  # of a question
+    lines = ["cosine of questions (rows) and answers (columns), centered"]
+    lines.append(" " * (room + 4) + "".join(f"{name:>5}  " for name in names).rstrip())
     for question, row in zip(QUESTIONS, cosines):
         cells = "  ".join(f"{value:5.2f}" for value in row)
-        lines.append(f"  {_short(question, 46):<47} {cells}")
+        lines.append(f"  {shorten(question, room):<{room}}  {cells}")
+    lines += [f"  {name}: {shorten(answer, width - 6)}" for name, answer in zip(names, ANSWERS)]
     return "\n".join([*lines, f"  nearest answer is the right one: {hits} of {len(QUESTIONS)}"])
 
 
@@ -164,12 +197,10 @@ def _written_paths(
             f"  responses  {responses}",
             f"  metrics    {model_directory.parent / 'metrics.jsonl'} (and tensorboard/)",
             f"  model      {model_directory}",
-            f"next: python -m launch.encode {model_directory} input=FILE.txt output=vectors",
-            f"      python -m launch.convert verify {model_directory}    (with PyTorch installed)",
+            "next, a page that shows what these embeddings encode:",
+            f"  python -m launch.lens report {model_directory} \\",
+            f"    input={queries} field=question output={output / 'report.html'}",
+            "and the vectors of your own texts, one per line:",
+            f"  python -m launch.encode {model_directory} input=FILE.txt output=vectors",
         ]
     )
-
-
-def _short(text: str, length: int = 110) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

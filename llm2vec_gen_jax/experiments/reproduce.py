@@ -41,7 +41,7 @@ ScoredModel = pathlib.Path | str  # a run directory, or a baseline: "teacher", "
 
 def reproduce(config: config_lib.ReproduceConfig) -> pathlib.Path:
     """Runs (or resumes) the study of a ReproduceConfig. Returns the path of its report, OUTPUT/report.md."""
-    options.require(config, "tasks")
+    options.require(config)
     if config.teacher.kind != "llm2vec" or config.teacher.path:
         raise InputError(
             "the study's teacher is the backbone with teacher.adapters: remove teacher.kind and teacher.path"

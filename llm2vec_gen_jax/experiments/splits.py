@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from llm2vec_gen_jax.common.files import atomic_directory, read_json, visible, write_json, write_text
-from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
+from llm2vec_gen_jax.common.jsonl import write_jsonl
 from llm2vec_gen_jax.data.texts import comparison_key
 from llm2vec_gen_jax.evaluation import tasks
 
 _Row = dict[str, Any]
-_TEXT_COLUMNS = {"queries.jsonl": ("text",), "test.jsonl": ("text", "sentence1", "sentence2")}
+_TEXT_COLUMNS = ("text", "sentence1", "sentence2")
 
 
 def split(
@@ -55,10 +55,9 @@ def evaluation_texts(folder: str | pathlib.Path) -> set[str]:
     """
     texts = set()
     for source in tasks.find(folder):
-        for name, columns in _TEXT_COLUMNS.items():
-            if (source / name).exists():
-                for _, row in read_jsonl(source / name):
-                    texts |= {comparison_key(row[column]) for column in columns if isinstance(row.get(column), str)}
+        for file in (tasks.table(source, "queries"), tasks.table(source, "test")):
+            for row in _rows(file) if file.exists() else ():
+                texts |= {comparison_key(row[column]) for column in _TEXT_COLUMNS if isinstance(row.get(column), str)}
     return texts
 
 
@@ -74,14 +73,14 @@ def _writers(
     """Returns {part: function that writes the files of this part of the task to a folder}."""
 
     def write_shuffled(folder):
-        rows = _rows(source / "test.jsonl")
+        rows = _rows(tasks.table(source, "test"))
         random.Random(0).shuffle(rows)
         write_jsonl(folder / "test.jsonl", rows)
         if task.type == "classification":
-            _write_subset(folder, source / "train.jsonl", lambda rows: _balanced(rows, documents))
+            _write_subset(folder, tasks.table(source, "train"), lambda rows: _balanced(rows, documents))
 
     def write_training_halves(folder):
-        train, test = _halve(_rows(source / "train.jsonl"))
+        train, test = _halve(_rows(tasks.table(source, "train")))
         random.Random(0).shuffle(test)
         write_jsonl(folder / "train.jsonl", _balanced(train, documents))
         write_jsonl(folder / "test.jsonl", test)
@@ -91,12 +90,12 @@ def _writers(
             qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::2]}
             leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
             judged = {name for query in leading for name in qrels[query]}
-            corpus = _write_subset(folder, source / "corpus.jsonl", lambda rows: _sample(rows, documents, judged))
+            corpus = _write_subset(folder, tasks.table(source, "corpus"), lambda rows: _sample(rows, documents, judged))
             in_corpus = {row["_id"] for row in corpus}
             lines = ["query-id\tcorpus-id\tscore"]
             for query, grades in qrels.items():
                 lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in in_corpus]
-            _link(folder, source, "queries.jsonl")
+            _link(folder, tasks.table(source, "queries"))
             write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
 
         return write
@@ -109,7 +108,8 @@ def _writers(
         return {"development": every_other_query(0), "test": every_other_query(1)}
     if task.type == "clustering":
         return {"test": write_shuffled}
-    return {"test": lambda folder: _link(folder, source, "corpus.jsonl", "queries.jsonl", "qrels.tsv")}
+    files = tasks.table(source, "corpus"), tasks.table(source, "queries"), source / "qrels.tsv"
+    return {"test": lambda folder: _link(folder, *files)}
 
 
 def _halve(rows: Iterable[_Row]) -> tuple[list[_Row], list[_Row]]:
@@ -146,9 +146,9 @@ def _sample(rows: list[_Row], limit: int, judged: set[str]) -> list[_Row]:
     return [row for row in rows if row["_id"] in chosen]
 
 
-def _link(folder: pathlib.Path, source: pathlib.Path, *names: str) -> None:
-    for name in names:
-        (folder / name).symlink_to(source / name)
+def _link(folder: pathlib.Path, *files: pathlib.Path) -> None:
+    for file in files:
+        (folder / file.name).symlink_to(file)
 
 
 def _write_subset(folder: pathlib.Path, source: pathlib.Path, choose: Callable[[list[_Row]], list[_Row]]) -> list[_Row]:
@@ -156,11 +156,11 @@ def _write_subset(folder: pathlib.Path, source: pathlib.Path, choose: Callable[[
     rows = _rows(source)
     subset = choose(rows)
     if len(subset) == len(rows):
-        (folder / source.name).symlink_to(source)
+        _link(folder, source)
     else:
-        write_jsonl(folder / source.name, subset)
+        write_jsonl(folder / f"{source.name.split('.')[0]}.jsonl", subset)
     return subset
 
 
 def _rows(file: pathlib.Path) -> list[_Row]:
-    return [row for _, row in read_jsonl(file)]
+    return [row for _, row in tasks.rows(file)]

@@ -72,16 +72,23 @@ def load(source: WeightSource, architecture: Architecture, mesh: Mesh, dtype: jn
     for path, shape in sorted(shapes.items(), key=lambda item: -np.prod(item[1])):  # largest first
         read = functools.partial(_read, source, path, shape, dtype)
         array: jax.Array = jax.make_array_from_callback(shape, shardings[path], read)
-        if not jnp.isfinite(array).all():
-            why = "its values exceed float16 (use bfloat16 or float32), or " if dtype == jnp.float16 else ""
-            name = TABLE[path][0].format("*")
-            raise InputError(f"{source}: {name} contains NaN or infinity: {why}the file is damaged")
         folder, _, name = path.rpartition("/")
         if quantized and name == "kernel":
             projection = folder.split("/")[-1]
             array, params[f"{folder}/scale"] = quantization.quantize_on_device(array, projection, shardings[path])
         params[path] = array
+    for path, is_finite in _are_finite(params).items():
+        if not is_finite:
+            why = "its values exceed float16 (use bfloat16 or float32), or " if dtype == jnp.float16 else ""
+            name = TABLE[path if path in TABLE else path.replace("/scale", "/kernel")][0].format("*")
+            raise InputError(f"{source}: {name} contains NaN or infinity: {why}the file is damaged")
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+@jax.jit  # a single program: compiling one for each array takes longer than loading a small backbone
+def _are_finite(params):
+    """Returns {path: whether all values are finite}; the scale of a quantized kernel stands for the kernel."""
+    return {path: jnp.isfinite(x).all() for path, x in params.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def layout(architecture: Architecture) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ def instruct(config: InstructConfig, excluded: Collection[str] = ()) -> pathlib.
     excluded: comparison keys of texts to leave out. Record i depends on the input and the settings only; an interrupted
     run is completed. Raises InputError for invalid settings, and if the input has no usable text.
     """
-    options.require(config, "input", "output")
+    options.require(config)
     instructions = _instructions(config)
     path = shard_path(str(config.output), ShardConfig())
     with locks.locked(path, "output"):

@@ -56,7 +56,7 @@ def respond(config: RespondConfig, backbone: LoadedBackbone | None = None) -> pa
     response truncated at max_new_tokens. With samples=N > 1 there are N lines per query, which also have `sample`,
     counted from 0. A resumed run repeats no line.
     """
-    options.require(config, "input", "output")
+    options.require(config)
     if config.samples > 1 and not config.temperature:
         raise InputError(f"samples={config.samples}: greedy responses are identical. Pass a temperature, such as 1")
     path = shard_path(str(config.output), config.shard)

@@ -23,7 +23,7 @@ def synthesize(config: SynthesizeConfig, backbone: LoadedBackbone | None = None)
     Sample i depends on (backbone, seed, i) only. Samples without a stop token, short ones and duplicates are
     discarded. Raises InputError for invalid settings.
     """
-    options.require(config, "output")
+    options.require(config)
     path = shard_path(str(config.output), config.shard)
     with locks.locked(path, "output"):
         _synthesize(path, config, backbone)

@@ -72,7 +72,7 @@ class Report:
 
     def __str__(self) -> str:
         cosine, difference, above = LIMITS[self.dtype]
-        lines = [f"{'text':<42} {'cosine':>10} {'embedding':>10} {'soft prompts':>13} {'decoded':>9}"]
+        lines = [f"{'text':<32} {'cosine':>10} {'embedding':>10} {'soft prompts':>13} {'decoded':>9}"]
         for row in self.rows:
             values = " ".join(f"{row[key]:>{width}}" for key, width in _COLUMNS.items())
             lines.append(f"{row['text']} {values}  {'' if row['ok'] else '<-- differs'}".rstrip())
@@ -206,7 +206,7 @@ def _within(values: Mapping[str, Any], limits: tuple[float, float, float]) -> bo
     )
 
 
-def _fit(text: str, width: int = 42) -> str:
+def _fit(text: str, width: int = 32) -> str:
     """Returns the repr of a text, truncated or padded to `width` columns of a terminal."""
     line, remaining = "", width - 1
     for char in repr(text):

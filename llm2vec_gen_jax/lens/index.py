@@ -65,7 +65,7 @@ def build_index(path: str | os.PathLike[str], config: BuildIndexConfig) -> int:
     Repeating an interrupted call resumes it and writes the same bytes.
     Raises InputError for invalid input, and naming the difference if the output belongs to another index.
     """
-    options.require(config, "input", "output")
+    options.require(config)
     with locks.locked(str(config.output), "output"):
         count = _build_index(path, config)
         require_written(pathlib.Path(str(config.output), RECORD))

@@ -1,5 +1,6 @@
 """The frozen LLM: maps embeddings to last hidden states and keys/values."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,6 +221,7 @@ def unstack_layers(stacked: Any) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(count))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(architecture: Architecture) -> Any:
     """Returns the parameter tree of a backbone as ShapeDtypeStructs boxed with their logical axes."""
     backbone = Backbone(architecture)

@@ -11,6 +11,7 @@ import jax
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json, shipped
+from llm2vec_gen_jax.common.terminal import terminal_width, wrap
 from llm2vec_gen_jax.config import PlanConfig, options
 from llm2vec_gen_jax.model import architecture as architecture_lib
 from llm2vec_gen_jax.model import quantization
@@ -54,13 +55,15 @@ def _plan(
         meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
     devices_name = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
-    print(
+    about = (
         f"{architecture.num_parameters / 1e9:.2f} B parameters, {weight_dtype(config).name}; {devices_name}; "
-        f"batch {B}, queries of {T} and answers of {S} tokens\n"
-        f"{_describe_compiler(compiler, limit, devices[0].platform)}\n\n"
-        f"per device, GiB:\n{'mesh (data, fsdp, tensor), remat':<34}"
-        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}"
-        "   training step: FLOPs, bytes moved, least time; compiler",
+        f"batch {B}, queries of {T} and answers of {S} tokens"
+    )
+    lines = [about, *_describe_compiler(compiler, limit, devices[0].platform).splitlines()]
+    print("\n".join(part for line in lines for part in wrap(line, terminal_width())))
+    print(
+        f"\nper device, GiB:\n{'mesh (data, fsdp, tensor), remat':<34}"
+        f"{'weights':>8}{'state':>7}{'train':>8}{'encode':>8}{'generate':>10}",
         flush=True,
     )
     rows = []
@@ -187,15 +190,19 @@ def _row(
 
 
 def _line(row: dict[str, Any]) -> str:
+    """Returns the memory of a row on one line, and its training step on the next."""
     size = row["mesh"]
     text = f"{size['data']:>4} x{size['fsdp']:>4} x{size['tensor']:>3}  {row['remat']:<16}"
     text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"
-    if "train" not in row:
-        return f"{text}   does not fit: {row['reason']}"
-    text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}{row['generate'] / GIB:>10.2f}   "
-    text += f"{row['flops'] / 1e12:,.1f} T, "
-    text += f"{row['moved'] / GIB:.2f} GiB"
-    if "bounds" in row:
-        bounds = row["bounds"]
-        text += f", {max(bounds.values()):.3f} s (" + ", ".join(f"{k} {v:.3f}" for k, v in bounds.items()) + ")"
-    return f"{text}; {row['compiler']}" + ("" if row["fits"] is not False else "   does not fit")
+    verdict = "   does not fit" if row["fits"] is False else ""
+    if "train" in row:
+        text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}{row['generate'] / GIB:>10.2f}"
+        step = f"training step: {row['flops'] / 1e12:,.1f} TFLOP, {row['moved'] / GIB:.2f} GiB moved"
+        if "bounds" in row:
+            bounds = row["bounds"]
+            parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in bounds.items())
+            step += f", at least {max(bounds.values()):.3f} s ({parts})"
+        step += f"; {row['compiler']}"
+    else:
+        step = row["reason"]
+    return "\n".join([text + verdict, *wrap(step, terminal_width(), " " * 6)])

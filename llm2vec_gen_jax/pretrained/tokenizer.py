@@ -1,7 +1,6 @@
 """Tokenizer of a backbone: control tokens in user text stay plain text; chat templates are those of the backbone."""
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -222,6 +221,7 @@ def _one_line(error):
 
 def _bare_copy(hf):
     """Copies the tokenizer's backend without its saved padding and truncation."""
-    state = json.loads(hf.backend_tokenizer.to_str())
-    state["padding"] = state["truncation"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
+    copy = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy

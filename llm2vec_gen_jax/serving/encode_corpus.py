@@ -43,7 +43,7 @@ def encode_corpus(path: str, config: EncodeConfig, check: Callable[[], None] = l
     The vectors of a shard depend bit for bit on its texts alone, because texts are batched within shards.
     Raises InputError for bad input, and if the output holds another run, naming the difference.
     """
-    options.require(config, "input", "output")
+    options.require(config)
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")

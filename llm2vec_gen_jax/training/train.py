@@ -27,7 +27,7 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
     backbone: the config's backbone, if it is already loaded.
     Raises InputError for invalid configuration or data, FloatingPointError naming the step of a non-finite loss.
     """
-    options.require(config, "data.responses")
+    options.require(config)
     return train_on(config, lambda: load_training_data(config, backbone), show_progress)
 
 

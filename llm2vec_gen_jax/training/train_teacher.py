@@ -41,7 +41,7 @@ def train_teacher(config: TeacherTrainConfig, show_progress: bool = True) -> lis
     Each stage is a run in STAGE-run/ and writes a PEFT folder STAGE/. Raises InputError for invalid configuration or
     data, FloatingPointError naming the step of a non-finite loss.
     """
-    (output,) = options.require(config, "train.output")
+    (output,) = options.require(config)
     if config.corpus.path is None and jax.process_count() > 1:
         raise InputError("corpus.path is required with several processes: write it first with synthesize and respond")
     with processes.locked(output, "train.output"):

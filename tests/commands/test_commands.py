@@ -11,6 +11,7 @@ import pytest
 from llm2vec_gen_jax import LLM2VecGen, config
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.config.help import help_text
 from tests.conftest import check_error, write_jsonl
 from tests.helpers import commands
 from tests.helpers.commands import rows_of
@@ -38,14 +39,56 @@ def test_help_says_what_the_command_does_and_lists_every_key(command, name):
     schema = schema_of(name)
     about = schema.__doc__.splitlines()[0].split("`: ", 1)[1]
     assert code == 0
-    assert f"usage: python -m launch.{name} " in out and about[1:] in out
-    assert options.help_text(schema) in out
+    assert f"usage: python -m launch.{name} " in out and about[1:] in " ".join(out.split())
+    assert f"example:\n  python -m launch.{name} " in out
+    assert help_text(schema) in out
     assert command(name, "-h", "nonsense=1")[:2] == (0, out)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_help_of_a_command_with_actions_lists_them(command, name):
+    code, out, _ = command(name, "--help")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and line[2] != " "}
+    assert code == 0 and tuple(lines) == ACTIONS[name] and "ACTION --help" in out
+    assert all(len(line.split()) > 3 for line in lines.values())
+    assert command(name)[:2] == (0, out)
+
+
+@pytest.mark.parametrize("width", ["60", "80"])
+@pytest.mark.parametrize("name", [*COMMANDS, *ACTIONS])
+def test_help_is_wrapped_at_the_width_of_the_terminal(command, monkeypatch, name, width):
+    monkeypatch.setenv("COLUMNS", width)
+    assert max(map(len, command(name, "--help")[1].splitlines())) <= int(width)
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["lens", "--help"]])
+def test_help_whose_reader_has_closed_the_pipe_gives_no_traceback(launch, tmp_path, words):
+    read, write = os.pipe()
+    os.close(read)
+    process = launch(tmp_path, *words, stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["train", "--steps", "5"], "without dashes: train.steps=5"),
+        (["train", "--train.steps=5", "--learning-rate", "1e-3"], ": train.steps=5 optimizer.learning_rate=1e-3"),
+        (["train_teacher", "--steps=5"], ": mntp.steps=5 or simcse.steps=5"),
+        (["encode", "MODEL", "--normalize", "--output", "vectors"], ": normalize=true output=vectors"),
+        (["lens", "logit", "MODEL", "--txet", "a"], ": text=a"),
+        (["train", "-q"], ": unknown key q"),
+        (["train", "steps=5"], "unknown key steps, did you mean 'train.steps'?"),
+    ],
+)
+def test_arguments_in_the_style_of_gnu_are_named_as_keys(command, words, expected):
+    check_error(command(*words), expected)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_misspelt_key_is_named_with_the_nearest(command, name):
-    key = options.help_text(schema_of(name)).split("=")[0].strip()
+    key = options._leaves(schema_of(name))[0]
     model = ["MODEL"] if "MODEL" in schema_of(name).__doc__ else []
     check_error(command(name, *model, f"{key}x=1"), f"unknown key {key}x", f"did you mean {key!r}")
     expected = "more: no such config file" if name == "ablate" else "expected one"
@@ -220,7 +263,7 @@ def test_a_real_process_says_the_same(talker_folder, tmp_path, launch):
     check_error((bad.returncode, out, errors), *expected)
     assert errors.count("\n") == 1
     out, errors = good.communicate(timeout=60)
-    assert (good.returncode, errors) == (0, "") and options.help_text(config.RespondConfig) in out
+    assert (good.returncode, errors) == (0, "") and help_text(config.RespondConfig, 80) in out
 
 
 # Responses and queries
@@ -228,12 +271,18 @@ def test_a_real_process_says_the_same(talker_folder, tmp_path, launch):
 
 def test_quickstart_goes_from_nothing_to_a_model_and_resumes(command, talker_folder):
     words = [f"backbone.path={talker_folder}", "output=quick", "queries=16", "steps=4", "max_new_tokens=16"]
+    check_error(command("quickstart", *words, "queries=7"), "queries=7: too few for batches of 8")
+    assert os.listdir() == []
     code, out, errors = command("quickstart", *words)
     assert code == 0, errors
     assert {"queries.jsonl", "responses.jsonl", "run"} <= set(os.listdir("quick"))
     assert len(rows_of("quick/queries.jsonl")) == len(rows_of("quick/responses.jsonl")) == 16
-    for part in ("nearest answer is the right one:", "decoded:", "next: python -m launch.encode quick/run/model"):
+    for part in ("four stages, about 1 min on ", "a1: The capital of France is Paris", "  a4: ", "decoded:"):
         assert part in out
+    next_ = out[out.index("  python -m launch.lens report quick/run/model") :].replace("\\\n", "").split("\n")[0]
+    assert command("lens", *next_.split()[3:], "limit=2", "max_new_tokens=4")[0] == 0
+    assert os.path.getsize("quick/report.html") > 1000
+    assert max(map(len, out.splitlines())) <= 80
     assert LLM2VecGen.from_pretrained("quick/run/model").encode(["a", "b"]).shape == (2, 32)
     before = files.sha256_file("quick/run/model/alignment_mlp")
     code, out, errors = command("quickstart", *words)

@@ -1,7 +1,9 @@
-"""Configuration: the YAML files of configs/, misspelt keys, wrong types, verbatim text, and no dead keys."""
+"""Configuration: the YAML files of configs/, misspelt keys, wrong types, verbatim text, help, and no dead keys."""
 
 import dataclasses
 import pathlib
+import re
+import shlex
 import sys
 
 import hypothesis
@@ -15,6 +17,7 @@ from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import RespondConfig, SynthesizeConfig, TeacherTrainConfig, TrainConfig, options
+from llm2vec_gen_jax.config import help as help_lib
 from llm2vec_gen_jax.evaluation import instructions
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import write_jsonl
@@ -309,13 +312,33 @@ def test_what_to_yaml_writes_loads_back_equal(tmp_path, texts, adapters, number,
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_help_lists_every_key_with_its_default(schema):
-    lines = {line.split("=")[0].strip(): line for line in options.help_text(schema).splitlines() if line[2] != " "}
     expected = leaves(schema())
-    assert set(lines) == set(expected)
-    for key, value in expected.items():
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        assert lines[key].strip().startswith(f"{key}={shown} ")
-        assert len(lines[key].strip().removeprefix(f"{key}={shown}").strip()) > 3, "says what the key is"
+    for width in (60, 80, 120):
+        text = help_lib.help_text(schema, width)
+        assert max(map(len, text.splitlines())) <= width
+        entries = [entry for entry in re.split(r"\n(?=  \S)|\n\n", text) if entry.startswith("  ")]
+        assert sorted(entry.split("=")[0].strip() for entry in entries) == sorted(expected)
+        for entry in entries:
+            value = expected[key := entry.split("=")[0].strip()]
+            default = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            default = f"[{', '.join(value)}]" if isinstance(value, list) else default
+            start = f"  {key}={'...' if key in getattr(schema, 'REQUIRED', ()) else default}"
+            assert entry.startswith(start) and len(entry.removeprefix(start).strip()) > 3, "says what the key is"
+
+
+@pytest.mark.parametrize("schema", [schema for schema in SCHEMAS if hasattr(schema, "EXAMPLE")])
+def test_the_example_of_the_help_has_all_that_is_required(schema):
+    words = shlex.split(schema.EXAMPLE)
+    loaded = options.load(schema, None, [word for word in words if "=" in word])
+    options.require(loaded)
+    for key in getattr(schema, "REQUIRED", ()):
+        missing = options.load(schema, None, [word for word in words if "=" in word and not word.startswith(f"{key}=")])
+        with pytest.raises(InputError, match=f"{key} is needed: pass {key}="):
+            options.require(missing)
+    for width in (60, 80):
+        text = help_lib.example_text("python -m launch.x", schema.EXAMPLE, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert shlex.split(text.replace("\\\n", ""))[4:] == words
 
 
 # Dead keys. (Those without a section say how processes are joined: many processes test them.)

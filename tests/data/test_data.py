@@ -1,4 +1,4 @@
-"""Records, tokenised examples, the plan of batches, and the batches."""
+"""Records in every format, tokenized examples, the plan of batches, and the batches."""
 
 import gzip
 import itertools
@@ -17,6 +17,7 @@ from llm2vec_gen_jax.data.batches import Batches, BatchSchedule, count_tokens, i
 from llm2vec_gen_jax.data.examples import Examples, tokenize
 from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 from tests.conftest import TMP_PATH, tiny_tokenizer, write_jsonl
+from tests.helpers.table_files import SUFFIXES, write_table
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -122,6 +123,68 @@ def test_texts_of_a_txt_file_are_its_lines(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match="empty.txt: no lines"):
         texts.read_texts(tmp_path / "empty.txt", "text")
+
+
+# Formats
+
+
+QUESTIONS = ["What, exactly?", 'A "quote"', "two\nlines", " é\r\n\u2028 ", "x" * 200_000]
+
+
+def test_every_format_gives_the_same_records(tmp_path):
+    rows = [{"more": "m", "question": text, "answer": text[::-1], "id": f"n{n}"} for n, text in enumerate(QUESTIONS)]
+    expected = [{"id": row["id"], "question": row["question"], "answer": row["answer"]} for row in rows]
+    for suffix in SUFFIXES:
+        path = write_table(tmp_path / f"table{suffix}", rows)
+        assert records.read_records(path, ("question", "answer")) == expected, path
+        assert records.read_records(path, ("question", "answer"), limit=3) == expected[:3]
+        assert texts.read_texts(path, "question") == QUESTIONS
+        assert [row.text for row in texts.Corpus(str(path), "question", "id").read()] == QUESTIONS
+
+
+def test_every_line_of_a_txt_file_is_a_record_of_one_column(tmp_path):
+    for name, pack in (("a.txt", bytes), ("a.txt.gz", gzip.compress)):
+        path = tmp_path / name
+        path.write_bytes(pack(b"one\n\n  \ntwo, three\n"))
+        assert records.read_records(path, ("question",)) == [{"question": "one"}, {"question": "two, three"}]
+        with pytest.raises(InputError, match=f"{path}: plain text has no column 'answer'. Use JSONL, CSV or Parquet"):
+            records.read_records(path, ("question", "answer"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path, suffix):
+    for names, message in (
+        (("id", "prompt"), "no column 'question'; known: id, prompt"),
+        (("id", "questions"), r"no column 'question', did you mean 'questions'\? \(columns: id, questions\)"),
+    ):
+        path = write_table(tmp_path / f"a{suffix}", [dict.fromkeys(names, "x")])
+        place = f"{path}, line 1" if suffix == ".jsonl" else path
+        with pytest.raises(InputError, match=f"{place}: {message}"):
+            records.read_records(path, ("question",))
+        with pytest.raises(InputError, match=f"{place}: {message}. Set field="):
+            texts.read_texts(path, "question")
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ("question\n", "no rows"),
+        ("question,id\na,1\n\nb\n", "line 4: 1 fields, the header has 2"),
+        ('question\n"a\nb"\n"c"d\n', "line 4: not valid CSV"),
+        ('question\na\n"b\nc\n', "line 3: not valid CSV"),
+        ("question,question\na,b\n", "two columns are called 'question'"),
+        (b"question\na\ncaf\xe9\n", "line 3: not UTF-8"),
+        ("question\ra\r", "not valid CSV"),
+        ("question;id\na;1\n", r"no column 'question', did you mean 'question;id'\?"),
+    ],
+)
+def test_an_invalid_csv_file_is_named(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=f"{path}.*{message}"):
+        records.read_records(path, ("question",))
 
 
 # Examples

@@ -1,11 +1,14 @@
-"""Tasks: invalid task folders, and benchmarks of the hub without network access."""
+"""Tasks: invalid task folders, formats of their files, and benchmarks of the hub without network access."""
 
 import dataclasses
 
 import pytest
 
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.jsonl import read_jsonl
 from llm2vec_gen_jax.evaluation import evaluate, tasks
+from llm2vec_gen_jax.experiments import splits
+from tests.helpers.table_files import write_table
 from tests.helpers.tasks import needs_mteb, run, settings, write_task
 
 # Invalid task folders
@@ -22,7 +25,7 @@ from tests.helpers.tasks import needs_mteb, run, settings, write_task
             '{"sentence1": "a", "sentence2": "b", "score": "1"}\n',
             "line 1: 'score' must be a number",
         ),
-        ("sts", "test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: 'sentence2' must be a string"),
+        ("sts", "test.jsonl", '{"sentence1": "a", "score": 1}\n', "line 1: no column 'sentence2'"),
         ("sts", "test.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n', "at least two pairs"),
         ("classification", "test.jsonl", '{"text": "a", "label": 1.5}\n', "'label' must be a string or a whole number"),
         ("classification", "train.jsonl", '{"text": "a", "label": 1}\n', "all rows have one label"),
@@ -35,7 +38,7 @@ from tests.helpers.tasks import needs_mteb, run, settings, write_task
             "retrieval",
             "corpus.jsonl",
             '{"_id": "d0", "text": "a"}\n{"_id": "d0", "text": "b"}\n',
-            "line 2: the _id 'd0'",
+            "line 2: the _id 'd0' is also in .*line 1",
         ),
         (
             "safety_retrieval",
@@ -51,6 +54,27 @@ def test_errors_in_task_folders(tmp_path, kind, file, text, message):
     with pytest.raises(InputError, match=message) as error:
         tasks.read(folder)
     assert str(folder / file) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", tasks.MAIN_METRIC)
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv", ".parquet", ".arrow"])
+def test_tables_of_a_task_in_any_format(tmp_path, kind, suffix):
+    folder = write_task(tmp_path / "tasks" / "task", kind)
+
+    def read():
+        """Returns all that is read from the folder: the task, its texts, and its splits."""
+        parts = splits.split(tmp_path / "tasks", tmp_path / "splits")
+        tables = {part: tasks.read(tmp_path / "splits" / part / "task").data for part in parts if parts[part]}
+        return tasks.read(folder).data, splits.evaluation_texts(folder), parts, tables
+
+    expected = read()
+    for file in list(folder.glob("*.jsonl")):
+        write_table(file.with_suffix(suffix), [row for _, row in read_jsonl(file)])
+        file.unlink()
+    if kind == "clustering" and suffix == ".csv":  # all values are text
+        for row in [*expected[0]["test"], *expected[3]["test"]["test"]]:
+            row["label"] = str(row["label"])
+    assert read() == expected
 
 
 def test_unknown_and_duplicate_tasks_are_rejected(tmp_path, task_folders):

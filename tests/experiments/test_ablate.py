@@ -19,6 +19,7 @@ ABLATIONS = sorted((pathlib.Path(__file__).parents[2] / "configs/ablations").glo
 def run(tmp_path, tiny_folder, monkeypatch):
     """run(*file names) runs `python -m launch.ablate FILES ...` and returns the cells of the table."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")  # the table is not split
     rows = [{"question": f"question {number}", "answer": f"answer {number}"} for number in range(8)]
     write_jsonl(tmp_path / "responses.jsonl", rows)
     (tmp_path / "other").mkdir()

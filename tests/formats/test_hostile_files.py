@@ -44,10 +44,10 @@ FILES = {
         "README.md",
     ],
     "adapter": ["adapter_config.json", "adapter_model.safetensors"],
-    "corpus": ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet", "file.arrow", "stream.arrow"],
+    "corpus": ["x.txt", "x.jsonl", "x.jsonl.gz", "x.csv", "x.parquet", "file.arrow", "stream.arrow"],
     "corpus saved": ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"],
     "corpus splits": ["dataset_dict.json"],
-    "records": ["x.jsonl", "x.jsonl.gz"],
+    "records": ["x.jsonl", "x.jsonl.gz", "x.csv", "x.parquet"],
     "texts": ["x.txt", "x.jsonl"],
     "task": ["task.json", "corpus.jsonl", "queries.jsonl", "qrels.tsv"],
     "vectors": ["manifest.json", "embeddings-00000.npy", "embeddings-00001.parquet"],
@@ -91,12 +91,13 @@ def place(tmp_path_factory, model_folder, tiny_folder):
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": {"x": 3}}))
 
     rows = [{"text": f"text {number}", "id": number, **row} for number, row in enumerate(RESPONSES)]
-    table = pyarrow.table({"text": [row["text"] for row in rows], "id": [row["id"] for row in rows]})
+    table = pyarrow.Table.from_pylist([{key: row[key] for key in ("text", "id", "question", "answer")} for row in rows])
     for name in ("corpus", "records", "texts"):
         (place / name / "x.txt").write_text("one\ntwo\n")
         write_jsonl(place / name / "x.jsonl", rows)
         (place / name / "x.jsonl.gz").write_bytes(gzip.compress((place / name / "x.jsonl").read_bytes()))
-    pyarrow.parquet.write_table(table, place / "corpus" / "x.parquet")
+        (place / name / "x.csv").write_text('id,text,question,answer\n1,a,b,"c\nd"\n2,e,f,g\n')
+        pyarrow.parquet.write_table(table, place / name / "x.parquet")
     for name, make in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
         with make(place / "corpus" / f"{name}.arrow", table.schema) as writer:
             writer.write_table(table)

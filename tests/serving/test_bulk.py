@@ -37,7 +37,8 @@ def make_inputs(folder):
         writer.write_table(table, 5)
     for part in range(3):
         write_jsonl(folder / f"part{part}.jsonl", table.to_pylist()[part * 20 : (part + 1) * 20])
-    names = ["texts.jsonl", "a.txt", "b.jsonl.gz", "c.parquet", "saved", "d.arrow", "e.arrow", "part*.jsonl"]
+    (folder / "f.csv").write_text("id,text\n" + "".join(f'n{n},"{line}"\n' for n, line in enumerate(lines)))
+    names = ["texts.jsonl", "a.txt", "b.jsonl.gz", "f.csv", "c.parquet", "saved", "d.arrow", "e.arrow", "part*.jsonl"]
     return {name: str(folder / name) for name in names} | {
         "commas": ",".join(str(folder / f"part{part}.jsonl") for part in range(3))
     }
