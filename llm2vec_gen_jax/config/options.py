@@ -154,6 +154,8 @@ def _known(schema: Any, values: dict[str, Any], source: object, prefix: str = ""
             if not isinstance(value or {}, dict):
                 raise InputError(f"{source}: {name} is a section with the keys {', '.join(_keys(field.type))}")
             known[key] = _known(field.type, value or {}, source, f"{name}.")
+        elif field.type is bool and str(value).lower() not in ("true", "false"):  # OmegaConf accepts 2 and yes
+            raise InputError(f"{source}: {name}: expected {_VALUES[bool][1]}, found {_shown(value)}")
         elif isinstance(value, bool) and field.type is not bool:
             raise InputError(f"{source}: {name}: YAML reads this as {str(value).lower()}. Put text in quotes")
         elif isinstance(value, str) and has_lone_surrogate(value):
