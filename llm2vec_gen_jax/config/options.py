@@ -92,6 +92,20 @@ def require(config: Any, *keys: str) -> list[Any]:
     return values
 
 
+def with_key(message: str, config: Any) -> str:
+    """Returns a message that begins with a path of a config with the path's key: "input=a.txt: ..."."""
+    for key in _leaves(type(config)):
+        if not _field_of(type(config), key).metadata["path"]:
+            continue
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        for path in value if isinstance(value, list) else [value, *(value or "").split(",")]:
+            if path and message.startswith((f"{path}: ", f"{os.path.normpath(path)}: ")):
+                return f"{key}={message}"
+    return message
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns the config as nested plain dicts."""
     return dataclasses.asdict(config)

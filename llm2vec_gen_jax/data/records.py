@@ -11,20 +11,15 @@ from llm2vec_gen_jax.common.jsonl import read_jsonl
 
 
 def read_records(
-    source: str | os.PathLike[str],
-    columns: Sequence[str],
-    split: str = "train",
-    limit: int | None = None,
-    key: str = "input",
+    source: str | os.PathLike[str], columns: Sequence[str], split: str = "train", limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Reads the string `columns`, and `id` if present, of a JSONL[.gz] file or a Hugging Face dataset.
 
-    key: the setting of the source, for errors.
     Raises InputError naming file, line and column for a missing column, a value that is not a string, or no rows.
     """
     path = pathlib.Path(source).expanduser()
     if not path.exists() and path.suffix in (".jsonl", ".gz", ".json"):
-        raise InputError(f"{key}={source}: no such file")
+        raise InputError(f"{source}: no such file")
     if path.exists():
         rows = ((f"{source}, line {number}", row) for number, row in read_jsonl(path))
     else:
@@ -57,5 +52,5 @@ def _hub_dataset(source, split):
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # datasets raises many types for a dataset that cannot be loaded
         raise InputError(
-            f"data {source!r} (split {split!r}): neither a file nor a Hugging Face dataset ({first_line(error)})"
+            f"{source}: neither a file nor a Hugging Face dataset with the split {split!r} ({first_line(error)})"
         ) from None

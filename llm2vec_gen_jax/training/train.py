@@ -47,6 +47,8 @@ def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackb
 def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | None) -> pathlib.Path:
     output = pathlib.Path(str(config.train.output))
     resuming = prepare_run_directory(output, config)
+    if config.train.init_from and not resuming:
+        model_directory.local_folder(config.train.init_from)  # reports a wrong path before the targets are computed
     final = output / "model"
     examples, backbone = load_examples(config, backbone)
     trainer = CompressionTrainer(config, backbone, examples)
@@ -82,7 +84,7 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
     The weights are loaded after the targets are computed, so that only one copy is in memory at a time.
     """
     columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
-    records = read_records(str(config.data.responses), columns, config.data.split, key="data.responses")
+    records = read_records(str(config.data.responses), columns, config.data.split)
     path, kernel = config.backbone.path, config.kernels.attention
     description = backbone or open_checkpoint(path, Execution(sharding.make_mesh(config.mesh), kernel))[0]
     num_appended = config.compression.num_tokens + config.compression.num_thought_tokens
