@@ -165,7 +165,13 @@ class LLM2VecGen:
         """
         texts, single = check_texts(inputs), isinstance(inputs, str)
         options.check_arguments(config_lib.EncodeConfig, batch_size=batch_size, truncate_dim=truncate_dim)
-        options.check_argument(config_lib.EncodeConfig, "normalize", normalize_embeddings, "normalize_embeddings")
+        for name, value in {
+            "normalize_embeddings": normalize_embeddings,
+            "show_progress_bar": show_progress_bar,
+            "convert_to_numpy": convert_to_numpy,
+            "return_soft_prompts": return_soft_prompts,
+        }.items():
+            options.check_argument(config_lib.EncodeConfig, "normalize", value, name)
         if precision not in postprocess.PRECISIONS:
             raise InputError(f"precision {precision!r} is unknown{nearest(str(precision), postprocess.PRECISIONS)}")
         prefix, limit = self._prompt(prompt, prompt_name), self.text_length(max_length)
@@ -340,7 +346,10 @@ class LLM2VecGen:
 
     def similarity(self, first: ArrayLike, second: ArrayLike) -> NDArray[np.float32]:
         """Returns the cosine similarities (n, m) of two sets of embeddings."""
-        first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
+        with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite
+            first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (first, second))
+        if first.shape[1:] != second.shape[1:]:
+            raise InputError(f"similarity: vectors of different dimensions, {first.shape} and {second.shape}")
         for x in (first, second):
             postprocess.require_finite(x, "NaN or infinity", what="similarity: vector")
         cosines: NDArray[np.float32] = postprocess.l2_normalize(first) @ postprocess.l2_normalize(second).T

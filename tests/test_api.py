@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llm2vec_gen_jax import LLM2VecGen, load_embeddings
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.model import compressor
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.pretrained import model_directory
@@ -271,6 +272,9 @@ NAN = float("nan")
         ("encode", {"max_length": 9.5}, "max_length=9.5"),
         ("encode", {"truncate_dim": 2.0}, "truncate_dim=2.0"),
         ("encode", {"normalize_embeddings": "no"}, "normalize_embeddings='no'"),
+        ("encode", {"return_soft_prompts": "no"}, "return_soft_prompts='no'"),
+        ("encode", {"convert_to_numpy": 0}, "convert_to_numpy=0"),
+        ("encode", {"show_progress_bar": None}, "show_progress_bar=None"),
         ("encode", {"prompt": 5}, "prompt=5"),
         ("encode", {"prompt_name": 5}, "prompt_name 5 is unknown"),
         ("encode", {"precision": 8}, "precision 8 is unknown"),
@@ -339,6 +343,19 @@ def test_similarity_is_the_cosine(model):
     np.testing.assert_allclose(found, unit @ unit[:2].T, atol=1e-6)
     assert model.similarity(embeddings[0], embeddings).shape == (1, 6)
     assert np.isfinite(model.similarity(np.zeros((1, E)), embeddings)).all()
+    for scale in (1e-44, 3e38):  # the norm or the squares are beyond float32
+        large = np.full((1, E), scale, np.float32)
+        np.testing.assert_allclose(model.similarity(large, np.ones(E)), 1, rtol=1e-6)
+    for other, message in ((np.ones(E + 1), "different dimensions"), (np.full(E, 1e300), "NaN or infinity")):
+        with pytest.raises(InputError, match=f"similarity: .*{message}"):
+            model.similarity(embeddings, other)
+
+
+def test_integers_of_a_range_beyond_float32_are_refused():
+    embeddings = np.array([[0, 3e38], [1, -3e38]], np.float32)
+    for precision in ("int8", "uint8"):
+        with pytest.raises(InputError, match="the range of dimension 1 exceeds float32"):
+            postprocess.quantize(embeddings, precision)
 
 
 FORKED = """

@@ -74,7 +74,7 @@ def run(
         except KeyboardInterrupt:
             print(_INTERRUPTED, file=sys.stderr)
             sys.exit(130)
-        with _exit_codes():
+        with _exit_codes(config):
             if isinstance(config, DistributedConfig):
                 _join(config)
             if trains:
@@ -186,7 +186,7 @@ def _join(config):
 
 
 @contextlib.contextmanager
-def _exit_codes():
+def _exit_codes(config):
     """Maps exceptions to an error line and exit code, without waiting for other processes of the run."""
     import jax
 
@@ -201,7 +201,7 @@ def _exit_codes():
     try:
         yield
     except InputError as error:
-        end(f"error: {error}", processes.BAD_INPUT)
+        end(f"error: {options.with_key(str(error), config)}", processes.BAD_INPUT)
     except FloatingPointError as error:
         end(f"error: {error}", 1)
     except preemption.Stopped as error:  # all processes exit together

@@ -27,18 +27,27 @@ def from_pytorch(path: str, config: FromPytorchConfig) -> None:
 
 def to_pytorch(path: str, config: ToPytorchConfig) -> None:
     """Writes a model directory, a merged encoder, or both, and the backbone if PyTorch cannot read the original."""
-    from llm2vec_gen_jax import LLM2VecGen
-    from llm2vec_gen_jax.pretrained import export
+    from llm2vec_gen_jax.pretrained import model_directory
     from llm2vec_gen_jax.pretrained.backbone import resolve_path
 
     if (run := pathlib.Path(path) / "model").is_dir():
         path = str(run)  # a run directory
     if not (config.output or config.merged):
         raise InputError("output is needed: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
+    backbone = config.backbone or model_directory.read_model_directory(path).backbone
+    if config.output and not config.backbone_output and resolve_path(backbone).suffix == ".gguf":
+        config.backbone_output = f"{config.output}-backbone"  # PyTorch cannot load a GGUF file
+        cli.lock_outputs(_to_pytorch, "backbone_output")(path, config)
+    else:
+        _to_pytorch(path, config)
+
+
+def _to_pytorch(path: str, config: ToPytorchConfig) -> None:
+    from llm2vec_gen_jax import LLM2VecGen
+    from llm2vec_gen_jax.pretrained import export
+
     embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
     folder = config.backbone_output
-    if config.output and not folder and resolve_path(embedder.backbone.name).suffix == ".gguf":
-        folder = f"{config.output}-backbone"  # PyTorch cannot load a GGUF file
     targets = {"backbone_output": folder, "merged": config.merged, "output": config.output}
     folders = {key: target for key, target in targets.items() if target}
     *parts, last = folders.values()  # written in this order: if the last exists, all do

@@ -48,13 +48,16 @@ class _StrictLoader(_BoundedLoader):
 
 
 class _TextLoader(_StrictLoader):
-    """Reads plain scalars as text, also 2026_11_28 and 1:30, except for null and booleans in any spelling."""
+    """Reads plain scalars as text, also 2026_11_28, 1:30 and no, except for null, true and false."""
 
 
 _TextLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("null", "bool", "merge")]
+    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("null", "merge")]
     for first, pairs in _StrictLoader.yaml_implicit_resolvers.items()
 }
+_TextLoader.add_implicit_resolver(  # as in YAML 1.2
+    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
 
 
 class _QuotingDumper(yaml.SafeDumper):
@@ -82,7 +85,7 @@ def parse_yaml(stream: str | IO[str], where: object, loader: type = _BoundedLoad
 
 
 def read_yaml(path: str | os.PathLike, what: str = "file", text: bool = False) -> Any:
-    """Reads a YAML file. text: whether numbers and dates remain text as written.
+    """Reads a YAML file. text: whether numbers, dates, yes and no remain text as written.
 
     Raises InputError that names the file (as `what`) if it is missing or malformed.
     """

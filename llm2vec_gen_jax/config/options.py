@@ -132,6 +132,20 @@ def suggest(schema: type, arguments: Sequence[str]) -> str:
     return " ".join(suggestions)
 
 
+def with_key(message: str, config: Any) -> str:
+    """Returns a message that begins with a path of a config with the path's key: "input=a.txt: ..."."""
+    for key in _leaves(type(config)):
+        if not _field_of(type(config), key).metadata["path"]:
+            continue
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        for path in value if isinstance(value, list) else [value, *(value or "").split(",")]:
+            if path and message.startswith((f"{path}: ", f"{os.path.normpath(path)}: ")):
+                return f"{key}={message}"
+    return message
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns the config as nested plain dicts."""
     return dataclasses.asdict(config)
@@ -177,6 +191,8 @@ def _known(schema: Any, values: dict[str, Any], source: object, prefix: str = ""
             if not isinstance(value or {}, dict):
                 raise InputError(f"{source}: {name} is a section with the keys {', '.join(_keys(field.type))}")
             known[key] = _known(field.type, value or {}, source, f"{name}.")
+        elif field.type is bool and str(value).lower() not in ("true", "false"):  # OmegaConf accepts 2 and yes
+            raise InputError(f"{source}: {name}: expected {_VALUES[bool][1]}, found {_shown(value)}")
         elif isinstance(value, bool) and field.type is not bool:
             raise InputError(f"{source}: {name}: YAML reads this as {str(value).lower()}. Put text in quotes")
         elif isinstance(value, str) and has_lone_surrogate(value):

@@ -17,19 +17,19 @@ def read_records(
     columns: Sequence[str],
     split: str = "train",
     limit: int | None = None,
-    key: str = "input",
+    name: str = "records",
     remedy: str = "",
 ) -> list[dict[str, Any]]:
     """Returns the string `columns`, and `id` if present, of the rows of a source.
 
     source: a file (`tables.chunks`), a Hugging Face dataset id, or dicts in memory, such as a datasets.Dataset. The
-    lines of a .txt file are a single column; blank lines are skipped. key: the setting of the source, for errors.
-    remedy: the fix for a missing column. Raises InputError naming file, line and column for a missing column, a value
+    lines of a .txt file are a single column; blank lines are skipped. name: of dicts in memory, for errors. remedy:
+    the fix for a missing column. Raises InputError naming file, line and column for a missing column, a value
     that is not a string, or no rows.
     """
     needed = dict.fromkeys(columns, remedy and f". {remedy}")
     records: list[dict[str, Any]] = []
-    for where, row in _rows(source, needed, split, key):
+    for where, row in _rows(source, needed, split, name):
         if limit is not None and len(records) == limit:
             break
         if not isinstance(row.get("id", 0), (str, int)):
@@ -43,13 +43,13 @@ def read_records(
                 raise InputError(f"{where}: {column!r} has an unpaired surrogate (not valid Unicode)")
         records.append(record)
     if not records:
-        raise InputError(f"{source if isinstance(source, str | os.PathLike) else key}: no rows")
+        raise InputError(f"{source if isinstance(source, str | os.PathLike) else name}: no rows")
     return records
 
 
-def _rows(source, needed, split, key) -> Iterator[tables.Row]:
+def _rows(source, needed, split, name) -> Iterator[tables.Row]:
     if not isinstance(source, str | os.PathLike):
-        yield from _rows_in_memory(source, needed, key)
+        yield from _rows_in_memory(source, needed, name)
         return
     path = pathlib.Path(source).expanduser()
     if path.exists():
@@ -60,18 +60,18 @@ def _rows(source, needed, split, key) -> Iterator[tables.Row]:
             yield from (pair for pair in read() if not is_text or next(iter(pair[1].values())).strip())
         return
     if path.name.endswith((*tables.SUFFIXES, ".gz", ".json")):
-        raise InputError(f"{key}={source}: no such file")
+        raise InputError(f"{source}: no such file")
     for number, row in enumerate(_hub_dataset(source, split)):
         where = f"{source}, row {number}"
         tables.require_columns(where, row, needed)
         yield where, row
 
 
-def _rows_in_memory(source, needed, key):
+def _rows_in_memory(source, needed, name):
     if not isinstance(source, Iterable):
-        raise InputError(f"{key}: expected a path or a list of dicts, found {type(source).__name__}")
+        raise InputError(f"{name}: expected a path or a list of dicts, found {type(source).__name__}")
     for number, row in enumerate(source):
-        where = f"{key}, row {number}"
+        where = f"{name}, row {number}"
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: expected a dict, found {type(row).__name__}")
         tables.require_columns(where, row, needed)
@@ -85,5 +85,5 @@ def _hub_dataset(source, split):
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # datasets raises many types for a dataset that cannot be loaded
         raise InputError(
-            f"data {source!r} (split {split!r}): neither a file nor a Hugging Face dataset ({first_line(error)})"
+            f"{source}: neither a file nor a Hugging Face dataset with the split {split!r} ({first_line(error)})"
         ) from None

@@ -162,10 +162,11 @@ def _expand(source):
         elif path.exists():
             paths.append(path)
         else:
-            matches = sorted(pathlib.Path(name) for name in glob.glob(str(path), recursive=True))
+            matches = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
             if not matches:
                 raise InputError(f"{part}: no such file")
-            paths += matches
+            files = {file for match in matches for file in (_files_in(match) if match.is_dir() else [match])}
+            paths += sorted(file for file in files if files.isdisjoint(file.parents))  # not those of a saved dataset
     for path in paths:
         if path != "-" and not path.is_dir():
             check_file(path)

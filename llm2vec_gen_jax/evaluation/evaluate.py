@@ -44,8 +44,8 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     output = pathlib.Path(str(config.output))
     with locks.locked(output, "output"):
         jobs = resolve(config)
-        output.mkdir(parents=True, exist_ok=True)
         query, document, identity = encoders.load(path, config)
+        output.mkdir(parents=True, exist_ok=True)
         results = _ResultsFile(output, identity | {"limit": config.limit}, config.overwrite)
         for job in jobs:
             results.check(job)

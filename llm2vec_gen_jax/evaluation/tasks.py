@@ -45,7 +45,7 @@ def find(folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Returns the task folders at or below a folder, sorted by path."""
     folders = [file.parent for file in visible(folder, "task.json")]
     if not folders:
-        raise InputError(f"tasks={folder}: no task.json at or below this folder")
+        raise InputError(f"{folder}: no task.json at or below this folder")
     return folders
 
 

@@ -32,6 +32,7 @@ from llm2vec_gen_jax.experiments.comparisons import (
 )
 from llm2vec_gen_jax.inference.respond import respond
 from llm2vec_gen_jax.inference.synthesize import synthesize
+from llm2vec_gen_jax.pretrained.backbone import resolve_adapter, resolve_embedder, resolve_path
 from llm2vec_gen_jax.training.train import train
 
 _FIRST_SEED = 42
@@ -63,6 +64,7 @@ class Study:
         self.sizes: Any = dataclasses.replace(BUDGETS[config.budget], **overrides)  # every size has a value
         self.config = dataclasses.replace(config, sizes=self.sizes)
         self.comparisons = resolve_comparisons(self.config)
+        self._check_inputs()
         self._claim_output()
 
     def run(self) -> pathlib.Path:
@@ -75,8 +77,6 @@ class Study:
             lambda: splits.split(str(self.config.tasks), self.output / "tasks", **cut),
         )
         self.types = {part: splits.types(self.output / "tasks" / part) for part in ("development", "test")}
-        # Report missing packages and invalid tasks before any expensive work.
-        resolve(config_lib.EvaluateConfig(tasks=self.config.tasks, kind="teacher"))
         self.prepare_data()
         students = [self.train("base", self.sizes.steps, seed) for seed in range(self.sizes.seeds)]
         compared = {
@@ -259,6 +259,15 @@ class Study:
         result["cost"] = tables.cost(read_json(measured / "cost.json")["rows"])
         return result
 
+    def _check_inputs(self) -> None:
+        """Reports missing packages and folders, and invalid tasks, before anything is written."""
+        resolve_path(self.config.backbone.path)
+        for adapter in self.config.teacher.adapters:
+            resolve_adapter(adapter)
+        if self.config.supervised_teacher:
+            resolve_embedder(self.config.supervised_teacher)
+        resolve(config_lib.EvaluateConfig(tasks=self.config.tasks, kind="teacher"))
+
     def _claim_output(self) -> None:
         file = self.output / "study.json"
         values = options.to_dict(self.config)
@@ -278,7 +287,7 @@ class Study:
         """Writes train.queries.jsonl and held_out.queries.jsonl: the first queries of `source` that are in no task."""
         sizes, task_texts = self.sizes, splits.evaluation_texts(str(self.config.tasks))
         rows: list[dict[str, Any]] = []
-        for number, record in enumerate(records.read_records(source, ("question",), key="queries")):
+        for number, record in enumerate(records.read_records(source, ("question",))):
             in_task = comparison_key(record["question"]) in task_texts
             if not in_task and len(rows) < sizes.queries + sizes.held_out:
                 rows.append({"id": number, "question": record["question"]})

@@ -20,8 +20,8 @@ def finish(embeddings: np.ndarray, truncate_dim: int | None, normalize: bool) ->
 def l2_normalize(x: np.ndarray) -> NDArray[np.float32]:
     """Returns vectors (..., E) of unit length; zero vectors stay zero."""
     squares = np.einsum("...e,...e->...", x, x, dtype=np.float64)  # float32 would overflow or underflow
-    norms = np.sqrt(np.where(squares > 0, squares, 1)).astype(np.float32)
-    return (x / norms[..., None]).astype(np.float32, copy=False)
+    norms = np.sqrt(np.where(squares > 0, squares, 1))
+    return np.divide(x, norms[..., None], out=np.empty(np.shape(x), np.float32), casting="same_kind")
 
 
 def ranges_of(embeddings: np.ndarray) -> np.ndarray:
@@ -54,7 +54,12 @@ def quantize(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None =
         if len(embeddings) == 1:
             raise InputError(f"precision {precision!r} needs more than one text, to compute the ranges")
         ranges = ranges_of(embeddings)
-    step = (ranges[1] - ranges[0]) / 255
+    with np.errstate(over="ignore"):
+        step = (ranges[1] - ranges[0]) / 255
+    if not np.isfinite(step).all():
+        raise InputError(
+            f"the range of dimension {np.argmin(np.isfinite(step))} exceeds float32: use precision=float32"
+        )
     levels: np.ndarray = np.clip(np.floor((embeddings - ranges[0]) / np.where(step == 0, 1, step)), 0, 255)
     quantized: np.ndarray = (levels - (128 if precision == "int8" else 0)).astype(precision)
     return quantized

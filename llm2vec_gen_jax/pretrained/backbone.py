@@ -216,7 +216,7 @@ def resolve_adapter(path: str | os.PathLike[str]) -> pathlib.Path:
         folder = fetch_from_hub(path, ["adapter_config.json", "adapter_model.safetensors"])
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"teacher.adapters: {path} has no {name}")
+            raise InputError(f"{path}: not a PEFT adapter: no {name}")
     return folder
 
 
@@ -226,5 +226,5 @@ def resolve_embedder(path: str | os.PathLike[str]) -> pathlib.Path:
     if folder.is_dir():
         return folder
     if not is_hub_id(path):
-        raise InputError(f"teacher.path={path}: no such folder, and not a hub id (OWNER/NAME)")
+        raise InputError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
     return fetch_from_hub(path, EMBEDDER_PATTERNS)

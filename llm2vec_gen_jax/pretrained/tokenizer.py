@@ -19,6 +19,24 @@ CHARS_PER_TOKEN = 64  # upper bound for ordinary text; `encode` handles longer t
 _BATCH_CHARS = 1 << 22
 
 
+def _refuses_panics(method):
+    """Decorates a method of Tokenizer: raises InputError for a panic in tokenizers, which is not an Exception.
+
+    A hostile regular expression panics when it exceeds the library's limit of steps.
+    """
+
+    @functools.wraps(method)
+    def checked(self, *arguments):
+        try:
+            return method(self, *arguments)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{self.source}: its tokenizer fails on a text ({first_line(error)})") from None
+
+    return checked
+
+
 class Tokenizer:
     """A backbone's tokenizer, without padding, truncation and compression tokens.
 
@@ -50,6 +68,7 @@ class Tokenizer:
         return cls(hf, stop_ids)
 
     @functools.cached_property
+    @_refuses_panics
     def identity(self) -> str:
         """16 hex digits, the same for tokenizers with the same ids for ordinary text and non-special added tokens.
 
@@ -60,6 +79,7 @@ class Tokenizer:
         return fingerprint([ids, [self.plain.encode(f"a {token} b").ids for token in added]] if added else ids)
 
     @functools.cached_property
+    @_refuses_panics
     def pieces(self) -> list[str]:
         """The text of every id, with its leading space; the name of a control token; empty for an unused id."""
         ids = range(1 + max(self.parsing.get_vocab(with_added_tokens=True).values()))
@@ -68,6 +88,7 @@ class Tokenizer:
         spaced = [(self.parsing.id_to_token(id_) or "").startswith("▁") for id_ in ids]
         return [f" {text.removeprefix(' ')}" if space else text for space, text in zip(spaced, texts)]
 
+    @_refuses_panics
     def check_fits(self, vocab_size: int, source: str | os.PathLike[str]) -> None:
         """Raises InputError if an id that `encode` can return has no row in the embedding table.
 
@@ -99,6 +120,7 @@ class Tokenizer:
             for row in self._encode(texts[start : start + step], max_length, longest, first + start, prefix)
         ]
 
+    @_refuses_panics
     def _encode(self, texts, max_length, longest, first, prefix):
         def start_of(text, count):
             return (f"{prefix[:count]} {text[:count]}" if prefix else text)[:count]
@@ -132,6 +154,7 @@ class Tokenizer:
             answers, end = [answer + suffix for answer in answers], []
         return [(ids + end)[:max_length] for ids in self.encode(answers, max_length)]
 
+    @_refuses_panics
     def chat_prompt(self, question: str, max_length: int) -> list[int]:
         """Returns the ids of a user turn and the assistant header; a long question is truncated.
 
@@ -154,6 +177,7 @@ class Tokenizer:
         """Returns the ids of a chat up to the user's text, so that the LLM generates a query."""
         return self._parse(self._turn_affixes(False)[0])
 
+    @_refuses_panics
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids without control tokens."""
         return self.parsing.decode(list(ids), skip_special_tokens=True)
@@ -162,6 +186,7 @@ class Tokenizer:
         """Writes the tokenizer files."""
         self.hf.save_pretrained(folder)
 
+    @_refuses_panics
     def _parse(self, text):
         return self._in_table(self.parsing.encode(text, add_special_tokens=False).ids, "the chat template")
 

@@ -59,7 +59,7 @@ def _examples(
 ) -> tuple[Examples, Sequence[str]]:
     """Returns the Examples of a source, with targets that are not transformed, and the stripped questions."""
     columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
-    records = read_records(source, columns, config.data.split, key=key)
+    records = read_records(source, columns, config.data.split, name=key)
     name = str(source) if isinstance(source, str | os.PathLike) else key
     num_appended = config.compression.num_tokens + config.compression.num_thought_tokens
     data = dataclasses.replace(config.data, responses=name)

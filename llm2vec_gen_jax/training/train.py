@@ -50,6 +50,8 @@ def train_on(
     check_validation(config, has_held_out or config.validation.responses is not None)
     with processes.locked(str(config.train.output), "train.output"):
         resuming = prepare_run_directory(pathlib.Path(str(config.train.output)), config)
+        if config.train.init_from and not resuming:
+            model_directory.local_folder(config.train.init_from)  # reports a wrong path before the targets are computed
         return _train(config, load(), resuming, show_progress, callbacks)
 
 

@@ -58,8 +58,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from llm2vec_gen_jax import LLM2VecGen, load_embeddings
+from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.training.loop import _Profile
 from llm2vec_gen_jax.training.metrics import read_metrics
 from tests.conftest import check_error, tiny_tokenizer, write_jsonl
@@ -292,6 +293,52 @@ def test_a_folder_or_a_device_is_no_file(command, model_folder, tiny_folder, tmp
         ):
             check_error(command(name, *words), path)
         shutil.rmtree("run", ignore_errors=True)
+    assert os.listdir() == []
+
+
+# A command, and how it is called but for a path that is missing.
+CALLS = {
+    "train": (config.TrainConfig, "BACKBONE data.responses=ROWS train.output=run train.steps=1"),
+    "train_teacher": (config.TeacherTrainConfig, "BACKBONE corpus.path=ROWS train.output=run"),
+    "respond": (config.RespondConfig, "BACKBONE input=ROWS output=out.jsonl"),
+    "synthesize": (config.SynthesizeConfig, "BACKBONE output=out.jsonl"),
+    "instruct": (config.InstructConfig, "input=ROWS output=out.jsonl"),
+    "encode": (config.EncodeConfig, "MODEL input=ROWS output=out"),
+    "decode": (config.DecodeConfig, "MODEL"),
+    "evaluate": (config.EvaluateConfig, "MODEL tasks=TASK output=out"),
+    "convert from_pytorch": (config.FromPytorchConfig, "MODEL output=out"),
+    "convert to_pytorch": (config.ToPytorchConfig, "MODEL output=out"),
+    "convert verify": (config.VerifyConfig, "MODEL"),
+    "lens logit": (config.LogitLensConfig, "MODEL"),
+    "lens build_index": (config.BuildIndexConfig, "MODEL input=ROWS output=out"),
+    "lens query": (config.QueryIndexConfig, "MODEL index=none"),
+    "lens generations": (config.GenerationsConfig, "MODEL input=ROWS output=out.csv"),
+    "lens report": (config.ReportConfig, "MODEL input=ROWS output=out.html"),
+    "reproduce": (config.ReproduceConfig, "BACKBONE tasks=TASK"),
+    "plan": (config.PlanConfig, "BACKBONE"),
+}
+MORE = {"teacher.path": "teacher.kind=file", "evaluate adapters": "kind=teacher", "lens query index": "text=a"}
+NOT_READ = ("plan train.init_from", "reproduce teacher.path", "convert verify python")  # the last is read at the end
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_missing_path_is_named_with_its_key(command, model_folder, tiny_folder, tmp_path, name):
+    """Every key of every command that is a path to read."""
+    schema, words = CALLS[name]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row | {"text": "a"} for row in RESPONSES])
+    replaced = {"MODEL": model_folder, "BACKBONE": f"backbone.path={tiny_folder('llama')}"}
+    replaced |= {"ROWS": rows, "TASK": write_task(tmp_path / "task")}
+    for key in options._leaves(schema):
+        about = options._field_of(schema, key).metadata
+        if not about["path"] or key.endswith(("output", "merged")) or f"{name} {key}" in NOT_READ:
+            continue
+        given = [word for word in words.split() if not word.startswith((f"{key}=", key.split(".")[0].upper()))]
+        given += [MORE.get(key, ""), MORE.get(f"{name} {key}", ""), f"{key}=./none.jsonl"]
+        given = [re.sub("|".join(replaced), lambda match: str(replaced[match[0]]), word) for word in given if word]
+        result = command(name, *given)
+        check_error(result, f"error: {key}=", "none.jsonl")
+        for folder in ("run", "runs"):
+            shutil.rmtree(folder, ignore_errors=True)
     assert os.listdir() == []
 
 

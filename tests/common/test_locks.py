@@ -322,6 +322,16 @@ def test_a_killed_convert_leaves_nothing_to_a_repeated_one(model_folder, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "here"]
 
 
+def test_the_backbone_that_to_pytorch_adds_is_locked_too(model_folder, hold, command):
+    pathlib.Path("model.gguf").touch()
+    hold("converted-backbone")
+    pathlib.Path("converted-backbone").mkdir()
+    pathlib.Path("converted-backbone", files.UNFINISHED).touch()  # of the other process
+    result = command("convert to_pytorch", model_folder, "backbone=model.gguf", "output=converted")
+    check_error(result, "backbone_output=converted-backbone: another process is writing to it")
+    assert os.path.exists(f"converted-backbone/{files.UNFINISHED}")
+
+
 GONE = {  # command: (what is called last before its end, the words of the command behind MODEL)
     "lens logit": ("llm2vec_gen_jax.commands.lens.write_text", ["text=a", "output=out"]),
     "lens build_index": ("llm2vec_gen_jax.lens.index._build_index", ["input=corpus.txt", "output=out", "layers=3"]),

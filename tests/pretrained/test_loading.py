@@ -49,7 +49,7 @@ def test_a_hub_id_that_is_nowhere_is_an_error_that_names_it():
         resolve_path("smollm2")
     with pytest.raises(InputError, match="no such file"):
         resolve_path("/nowhere/model.gguf")
-    with pytest.raises(InputError, match="has no adapter_config.json"):
+    with pytest.raises(InputError, match="/nowhere: not a PEFT adapter: no adapter_config.json"):
         resolve_adapter("/nowhere")
 
 

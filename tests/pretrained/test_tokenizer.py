@@ -5,7 +5,7 @@ import time
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm2vec_gen_jax.common.errors import InputError
@@ -329,6 +329,20 @@ def test_special_tokens_beyond_the_table_are_refused_where_something_gives_their
     hf.eos_token = "<extra>"
     with pytest.raises(InputError, match="folder: the tokenizer has id 260"):
         Tokenizer(hf).check_fits(260, "folder")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a?)+$"])
+def test_a_regular_expression_without_an_end_is_one_line(pattern):
+    """The library ends the search and panics, which is no Exception."""
+    hf = tiny_tokenizer()
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, hf.backend_tokenizer.pre_tokenizer])
+    tokenizer, text, start = Tokenizer(hf), "a" * 60 + "!", time.monotonic()
+    tokenizer.source = "folder"
+    for use in (lambda: tokenizer.encode(["b", text], 99), lambda: tokenizer.chat_prompt(text, 999)):
+        with pytest.raises(InputError, match="^folder: its tokenizer fails on a text .*retry-limit"):
+            use()
+    assert time.monotonic() - start < 30
 
 
 def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path, tiny_folder):

@@ -68,8 +68,12 @@ def test_hidden_files_are_skipped(tmp_path):
             file.write_text("hidden\n")
         (tmp_path / "folder/a.txt").write_text("one\ntwo\n")
     assert Corpus(inputs["saved"], "text").identity() == before
-    for source in (tmp_path / "folder", tmp_path / "folder/*", tmp_path / "folder/**/*.txt"):
-        assert [row.text for row in Corpus(str(source)).read()] == ["one", "two"]
+    (tmp_path / "folder/inner").mkdir()
+    (tmp_path / "folder/inner/b.txt").write_text("three\n")
+    for pattern in ("folder", "folder/*", "folder/**", "folder/**/*.txt", "folde*"):
+        assert [row.text for row in Corpus(str(tmp_path / pattern)).read()] == ["one", "two", "three"]
+    for pattern in ("saved", "sav*", "saved/**"):
+        assert [row.text for row in Corpus(str(tmp_path / pattern)).read()] == TEXTS
 
 
 def test_large_pieces_are_read_in_part(tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ except KeyboardInterrupt as error:
         ({"records": ["a"]}, "records, row 0: expected a dict, found str"),
         ({"records": []}, "records: no rows"),
         ({"records": 5}, "records: expected a path or a list of dicts, found int"),
-        ({"records": "none.jsonl"}, "data.responses=none.jsonl: no such file"),
+        ({"records": "none.jsonl"}, "none.jsonl: no such file"),
         ({"held_out": [{"question": "a"}]}, "held_out, row 0: no column 'answer'"),
     ],
 )

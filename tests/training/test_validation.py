@@ -164,7 +164,7 @@ def test_tasks_are_scored_and_choose_the_best_step(run, tmp_path, tiny_folder):
     [
         (["validation.patience=2"], "validation.patience needs validation.responses or validation.tasks"),
         (["validation.metric=loss"], "validation.metric needs validation.responses or validation.tasks"),
-        (["validation.responses=none.jsonl"], "validation.responses=none.jsonl: no such file"),
+        (["validation.responses=none.jsonl"], "none.jsonl: no such file"),
         (["validation.responses=empty.jsonl"], "empty.jsonl: no rows"),
         (["validation.responses=held-out.jsonl", "validation.metric=los"], "validation.metric=los: unknown.*loss"),
         (["validation.responses=held-out.jsonl", "validation.metric=margin_loss"], "metric=margin_loss: unknown"),
