@@ -143,6 +143,15 @@ def test_no_code_of_a_model_is_ever_trusted():
         assert text.count("trust_remote_code") == refused + shown, path
 
 
+@pytest.mark.parametrize("module", ["llm2vec_gen_jax", "llm2vec_gen_jax.commands.__main__"])
+def test_a_system_without_file_locks_is_refused_on_import(module):
+    hidden = f"import sys; sys.modules['fcntl'] = None; import {module}"  # Windows has no such module
+    ended = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    reason = "llm2vec_gen_jax needs Linux or macOS (POSIX file locks): on Windows, run it in WSL"
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1] == f"ImportError: {reason}"
+    assert "During handling" not in ended.stderr
+
+
 # The one script
 
 
