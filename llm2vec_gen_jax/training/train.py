@@ -1,6 +1,7 @@
 """Training: data and targets, the training loop, and the finished model directory."""
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from llm2vec_gen_jax.training.programs import CompiledCache
 from llm2vec_gen_jax.training.run_directory import FREE_KEYS, prepare_run_directory
 from llm2vec_gen_jax.training.step import TrainState, abstract_cache, jit_prefill, jit_step
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackbone | None = None) -> pathlib.Path:
     """Runs or resumes the training of a TrainConfig. Returns the path of the finished model directory.
@@ -53,7 +56,7 @@ def _train(config: TrainConfig, show_progress: bool, backbone: LoadedBackbone | 
     run = Run(trainer, config.train, config.optimizer, backbone.mesh, output, config)
     run.start(resuming)
     if run.first_step >= config.train.steps and processes.run_on_process_0(final.exists):
-        print(f"{final}: already finished")
+        logger.info(f"{final}: already finished")
         return final
     if config.train.steps:
         run.loop(show_progress)
@@ -91,7 +94,7 @@ def load_examples(config: TrainConfig, backbone: LoadedBackbone | None = None) -
     processes.assert_equal_across_processes({"data": examples.digest_ids(), "backbone": description.identity})
     if len(examples) < len(records):
         reason = "their answer is empty" + ", or was cut" * config.data.finished_only
-        print(f"left out {len(records) - len(examples)} of {len(records)} records: {reason}")
+        logger.warning(f"left out {len(records) - len(examples)} of {len(records)} records: {reason}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
         if config.teacher.query_weight:
