@@ -4,6 +4,11 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+try:
+    import fcntl  # noqa: F401
+except ModuleNotFoundError:
+    raise ImportError("llm2vec_gen_jax needs Linux or macOS (POSIX file locks): on Windows, run it in WSL") from None
+
 if TYPE_CHECKING:  # at run time __getattr__ imports these
     from llm2vec_gen_jax.api import LLM2VecGen
     from llm2vec_gen_jax.common.errors import InputError

@@ -234,6 +234,19 @@ TMP_PATH = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.fun
 
 
 @pytest.fixture
+def messages(caplog):
+    """messages() returns what the library has logged since the last call; commands print it."""
+    caplog.set_level("INFO", "llm2vec_gen_jax")
+
+    def read():
+        text = "\n".join(caplog.messages)
+        caplog.clear()
+        return text
+
+    return read
+
+
+@pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """command(name, *words) runs `python -m launch.NAME WORDS` in this process, in an empty directory.
 

@@ -79,7 +79,8 @@ def run(
                 _join(config)
             if trains:
                 _stop_at_once_if_alone()
-            command(*arguments)
+            with _shown_messages():
+                command(*arguments)
             _flush()
 
 
@@ -90,6 +91,28 @@ def show(text: str) -> None:
             print(text)
         finally:
             _flush()
+
+
+class _StandardOutput(logging.Handler):
+    """Prints the messages of the library as they are; an error of the stream ends the command, as in `print`."""
+
+    def emit(self, record):
+        print(record.getMessage(), flush=True)
+
+
+@contextlib.contextmanager
+def _shown_messages():
+    """Shows the messages that the modules of the library log, of all levels from INFO."""
+    library, handler = logging.getLogger("llm2vec_gen_jax"), _StandardOutput()
+    before = library.level, library.propagate
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    library.propagate = False  # to handlers of other packages, which would repeat them
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.level, library.propagate = before
 
 
 def _flush():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import logging
 import os
 import pathlib
 import struct
@@ -22,6 +23,8 @@ from llm2vec_gen_jax.common.files import (
     write_json,
     write_text,
 )
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_LINE = 1 << 26  # bytes
 
@@ -143,7 +146,7 @@ class JsonlAppender:
         # A kill can happen between a line and its checksum: lines without one are accepted.
         for number, (line, (crc,)) in enumerate(zip(lines, struct.iter_unpack("<I", sums[: len(sums) // 4 * 4]))):
             if zlib.crc32(line) != crc:
-                print(f"{self.path}, line {number + 1}: wrong checksum; computed again from this line on", flush=True)
+                logger.warning(f"{self.path}, line {number + 1}: wrong checksum; computed again from this line on")
                 lines = lines[:number]
                 break
         self.file.truncate(sum(len(line) + 1 for line in lines))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import pathlib
 import re
@@ -11,6 +12,8 @@ import tempfile
 from collections.abc import Iterator
 
 from llm2vec_gen_jax.common.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # Raised by file systems without locks, such as some network file systems.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
@@ -58,7 +61,7 @@ class Lock:
                 os.close(handle)
                 return False
             if locked is None:
-                print(f"{self.path.parent}: has no file locks; ensure that no other process writes there", flush=True)
+                logger.warning(f"{self.path.parent}: has no file locks; ensure that no other process writes there")
             # The previous holder may have removed this file after it was opened; another process can lock a new one.
             if is_at(handle, self.path):
                 self.handle = handle

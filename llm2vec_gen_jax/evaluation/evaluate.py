@@ -1,6 +1,7 @@
 """Evaluates a model or a baseline on task folders and hub benchmarks, and writes OUT/results.json task by task."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -13,6 +14,8 @@ from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
 from llm2vec_gen_jax.teachers import hyde
+
+logger = logging.getLogger(__name__)
 
 _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
 
@@ -51,9 +54,9 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
             results.check(job)
         for number, job in enumerate(jobs, 1):
             if job.name in results.scores:
-                print(f"[{number}/{len(jobs)}] {job.name}: done before", flush=True)
+                logger.info(f"[{number}/{len(jobs)}] {job.name}: done before")
                 continue
-            print(f"[{number}/{len(jobs)}] {job.name} ({job.type})", flush=True)
+            logger.info(f"[{number}/{len(jobs)}] {job.name} ({job.type})")
             encoders_of_job = (dataclasses.replace(encoder, max_length=job.max_length) for encoder in (query, document))
             scores = score(job, *encoders_of_job)
             if isinstance(query, hyde.Hyde):
@@ -62,7 +65,7 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
                 scores["limit"] = config.limit
             results.add(job, scores)
         require_written(results.scores_file, results.run_file)
-    print(table(jobs, results.scores))
+    logger.info(table(jobs, results.scores))
     return results.scores
 
 

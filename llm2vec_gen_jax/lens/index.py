@@ -6,6 +6,7 @@ After LatentLens (McGill-NLP/latentlens): a state is described by the words in c
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import pathlib
 import shutil
@@ -38,6 +39,8 @@ from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
+
+logger = logging.getLogger(__name__)
 
 RECORD = "index.json"
 _PROGRESS = "progress.json"
@@ -157,7 +160,7 @@ def _begin(partial, backbone, corpus, config, run):
         require_same_run(partial, read_json(partial / _PROGRESS)["run"], run, remedy)
         if _is_valid(partial):
             return
-        print(f"{partial}: modified after it was written; started again", flush=True)
+        logger.warning(f"{partial}: modified after it was written; started again")
         (partial / _PROGRESS).unlink()
     ids, texts = [], [row.text for row in itertools.islice(corpus.read(), config.limit)]
     with progress.bar(len(texts), "text", "tokenize") as bar:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ def estimate(config: PlanConfig) -> list[dict[str, Any]]:
         raise InputError(
             f"topology={config.topology}: measure=true runs programs on attached devices. Remove measure or topology"
         )
+    if config.measure and devices[0].platform == "cpu" and sys.platform != "linux":
+        raise InputError("measure=true: the memory of a CPU can only be measured on Linux. Remove measure")
     if config.backbone.dtype == "auto" and is_described(devices[0]):
         backbone = dataclasses.replace(config.backbone, dtype=default_dtype(devices[0]))
         config = dataclasses.replace(config, backbone=backbone)

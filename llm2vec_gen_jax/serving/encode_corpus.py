@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from llm2vec_gen_jax.data.texts import Corpus, Row
 from llm2vec_gen_jax.inference import postprocess, shards
 from llm2vec_gen_jax.inference.encode import WINDOW
 from llm2vec_gen_jax.parallel import sharding
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION = 1024  # first texts, whose vectors determine the int8 ranges
 
@@ -207,13 +210,13 @@ class _Job:
 
     def _is_intact(self, entry: dict[str, Any]) -> bool:
         if not shards.is_shard(entry) or entry["file"] != self.files.shard(entry["shard"]).name:
-            print(f"{self.files.output}: a shard has an invalid record; encoding it again", flush=True)
+            logger.warning(f"{self.files.output}: a shard has an invalid record; encoding it again")
             return False
         digests = {"file": "sha256", "soft_prompts": "soft_prompts_sha256", "ranges": "ranges_sha256"}
         for name, digest in digests.items():
             path = self.files.output / entry.get(name, "")
             if name in entry and not (path.is_file() and sha256_file(path) == entry.get(digest)):
-                print(f"{path}: missing or damaged; encoding its shard again", flush=True)
+                logger.warning(f"{path}: missing or damaged; encoding its shard again")
                 return False
             if name in entry:
                 self.sizes[path] = path.stat().st_size

@@ -1,6 +1,7 @@
 """Files of alignment targets: computed once, resumable, verified by digest."""
 
 import hashlib
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from llm2vec_gen_jax.common.files import fingerprint, new_array, read_json, sha2
 from llm2vec_gen_jax.data.buckets import length_sorted_batches, longest_first
 from llm2vec_gen_jax.parallel import preemption, processes
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
+
+logger = logging.getLogger(__name__)
 
 _FLUSH_EVERY = 20  # batches between progress records
 _HASHED = 8192  # vectors read at a time to verify the digest
@@ -45,7 +48,7 @@ def compute_once(
             waiting = False
             while not processes.run_on_process_0(lambda: _acquire(lock)):
                 if first and not waiting:
-                    print(f"waiting for another process, which holds {lock.path}", flush=True)
+                    logger.warning(f"waiting for another process, which holds {lock.path}")
                 waiting = True
                 if processes.stop_requested():
                     raise preemption.Stopped(f"{file}: stopped as asked, while another process computes the targets")
@@ -91,7 +94,7 @@ def _is_valid(file):
     except (InputError, OSError, ValueError, EOFError):  # numpy raises these for a damaged header or length
         record, actual = {}, None
     if record != actual:
-        print(f"{file}: modified after it was written, or without a record; computed again", flush=True)
+        logger.warning(f"{file}: modified after it was written, or without a record; computed again")
     return record == actual
 
 
@@ -124,7 +127,7 @@ class _Partial:
                     return targets
         except (InputError, OSError, ValueError, EOFError, KeyError, TypeError):
             pass  # numpy evaluates the header as Python, so damage raises many types
-        print(f"{self.path}: modified after it was written; computed from the start", flush=True)
+        logger.warning(f"{self.path}: modified after it was written; computed from the start")
         return None
 
     def _record(self):

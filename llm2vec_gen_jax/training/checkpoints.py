@@ -6,6 +6,7 @@ Orbax does not detect flipped bits, so every checkpoint has a digest of every le
 import contextlib
 import dataclasses
 import errno
+import logging
 import pathlib
 import shutil
 import time
@@ -20,6 +21,8 @@ from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import diff, fingerprint
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 _policies = ocp.checkpoint_managers
 _ITEMS = ("state", "record")
@@ -114,7 +117,7 @@ class Checkpoints:
         return (state["state"], None) if not wrong else (None, f"the digest of {wrong[0]} differs")
 
     def _set_aside(self, step: int, reason: str) -> None:
-        print(f"{self.folder / str(step)}: damaged ({reason}); moved to _damaged, an older one is used", flush=True)
+        logger.warning(f"{self.folder / str(step)}: damaged ({reason}); moved to _damaged, an older one is used")
         if jax.process_index() == 0:
             target = self.folder / "_damaged" / f"{step}.{time.time_ns()}"
             target.parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The data of a training run: tokenized examples with their targets, held-out examples, and the backbone."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from llm2vec_gen_jax.parallel import processes, sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, open_checkpoint
 from llm2vec_gen_jax.teachers import targets, whitening
 from llm2vec_gen_jax.training import supervised
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -68,7 +71,7 @@ def _examples(
     if len(examples) < len(records):
         reason = "their answer is empty" + ", or was cut" * config.data.finished_only
         which = "records" if key in ("data.responses", "records") else "held-out records"
-        print(f"left out {len(records) - len(examples)} of {len(records)} {which}: {reason}")
+        logger.warning(f"left out {len(records) - len(examples)} of {len(records)} {which}: {reason}")
     if config.teacher.kind == "file":
         options.require(config, "teacher.path")
         if config.teacher.query_weight:

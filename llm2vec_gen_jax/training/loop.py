@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from llm2vec_gen_jax.training.checkpoints import Checkpoints
 from llm2vec_gen_jax.training.metrics import MetricsWriter, read_validation
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
 from llm2vec_gen_jax.training.step import TrainState, new_state
+
+logger = logging.getLogger(__name__)
 
 _SAVE, _STOP = 1, 2  # requests of a process to all processes; the largest is executed
 
@@ -171,7 +174,7 @@ class Run:
         restored = self.checkpoints.restore(self.state) if resuming else None
         if restored is not None:
             self.state, self.first_step = restored
-            print(f"resuming {self.output} at step {self.first_step}")
+            logger.info(f"resuming {self.output} at step {self.first_step}")
         else:
             self.state = start(self.trainer.begin(self.state.trainable))
         self.step = self.first_step
@@ -392,4 +395,4 @@ class _Profile:
         self.running = False
         jax.profiler.stop_trace()
         if jax.process_index() == 0:
-            print(f"profile: {self.folder}", flush=True)
+            logger.info(f"profile: {self.folder}")

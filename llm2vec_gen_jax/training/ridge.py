@@ -4,6 +4,7 @@ Not in the paper, whose randomly initialized head takes thousands of steps for t
 """
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from llm2vec_gen_jax.data.examples import Examples
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+
+logger = logging.getLogger(__name__)
 
 _PENALTIES = 10.0 ** np.arange(-6, 3)  # relative to the mean variance of the inputs
 _HELD_OUT = 10  # every tenth batch is held out to choose the penalty
@@ -74,10 +77,9 @@ def solve_alignment_head(trainer: RidgeTrainer, trainable: dict[str, Any], examp
     x_D, y_E = (np.asarray(sharding.to_numpy(x), np.float64) for x in origin)
     head = {"kernel": kernel_DE, "bias": bias_E + y_E - x_D @ kernel_DE}
     variance = held_out["yy"] - np.square(held_out["y"]).sum() / held_out["n"]
-    print(
+    logger.info(
         f"alignment head: solved on {count * schedule.batch_size} examples, penalty {_PENALTIES[best]:g}, "
-        f"explains {1 - errors[best] / variance:.3f} of the targets' variance on those held out",
-        flush=True,
+        f"explains {1 - errors[best] / variance:.3f} of the targets' variance on those held out"
     )
     head = {name: value.astype(np.float32) for name, value in head.items()}
     return trainable | {"alignment": sharding.put_replicated(head, mesh)}

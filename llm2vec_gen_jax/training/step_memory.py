@@ -1,6 +1,7 @@
 """Settings of a training step that depend on device memory: remat policy, chunk size of the logits."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from llm2vec_gen_jax.parallel import memory, processes
 from llm2vec_gen_jax.parallel.sharding import batch_shards
 from llm2vec_gen_jax.training.losses import CHUNK_TOKENS
 from llm2vec_gen_jax.training.programs import CompiledCache
+
+logger = logging.getLogger(__name__)
 
 
 def chunk_tokens(architecture: Architecture, execution: Execution) -> int:
@@ -49,5 +52,5 @@ def choose_remat(
         if policy == last or processes.run_on_process_0(functools.partial(bool, fits)):
             break
     if policy != DEFAULT_REMAT:
-        print(f"train.remat={policy}, chosen by the memory of the largest batch", flush=True)
+        logger.info(f"train.remat={policy}, chosen by the memory of the largest batch")
     return step

@@ -1,5 +1,6 @@
 """Training: data and targets, the training loop, and the finished model directory."""
 
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from llm2vec_gen_jax.training.loop import Run, TrainingCallback
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.run_directory import FREE_KEYS, prepare_run_directory
 from llm2vec_gen_jax.training.validation import Validation, check_validation
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, show_progress: bool = True, backbone: LoadedBackbone | None = None) -> pathlib.Path:
@@ -70,7 +73,7 @@ def _train(
     run = Run(trainer, config.train, config.optimizer, mesh, output, config, validation, keep_best, callbacks)
     run.start(resuming)
     if run.is_finished and processes.run_on_process_0(lambda: _step_of(final) in (None, run.final_step)):
-        print(f"{final}: already finished")
+        logger.info(f"{final}: already finished")
         return final
     if config.train.steps:
         run.loop(show_progress)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from llm2vec_gen_jax.training.optimizer import make_optimizer
 from llm2vec_gen_jax.training.programs import CompiledCache
 from llm2vec_gen_jax.training.run_directory import prepare_run_directory
 from llm2vec_gen_jax.training.step import Metrics, TrainState, update
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[..., jax.Array]  # of (model, updates, frozen, batch, *, dropout)
 Stage = tuple[Loss, llm2vec.MaskedBlocks | llm2vec.Sentences]
@@ -60,7 +63,7 @@ def _train_teacher(config, show_progress):
             continue
         folder = output / name
         if folder.exists():
-            print(f"{folder}: already finished")
+            logger.info(f"{folder}: already finished")
         else:
             trainer = AdapterTrainer(stage(config, backbone, texts), config, settings, backbone)
             tree = _run(trainer, config, settings, output / f"{name}-run", show_progress)
@@ -85,7 +88,7 @@ def corpus(config: TeacherTrainConfig, output: pathlib.Path, backbone: LoadedBac
             "mesh": config.mesh,
             "seed": config.train.seed,
         }
-        print(f"no corpus.path: {backbone.name} generates {source.queries} queries and responses", flush=True)
+        logger.info(f"no corpus.path: {backbone.name} generates {source.queries} queries and responses")
         queries = config_lib.SynthesizeConfig(**common, output=str(output / "queries.jsonl"), count=source.queries)
         responses = config_lib.RespondConfig(
             **common,

@@ -1,6 +1,7 @@
 """Commands as a user runs them: help, one-line errors, and the quickstart."""
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax import LLM2VecGen, config
+from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.config.help import help_text
@@ -28,6 +30,17 @@ def schema_of(command):
     """The config dataclass whose docstring describes `python -m launch.COMMAND`."""
     schemas = [value for name, value in vars(config).items() if name.endswith("Config")]
     return next(value for value in schemas if f"launch.{command} " in value.__doc__.replace("`", " ").split(":")[0])
+
+
+def test_what_the_library_logs_is_printed_during_a_command_only(capsys):
+    logger = logging.getLogger("llm2vec_gen_jax.training.train")
+    with cli._shown_messages():
+        logger.info("already finished")
+        logger.warning("damaged (100%)")
+    logger.info("not shown")
+    assert capsys.readouterr() == ("already finished\ndamaged (100%)\n", "")
+    library = logging.getLogger("llm2vec_gen_jax")
+    assert not library.handlers and library.propagate and library.level == logging.NOTSET
 
 
 # Help and errors

@@ -98,14 +98,14 @@ def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
         assert len((tmp_path / "rows.jsonl.crc32").read_bytes()) == 4 * len(ROWS)
 
 
-def test_a_line_that_was_changed_is_named(tmp_path, capsys):
+def test_a_line_that_was_changed_is_named(tmp_path, messages):
     path = tmp_path / "rows.jsonl"
     with jsonl.JsonlAppender(path, RUN) as output:
         output.append(ROWS)
     path.write_bytes(path.read_bytes().replace(b'{"id": 1}', b'{"id": 7}'))
     with jsonl.JsonlAppender(path, RUN) as output:
         assert output.rows == ROWS[:1]
-    assert f"{path}, line 2: wrong checksum; computed again from this line on" in capsys.readouterr().out
+    assert f"{path}, line 2: wrong checksum; computed again from this line on" in messages()
 
 
 def test_without_checksums_a_damaged_line_is_an_error(tmp_path):

@@ -175,14 +175,14 @@ def write_like(folder, kind, name):
 
 @needs_mteb
 def test_finished_tasks_are_skipped_and_other_settings_are_rejected(
-    model_folder, tiny_folder, task_folders, tmp_path, capsys
+    model_folder, tiny_folder, task_folders, tmp_path, messages
 ):
     one, two = task_folders / "safety_retrieval", task_folders / "sts"
     limited = run(model_folder, one, tmp_path / "out", "limit=4")
     assert limited["Small-safety_retrieval"]["limit"] == 4
-    capsys.readouterr()
+    messages()
     both = run(model_folder, f"{one},{two}", tmp_path / "out", "limit=4", "batch_size=7")
-    out = capsys.readouterr().out
+    out = messages()
     assert "[1/2] Small-safety_retrieval: done before" in out and "[2/2] Small-sts (sts)" in out
     assert both["Small-safety_retrieval"] == limited["Small-safety_retrieval"] and both["Small-sts"]["limit"] == 4
     table = out.splitlines()[-3:]

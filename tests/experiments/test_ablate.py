@@ -39,26 +39,26 @@ def run(tmp_path, tiny_folder, monkeypatch):
     return start
 
 
-def test_table_of_all_runs(run, capsys):
+def test_table_of_all_runs(run, messages):
     rows = run("aligned.yaml", "repeated.yaml")
     assert rows[0] == ["run", "step", "loss", "alignment_loss", "reconstruction_loss", "repeat_alignment_loss"]
     assert [row[:2] for row in rows[1:]] == [["aligned", "2"], ["repeated", "2"]]
     last = read_metrics(pathlib.Path("runs/repeated"))[-1]
     assert rows[2][2:] == [f"{last[name]:.4f}" for name in rows[0][2:]]
     assert float(rows[1][4]) == 0 and rows[1][5] == "-"
-    capsys.readouterr()
+    messages()
     results = {"STS": {"main_score": 0.51234, "pearson": 0.5}}
     pathlib.Path("runs/aligned/results.json").write_text(json.dumps(results))
     again = run("aligned.yaml", "repeated.yaml")
-    assert capsys.readouterr().out.count("already finished") == 2
+    assert messages().count("already finished") == 2
     assert [row[:6] for row in again] == rows
     assert [row[6] for row in again] == ["STS", "0.5123", "-"]
 
 
-def test_an_ablation_resumes(run, capsys):
+def test_an_ablation_resumes(run, messages):
     run("aligned.yaml")
     run("aligned.yaml", "repeated.yaml", steps=3)
-    out = capsys.readouterr().out
+    out = messages()
     assert "resuming runs/aligned at step 2" in out and "resuming runs/repeated" not in out
     assert table([pathlib.Path("runs/aligned")]).splitlines()[1].split()[1] == "3"
 

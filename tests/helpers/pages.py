@@ -11,7 +11,8 @@ import shlex
 from tests.commands.test_commands import ACTIONS
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FIRST_PAGE = ROOT / "docs" / "index.md"  # of the site: README.md and the contents, in Sphinx's directives
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {FIRST_PAGE})]
 OPTIONAL = re.compile(r"(?<=\s)\[(?:--\w|\w+=)[^\]]*\](?=\s|$)")  # [key=value ...], [--preset cpu|gpu]
 
 # Programs whose commands are not run here, and why.
@@ -24,6 +25,7 @@ ELSEWHERE = {
     "sky": "rents machines",
     "launch/tpu_vm/run.sh": "needs Cloud TPU VMs; the words of the command that it starts are parsed",
     "ruff": "checks style; so does the continuous integration",
+    "sphinx-build": "builds the site of these pages; so does the continuous integration",
     "cat": "feeds the next command, which is given the file as its standard input",
     "curl": "asks a server: the page of the server runs as a whole",
 }

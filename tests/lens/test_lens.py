@@ -266,7 +266,7 @@ def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
 
 @pytest.mark.parametrize("damaged", ["layer-01.npy", "ids.npy", None])
 def test_an_interrupted_index_that_is_damaged_is_begun_again(
-    model_folder, corpus, tmp_path, monkeypatch, damaged, capsys
+    model_folder, corpus, tmp_path, monkeypatch, damaged, messages
 ):
     common = {"input": str(corpus), "batch_size": 1, "dtype": "float32", "layers": ["1", "2"], "contexts": 100000}
     whole, cut = (config.BuildIndexConfig(**common, output=str(tmp_path / name)) for name in ("whole", "cut"))
@@ -288,9 +288,9 @@ def test_an_interrupted_index_that_is_damaged_is_begun_again(
         content = bytearray(path.read_bytes())
         content[140] ^= 1  # of the first numbers, behind the header
         path.write_bytes(content if damaged == "ids.npy" else content[:200])
-    capsys.readouterr()
+    messages()
     index.build_index(model_folder, cut)
-    assert ("modified after it was written; started again" in capsys.readouterr().out) == bool(damaged)
+    assert ("modified after it was written; started again" in messages()) == bool(damaged)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

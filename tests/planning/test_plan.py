@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -206,6 +207,12 @@ def test_without_the_plugin_a_plan_is_an_estimate(monkeypatch):
 def test_described_devices_cannot_be_measured(gpu_compiler, tiny_words):
     with pytest.raises(InputError, match="topology=h100:1: measure=true runs programs"):
         planned(*tiny_words, "topology=h100:1", "measure=true")
+
+
+def test_the_memory_of_a_cpu_is_measured_on_linux_only(tiny_words, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(InputError, match="measure=true: the memory of a CPU can only be measured on Linux"):
+        planned(*tiny_words, "topology=cpu:1", "measure=true")
 
 
 @pytest.mark.slow

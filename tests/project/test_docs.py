@@ -20,7 +20,7 @@ from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import options
 from tests.commands.test_commands import ACTIONS, COMMANDS, schema_of
-from tests.helpers.pages import CANNOT_RUN, CASES, ELSEWHERE, PAGES, ROOT, blocks, prose, split, stand_in
+from tests.helpers.pages import CANNOT_RUN, CASES, ELSEWHERE, FIRST_PAGE, PAGES, ROOT, blocks, prose, split, stand_in
 from tests.project.test_layering import MAY_IMPORT
 
 NAMED = re.compile(rf"({'|'.join(sorted(COMMANDS, key=len, reverse=True))}) (.*=.*)")  # `encode MODEL key=value`
@@ -149,6 +149,23 @@ def test_the_table_of_commands_is_whole():
     assert {name: set(re.findall(r"\w+", words)) - {"MODEL"} for name, words in rows if name == "convert"} == {
         "convert": set(ACTIONS["convert"])
     }
+
+
+def test_the_site_has_every_page():
+    """The contents of the site name each page once, and its API reference names what exists."""
+    listed = [
+        re.sub(r".*<(.+)>", r"\1", line)
+        for trees in re.findall(r"```\{toctree\}\n(?::.*\n)+\n((?:.+\n)+)```", FIRST_PAGE.read_text())
+        for line in trees.splitlines()
+    ]
+    pages = [path.stem for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".rst") and path != FIRST_PAGE]
+    assert sorted(listed) == sorted(pages)
+    named = re.findall(r"^\.\. auto\w+:: ([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.rst").read_text(), flags=re.M)
+    assert len(named) > 8
+    for module, name in named:
+        source = ROOT / f"{module.replace('.', '/')}.py"
+        defined = [getattr(node, "name", None) for node in ast.parse(source.read_text()).body]
+        assert name in defined, f"{module}.{name}"
 
 
 def test_written_pages_are_up_to_date():

@@ -158,6 +158,19 @@ def test_the_library_imports_none_of_its_users():
             assert not under(name, ("launch", "tests", "benchmarks")), f"{module} imports {name}"
 
 
+def test_the_library_logs_and_only_commands_print():
+    """Loggers have the names of the modules; commands show them, see commands/cli.py."""
+    commands = ("commands", "experiments", "planning", "serving.server")  # their output
+    before_the_exit = ("parallel.watchdog",)
+    on_standard_error = ("parallel.devices", "pretrained.default_backbone")
+    for module, path in FILES.items():
+        if not under(module, commands + before_the_exit + on_standard_error):
+            tree = ast.parse(path.read_text())
+            printed = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "print"]
+            assert not printed, f"{module} prints in line {printed[0]}: log it"
+            assert "logging.getLogger(" not in path.read_text() or "getLogger(__name__)" in path.read_text()
+
+
 def test_names_are_resolved():
     """The three tests below would see these spellings."""
     source = """

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -31,6 +32,9 @@ WITHOUT_IMPORT = {
     "jax-cuda13-pjrt": "jax loads it as its plugin",
     "jax-cuda13-plugin": "jax loads it as its plugin",
     "h11": "uvicorn.protocols.http.h11_impl imports it",
+    "sphinx": "builds the site of docs/",
+    "myst-parser": "docs/conf.py names it",
+    "sphinx-book-theme": "docs/conf.py names it",
     "torch": "mteb and sentence-transformers compute with it",
     "wandb": "imported only where runs are tracked with it",
     "trackio": "imported only where runs are tracked with it",
@@ -124,9 +128,48 @@ def test_the_lock_fits_the_requirements():
 
 def test_the_version_is_told_once():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cited["version"] == llm2vec_gen_jax.__version__ and cited["license"] == PROJECT["license"] == "MIT"
+    assert cited["version"] == llm2vec_gen_jax.__version__ and cited["license"] == "MIT"
     assert f"\n## {llm2vec_gen_jax.__version__} - " in (ROOT / "CHANGELOG.md").read_text()
     assert "version" not in PROJECT
+
+
+def test_every_requirement_of_version_0_has_an_upper_bound():
+    lists = [names(PROJECT["dependencies"]), *(of_extra(name) for name in PROJECT["optional-dependencies"])]
+    own = {"pytest-xdist", "ruff", "mypy", "httpx", "playwright"}  # of development: the lock has their versions
+    for name, wanted in {name: text for requirements in lists for name, text in requirements.items()}.items():
+        lowest = re.search(r">=(0\.)", wanted)
+        assert not lowest or "<" in wanted or name in own, f"{name} {wanted}"
+
+
+def test_what_is_redistributed_is_in_the_notice():
+    """Each folder of weights and foreign data is named, exists, and its license is in the repository and the wheel."""
+    notice = (ROOT / "NOTICE").read_text()
+    listed = re.findall(r"^(\w+/\S+)$", notice, flags=re.M)
+    assert all((ROOT / path).exists() for path in listed)
+    assets = ROOT / "llm2vec_gen_jax" / "pretrained" / "assets"
+    weights = {path for kind in ("*.safetensors", "tokenizer.json") for path in assets.rglob(kind)}
+    assert len(weights) > 4
+    for path in weights:
+        assert any(path.is_relative_to(ROOT / folder) for folder in listed), f"{path}: whose is it?"
+    assert PROJECT["license"] == "MIT AND Apache-2.0"
+    held = {path for pattern in PROJECT["license-files"] for path in ROOT.glob(pattern)}
+    assert held == {ROOT / "LICENSE", ROOT / "NOTICE", ROOT / "LICENSES" / "Apache-2.0.txt"}
+    card = (assets / "models" / "smollm2-135m" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+
+
+def test_the_description_on_pypi_has_no_relative_links():
+    """On PyPI, links lead to the repository, or, while it has no address, only their texts remain."""
+    readme = (ROOT / "README.md").read_text()
+    absolute_links = runpy.run_path(str(ROOT / "setup.py"))["absolute_links"]
+    link = re.compile(r"\]\(([^)]*)\)")
+    assert not [target for target in link.findall(absolute_links(readme, None)) if "://" not in target]
+    shown = absolute_links(readme, "https://example.org/one/two/")
+    assert len(link.findall(shown)) == len(link.findall(readme)) > 30
+    assert all("://" in target for target in link.findall(shown))
+    assert "(https://example.org/one/two/raw/HEAD/docs/method.svg)" in shown
+    assert "[scaling](https://example.org/one/two/blob/HEAD/docs/scaling.md)" in shown
+    assert re.sub(link, "", shown) == re.sub(link, "", readme)
 
 
 def test_no_code_of_a_model_is_ever_trusted():
@@ -141,6 +184,15 @@ def test_no_code_of_a_model_is_ever_trusted():
                 refused += 1
         shown = path.name == "model_card.py"  # in an example for the reader
         assert text.count("trust_remote_code") == refused + shown, path
+
+
+@pytest.mark.parametrize("module", ["llm2vec_gen_jax", "llm2vec_gen_jax.commands.__main__"])
+def test_a_system_without_file_locks_is_refused_on_import(module):
+    hidden = f"import sys; sys.modules['fcntl'] = None; import {module}"  # Windows has no such module
+    ended = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    reason = "llm2vec_gen_jax needs Linux or macOS (POSIX file locks): on Windows, run it in WSL"
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1] == f"ImportError: {reason}"
+    assert "During handling" not in ended.stderr
 
 
 # The one script
@@ -223,6 +275,11 @@ def test_the_wheel_is_whole_and_runs_where_no_checkout_is(tmp_path, model_folder
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = tracked("llm2vec_gen_jax") | {f"llm2vec_gen_jax/{name}" for name in tracked("configs")}
     assert {name for name in held if ".dist-info/" not in name} == wanted
+    licenses = {name.partition(".dist-info/licenses/")[2] for name in held if ".dist-info/licenses/" in name}
+    assert licenses == {"LICENSE", "NOTICE", "LICENSES/Apache-2.0.txt"}
+    [metadata] = [name for name in held if name.endswith(".dist-info/METADATA")]
+    described = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "\n# llm2vec_gen_jax\n" in described and "](docs/" not in described
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)

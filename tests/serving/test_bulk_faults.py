@@ -157,7 +157,7 @@ def cut(content, random):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, finished, capsys):
+def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, finished, messages):
     """All kinds of files except the records of the run."""
     write_texts(tmp_path)
     arguments = {"precision": "int8", "save_soft_prompts": True}
@@ -180,7 +180,7 @@ def test_damaged_files_are_encoded_again(model_folder, tmp_path, monkeypatch, fi
             encode_corpus(model_folder, options)
             assert bytes_of(tmp_path / out) == expected
             if name.endswith(".npy"):
-                assert f"{path}: missing or damaged" in capsys.readouterr().out
+                assert f"{path}: missing or damaged" in messages()
 
 
 # Bad input on the command line

@@ -58,13 +58,13 @@ def _flip(path):
         lambda path: path.with_suffix(".json").write_text("{"),
     ],
 )
-def test_kept_targets_that_are_not_what_was_written_are_computed_again(tiny, tiny_folder, responses, damage, capsys):
+def test_kept_targets_that_are_not_what_was_written_are_computed_again(tiny, tiny_folder, responses, damage, messages):
     first = computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
     damage(file)
     again = computed(tiny(FAMILY), tiny_folder, responses)
     np.testing.assert_array_equal(again, first)
-    assert f"{file}: modified after it was written, or without a record; computed again" in capsys.readouterr().out
+    assert f"{file}: modified after it was written, or without a record; computed again" in messages()
     assert kept(responses) == [file]
     np.testing.assert_array_equal(np.load(file), first)
 
@@ -100,7 +100,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tiny, tiny_folder, 
         assert kept(responses) == [file]
 
 
-def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, monkeypatch, capsys):
+def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, monkeypatch, messages):
     computed(tiny(FAMILY), tiny_folder, responses)
     (file,) = kept(responses)
     file.unlink()
@@ -109,7 +109,7 @@ def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, mo
     monkeypatch.setattr(preemption, "_asked", True)
     with pytest.raises(preemption.Stopped, match="stopped as asked, while another process computes the targets"):
         computed(tiny(FAMILY), tiny_folder, responses)
-    assert "waiting for another process" in capsys.readouterr().out
+    assert "waiting for another process" in messages()
     other.release()
 
 

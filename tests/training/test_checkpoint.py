@@ -66,7 +66,7 @@ def remove(path, random):
 
 
 @pytest.mark.parametrize("damage", [flip, cut, remove])
-def test_what_is_damaged_is_never_restored(saved, tmp_path, damage, capsys):
+def test_what_is_damaged_is_never_restored(saved, tmp_path, damage, messages):
     files = sorted(
         path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file() and path.stat().st_size
     )
@@ -78,7 +78,7 @@ def test_what_is_damaged_is_never_restored(saved, tmp_path, damage, capsys):
         damage(folder / files[seed % len(files)], random)
         state, step = restore(folder)[1]
         assert_equal_trees(state, state_of(step))  # harmless (2), or the older one (1): never anything else
-        said = capsys.readouterr().out
+        said = messages()
         assert (step == 1) == (f"{folder / '2'}: damaged (" in said)
         assert (step == 1) == any(folder.glob("_damaged/2.*"))
         refused += step == 1

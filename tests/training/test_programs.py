@@ -116,9 +116,9 @@ def test_chunks_of_logits_grow_with_the_memory(monkeypatch):
     assert step_memory.chunk_tokens(narrow, execution) == 2048
 
 
-def test_a_profile_is_written_and_changes_nothing(run, capsys):
+def test_a_profile_is_written_and_changes_nothing(run, messages):
     folder = run("train.steps=4", "train.profile=2:3")
-    assert f"profile: {folder / 'profile'}" in capsys.readouterr().out.replace("run/profile", str(folder / "profile"))
+    assert f"profile: {folder / 'profile'}" in messages().replace("run/profile", str(folder / "profile"))
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
     run("train.steps=4", "train.profile=null")  # a finished run: what is profiled is not part of it

@@ -96,7 +96,7 @@ def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, question
     np.testing.assert_allclose(*found, atol=0.02 * spread)
 
 
-def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp_path, capsys, monkeypatch):
+def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp_path, messages, monkeypatch):
     path, texts = questions
     targets = np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32)
     np.save(tmp_path / "targets.npy", targets)
@@ -112,14 +112,14 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
     assert (
         run("solved", "train.steps=1", "train.ridge_examples=96")[0]["alignment_loss"] < plain[0]["alignment_loss"] / 5
     )
-    assert "alignment head: solved on 96 examples" in capsys.readouterr().out
+    assert "alignment head: solved on 96 examples" in messages()
     monkeypatch.setattr(ridge, "solve_alignment_head", None)  # a resumed run does not ask for it
     assert len(run("solved", "train.steps=2", "train.ridge_examples=96")) == 2
     with pytest.raises(InputError, match="holds another run .train.ridge_examples: 96 -> 0"):
         run("solved", "train.steps=3")
 
 
-def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder, questions, tmp_path, capsys):
+def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder, questions, tmp_path, messages):
     path, texts = questions
     np.save(tmp_path / "targets.npy", np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32))
     words = (*WORDS, f"data.responses={path}", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}")
@@ -130,12 +130,12 @@ def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder,
     first = run("first", "train.steps=1")
     solve = (f"train.init_from={first}", "train.steps=0", "train.ridge_examples=96")
     second = run("second", *solve)
-    assert "alignment head: solved on 96 examples" in capsys.readouterr().out
+    assert "alignment head: solved on 96 examples" in messages()
     before, after = (read_model_directory(folder) for folder in (first, second))
     np.testing.assert_array_equal(before.tokens_MD, after.tokens_MD)
     np.testing.assert_array_equal(before.reconstruction["kernel"], after.reconstruction["kernel"])
     assert np.abs(before.alignment["kernel"] - after.alignment["kernel"]).max() > 1e-3
-    assert run("second", *solve) == second and "already finished" in capsys.readouterr().out
+    assert run("second", *solve) == second and "already finished" in messages()
     with pytest.raises(InputError, match="train.steps=0: nothing to train. Set train.ridge_examples"):
         run("third", "train.steps=0")
 

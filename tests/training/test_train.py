@@ -165,11 +165,11 @@ def test_a_run_killed_after_its_last_step_only_writes_the_model(run, finished):
     assert records_of(finished) == metrics
 
 
-def test_a_finished_run_says_so_and_does_nothing(run, finished, capsys):
+def test_a_finished_run_says_so_and_does_nothing(run, finished, messages):
     before = {path: path.stat().st_mtime_ns for path in [finished / "metrics.jsonl", *(finished / "model").rglob("*")]}
-    capsys.readouterr()
+    messages()
     run("train.steps=2")
-    assert "model: already finished" in capsys.readouterr().out
+    assert "model: already finished" in messages()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

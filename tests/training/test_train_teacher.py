@@ -273,11 +273,11 @@ def test_without_a_corpus_the_backbone_writes_it(place):
     assert settings["r"] == 16 and len(settings["target_modules"]) == 7
 
 
-def test_what_fits_the_device_decides_what_the_backward_pass_keeps(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_what_fits_the_device_decides_what_the_backward_pass_keeps(tiny_folder, tmp_path, monkeypatch, messages):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("corpus.txt").write_text("\n".join(SENTENCES * 4))
     words = (*WORDS, f"backbone.path={tiny_folder('qwen3')}", "mntp.steps=1", "simcse.steps=0", "train.overwrite=true")
     for limit, expected in ((1e12, 0), (1, 1)):
         monkeypatch.setattr(memory, "limit", lambda mesh, limit=limit: limit)
         train_teacher(options.load(config.TeacherTrainConfig, None, words), show_progress=False)
-        assert capsys.readouterr().out.count("train.remat=block, chosen by the memory of the largest batch") == expected
+        assert messages().count("train.remat=block, chosen by the memory of the largest batch") == expected
