@@ -1,8 +1,12 @@
 """Shared by all tests: fake devices, tiny random backbones of every family, the real default backbone."""
 
+import gc
 import os
+import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several threads of PyTorch or a BLAS spin at barriers: many times slower beside other workers. Children inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Most of the time of the tests goes into compiling tiny programs, which LLVM need not polish; children of the tests
 # inherit it. The real model meets the published package in programs as users get them (`optimized`).
@@ -18,9 +22,12 @@ from llm2vec_gen_jax.pretrained.backbone import load_backbone  # noqa: E402
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder  # noqa: E402
 from tests.helpers.tiny import tiny_tokenizer  # noqa: E402
 
+# Garbage collection takes a sixth of the time of tracing otherwise, more with every module and program that is loaded.
+gc.set_threshold(50_000)
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled-tests"))
 
+TESTS = pathlib.Path(__file__).parent
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -29,6 +36,26 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+# The files that take longest (over 20 s of one core), longest first: they start first, so that no worker is left alone
+# with one of them at the end.
+LONGEST = """
+parity/test_parity planning/test_accelerators parity/test_convert parallel/test_preemption parallel/test_multihost
+serving/test_bulk_faults integrations/test_convert_command experiments/test_study commands/test_bad_input
+training/test_supervised common/test_locks pretrained/test_tokenizer planning/test_plan training/test_train_teacher
+model/test_backbone training/test_train lens/test_lens model/test_attention parallel/test_sharding
+integrations/test_sentence_transformers_folder training/test_programs parallel/test_devices inference/test_overflow
+teachers/test_teacher inference/test_encode project/test_docs_run inference/test_respond inference/test_generate
+""".split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # `--dist loadfile` keeps the order of the files
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
 
 
 def one_device_mesh():
@@ -186,12 +213,10 @@ def smollm2():
 @pytest.fixture(scope="session")
 def smollm2_torch(smollm2, tmp_path_factory):
     """The real default backbone in torch, float32, by way of a saved Hugging Face folder."""
-    import torch
     import transformers
 
     from llm2vec_gen_jax.formats import hf
 
-    torch.set_num_threads(1)  # several spin at barriers: many times slower on a busy machine
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
     hf.save(folder, smollm2.frozen, smollm2.architecture, smollm2.tokenizer.save, smollm2.tokenizer.stop_ids)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()

@@ -7,7 +7,7 @@ import socket
 import jax
 
 ROOT = pathlib.Path(__file__).parents[2]
-_WITHOUT_TORCH = ROOT / "tests" / "helpers" / "without_torch"
+WITHOUT_TORCH = ROOT / "tests" / "helpers" / "without_torch"
 
 
 def environment(devices=1, torch=False, **variables):
@@ -16,7 +16,7 @@ def environment(devices=1, torch=False, **variables):
     torch: whether PyTorch can be imported. transformers imports it where it can, which takes longer than most of what
     these processes do.
     """
-    paths = [ROOT] if torch else [_WITHOUT_TORCH, ROOT]
+    paths = [ROOT] if torch else [WITHOUT_TORCH, ROOT]
     return (
         os.environ
         | {

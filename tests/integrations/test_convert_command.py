@@ -33,7 +33,7 @@ def wait(process):
     return process.returncode, out, err
 
 
-def test_verify_prints_a_table_and_fails_on_a_changed_value(launch, model_folder, tmp_path):
+def test_verify_prints_a_table_and_fails_on_a_changed_value(launch, command, model_folder, tmp_path):
     code, out, err = wait(launch(tmp_path, "convert", "verify", str(model_folder), torch=True))
     assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
     assert "transformers" in out and "What is the capital of France?" in out
@@ -47,11 +47,9 @@ def test_verify_prints_a_table_and_fails_on_a_changed_value(launch, model_folder
     config["vocab_size"] = ours.backbone.architecture.vocab_size
     published.write(path, record, tokenizer, config, "")
     (path / "alignment_mlp.safetensors").write_bytes((model_folder / "alignment_mlp.safetensors").read_bytes())
-    code, out, err = wait(launch(tmp_path, "convert", "verify", str(path), torch=True))
-    assert code == 2 and "alignment_mlp.safetensors: projection.bias differs" in err
+    check_error(command("convert verify", path), "alignment_mlp.safetensors: projection.bias differs")
     (path / "alignment_mlp").unlink()  # only the safetensors copy remains, which PyTorch does not read
-    code, out, err = wait(launch(tmp_path, "convert", "verify", str(path), torch=True))
-    assert code == 2 and "PyTorch" in err and "cannot read it" in err
+    check_error(command("convert verify", path), "PyTorch", "cannot read it")
 
 
 def test_a_difference_fails(model_folder, tmp_path):
@@ -80,22 +78,20 @@ def test_missing_packages_are_not_compared(command, model_folder, tmp_path):
         verify(model_folder, "/nowhere/python")
 
 
-def test_from_and_to_pytorch(launch, model_folder, tmp_path):
-    code, out, err = wait(launch(tmp_path, "convert", "from_pytorch", str(model_folder), "output=here"))
+def test_from_and_to_pytorch(launch, command, model_folder, tmp_path):
+    code, out, err = wait(launch(tmp_path / "here", "convert", "from_pytorch", str(model_folder), "output=ours"))
     assert code == 0, err
-    same_trees(load(tmp_path / "here").trainable, load(model_folder).trainable)
+    same_trees(load("ours").trainable, load(model_folder).trainable)
     arguments = ("output=there", "backbone_output=llm", "merged=merged", "torch_dtype=bfloat16")
-    code, out, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", *arguments))
+    code, out, err = command("convert to_pytorch", "ours", *arguments)
     assert code == 0 and "written: merged" in out, err
-    run = yaml.safe_load((tmp_path / "there" / "run_config.yml").read_text())
-    assert run["torch_dtype"] == "bfloat16" and run["model_name_or_path"] == str(tmp_path / "llm")
-    same_trees(load(tmp_path / "there").trainable, load(model_folder).trainable)
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-    code, _, err = wait(launch(tmp_path, "convert", "to_pytorch", "here", "output=there"))
-    assert code == 2 and "output=there: already exists" in err
-    code, _, err = wait(launch(tmp_path, "convert", "verfy", "here"))
-    assert code == 2 and "did you mean 'verify'" in err
-    code, out, _ = wait(launch(tmp_path, "convert", "--help"))
+    run = yaml.safe_load(pathlib.Path("there/run_config.yml").read_text())
+    assert run["torch_dtype"] == "bfloat16" and run["model_name_or_path"] == os.path.abspath("llm")
+    same_trees(load("there").trainable, load(model_folder).trainable)
+    assert os.path.exists("merged/model.safetensors")
+    check_error(command("convert to_pytorch", "ours", "output=there"), "output=there: already exists")
+    check_error(command("convert verfy", "ours"), "did you mean 'verify'")
+    code, out, _ = command("convert", "--help")
     assert code == 0 and all(f"convert {name} MODEL" in out for name in ("from_pytorch", "to_pytorch", "verify"))
 
 

@@ -2,22 +2,21 @@
 
 import importlib.metadata
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from llm2vec_gen_jax.parallel import devices
+from tests.helpers.processes import ROOT, WITHOUT_TORCH
 
-ROOT = pathlib.Path(__file__).parents[2]
 PLUGIN = "jax-cuda13-plugin"
 
 
 def start(folder, *words, path=(), **variables):
     """Runs a command that computes on whatever device there is. Returns (exit code, its errors)."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))} | variables
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, WITHOUT_TORCH, ROOT)))} | variables
     command = [sys.executable, "-m", "launch.decode", str(folder), "text=a", "max_new_tokens=2", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr

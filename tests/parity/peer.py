@@ -1,6 +1,7 @@
-"""The published PyTorch package in an environment of its own: `python -m tests.peer` makes it and prints its Python.
+"""The published PyTorch package in an environment of its own.
 
-Kept in .cache/peer of the checkout, or at $LLM2VEC_GEN_PEER_PYTHON.
+`python -m tests.parity.peer` makes it and prints its Python. It is kept in .cache/peer of the
+checkout, or is that of $LLM2VEC_GEN_PEER_PYTHON.
 """
 
 import os
@@ -25,7 +26,7 @@ def python():
     wanted = REQUIREMENTS.read_text() + "\n".join(WITHOUT_DEPENDENCIES)
     if not done.exists() or done.read_text() != wanted:
         venv.create(folder, clear=True, with_pip=True)
-        pip = [str(executable), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(executable), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True, capture_output=True, text=True)
         subprocess.run([*pip, "--no-deps", *WITHOUT_DEPENDENCIES], check=True, capture_output=True, text=True)
         done.write_text(wanted)

@@ -2,7 +2,7 @@
 
 It runs in an environment of its own (llm2vec-gen 0.1.3, transformers 4.56.2, peft 0.18.0, torch on CPU):
 
-    python peer_reference.py MODEL_DIR REQUEST.json OUT.npz
+    python peer_reference.py MODEL_DIR REQUEST.json OUT.npz [MODEL_DIR REQUEST.json OUT.npz ...]
 
 MODEL_DIR is a float32 model directory in the published layout. REQUEST.json holds
 
@@ -173,7 +173,7 @@ def trajectory(model, batch, targets, request):
 
 
 def main(model_dir, request_path, out_path):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     request = json.loads(Path(request_path).read_text())
@@ -192,6 +192,7 @@ def main(model_dir, request_path, out_path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) < 4 or len(sys.argv) % 3 != 1:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    for first in range(1, len(sys.argv), 3):
+        main(*sys.argv[first : first + 3])

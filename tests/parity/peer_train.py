@@ -2,7 +2,7 @@
 
 It runs in the package's own environment (llm2vec-gen 0.1.3, transformers 4.56.2, peft 0.18.0, torch on CPU):
 
-    python peer_train.py REQUEST.json OUT.npz
+    python peer_train.py REQUEST.json OUT.npz [REQUEST.json OUT.npz ...]
 
 REQUEST.json holds backbone, dtype, num_tokens (trained), num_read (by the heads), width (of the embedding), lora_rank,
 source (a model directory to go on from, or null), checkpoint (new: OUTPUT/NAME/checkpoint-N), steps, pairs
@@ -116,6 +116,7 @@ def main(request_path, out_path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3 or len(sys.argv) % 2 != 1:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    for first in range(1, len(sys.argv), 2):
+        main(*sys.argv[first : first + 2])

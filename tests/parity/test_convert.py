@@ -35,16 +35,22 @@ def backbone_folder(request, name, folder):
     return str(folder)
 
 
-def train_in_pytorch(peer_python, folder, **asked):
-    """Lets the published package train and save. Returns (the checkpoint, what it says of it)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "outputs" / "run" / "checkpoint-2"
-    (folder / "request.json").write_text(json.dumps(ASKED | asked | {"checkpoint": str(checkpoint)}))
+def train_in_pytorch(peer_python, runs):
+    """Lets one process of the published package train and save. runs: {folder: what is asked}.
+
+    Returns [(checkpoint, what the package says of it)].
+    """
+    files, checkpoints = [], []
+    for folder, asked in runs.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.append(folder / "outputs" / "run" / "checkpoint-2")
+        request = ASKED | asked | {"checkpoint": str(checkpoints[-1])}
+        (folder / "request.json").write_text(json.dumps(request))
+        files += [folder / "request.json", folder / "out.npz"]
     script = pathlib.Path(__file__).with_name("peer_train.py")
-    command = [peer_python, script, folder / "request.json", folder / "out.npz"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run([peer_python, script, *files], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return checkpoint, dict(np.load(folder / "out.npz"))
+    return [(checkpoint, dict(np.load(numbers))) for checkpoint, numbers in zip(checkpoints, files[1::2])]
 
 
 # What the published training saves
@@ -58,16 +64,25 @@ VARIANTS = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "qwen3-20" else name for name in VARIANTS]
+@pytest.fixture(scope="module")
+def trained(peer_python, tiny, smollm2, tmp_path_factory):
+    """{variant: (checkpoint of the published package's training, its own numbers, the request)}."""
+    runs = {}
+    for name, variant in VARIANTS.items():
+        folder = tmp_path_factory.mktemp("there")
+        export.save_backbone(smollm2 if name == "smollm2" else tiny(name.split("-")[0]), folder / "backbone")
+        runs[folder] = ASKED | variant | {"backbone": str(folder / "backbone"), "steps": 1}
+    return {
+        name: (*made, asked) for name, made, asked in zip(VARIANTS, train_in_pytorch(peer_python, runs), runs.values())
+    }
 
 
-@pytest.fixture(scope="module", params=SLOW)
-def made_there(request, peer_python, tmp_path_factory):
+@pytest.fixture(scope="module", params=VARIANTS)
+def made_there(request, trained):
     """(checkpoint of the published package's training, its own numbers, the request) of each family."""
-    folder = tmp_path_factory.mktemp("there")
-    backbone = backbone_folder(request, request.param.split("-")[0], folder / "backbone")
-    asked = VARIANTS[request.param] | {"backbone": backbone, "steps": 1}
-    return *train_in_pytorch(peer_python, folder, **asked), ASKED | asked
+    if request.param == "smollm2":
+        request.getfixturevalue("optimized")
+    return trained[request.param]
 
 
 def test_what_the_published_training_saves_gives_the_same_vectors_here(made_there):
@@ -101,7 +116,7 @@ def test_every_number_of_it_arrives_and_leaves_unchanged(made_there, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_checkpoint_in_half_precision(request, peer_python, tmp_path, dtype):
     backbone = backbone_folder(request, "qwen3", tmp_path / "backbone")
-    checkpoint, theirs = train_in_pytorch(peer_python, tmp_path, backbone=backbone, dtype=dtype)
+    [(checkpoint, theirs)] = train_in_pytorch(peer_python, {tmp_path: {"backbone": backbone, "dtype": dtype}})
     ours = load(checkpoint)
     np.testing.assert_array_equal(ours.trainable["tokens"], theirs["tokens"])
     np.testing.assert_array_equal(ours.trainable["alignment"]["kernel"].T, theirs["alignment_weight"])
@@ -116,7 +131,7 @@ def test_trained_on_in_pytorch_and_back(request, peer_python, tmp_path):
     before = new_model(load_backbone(backbone, "float32", one_device_mesh()), thoughts=0)
     before.save_pretrained(tmp_path / "model")
     more = {"backbone": backbone, "source": str(tmp_path / "model"), "steps": 2}
-    checkpoint, theirs = train_in_pytorch(peer_python, tmp_path / "there", **more)
+    [(checkpoint, theirs)] = train_in_pytorch(peer_python, {tmp_path / "there": more})
     after = load(checkpoint)
     np.testing.assert_allclose(after.encode(ASKED["texts"]), theirs["embeddings"], atol=1e-4, rtol=0)
     for name, array in (("tokens", "tokens"), ("alignment_bias", "alignment")):

@@ -55,41 +55,55 @@ REQUEST = {
     "decode_texts": TEXTS[:3],
     "max_new_tokens": 12,
 }
+# Of the real model. AdamW's first steps are signs of gradients: on it a large rate turns rounding into other losses
+# within a few steps, so it takes the published rate and warm-up. Its texts are cut earlier, which takes less time.
+REAL = {"learning_rate": 5e-4, "warmup_steps": 100, "schedule_steps": 20_000, "max_length": 256}
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "qwen3-lora", "smollm2"])
-def both(request, peer_python, tmp_path_factory):
-    """(ours: LLM2VecGen of the directory, theirs: the published package's numbers, targets) of one backbone."""
-    folder = tmp_path_factory.mktemp(f"parity-{request.param}")
-    if request.param == "smollm2":
-        request.getfixturevalue("optimized")
-        source = request.getfixturevalue("smollm2")
-    else:
-        source = request.getfixturevalue("tiny")(request.param.removesuffix("-lora"))
+BACKBONES = ("llama3", "qwen2", "qwen3", "qwen3-lora", "smollm2")
+
+
+def write_model(folder, source, rank):
+    """Writes a backbone and a model directory on it, targets and the request into a folder."""
     # transformers 4.56 cannot read what 5 saves, nor a GGUF: both sides read the folder that we write.
     hf.save(folder / "backbone", source.frozen, source.architecture, source.tokenizer.save, source.tokenizer.stop_ids)
     backbone = load_backbone(str(folder / "backbone"), "float32", one_device_mesh())
     E = 24
-    rank = 4 if request.param.endswith("-lora") else 0
     model = LLM2VecGenModel(backbone.architecture, 10, 2, E, lora_rank=rank, lora_scale=2.0 * bool(rank))
     trainable = model.init(jax.random.key(1), backbone.frozen)
     if rank:  # a fresh LoRA changes nothing yet
         grown = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), trainable["lora"])
         trainable["lora"] = grown
     model_directory.save(folder / "model", model, trainable, backbone, {})
-    targets = np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32)
-    np.save(folder / "targets.npy", targets)
-    # AdamW's first steps are signs of gradients: on the real model a large rate turns rounding into other losses
-    # within a few steps, so it takes the published rate and warm-up.
-    published = {"learning_rate": 5e-4, "warmup_steps": 100, "schedule_steps": 20_000}
-    asked = REQUEST | (published if request.param == "smollm2" else {})
-    (folder / "request.json").write_text(json.dumps(asked))
+    np.save(folder / "targets.npy", np.random.default_rng(0).normal(size=(len(PAIRS), E)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def answered(peer_python, tiny, smollm2, tmp_path_factory):
+    """{backbone: its folder} with a model, targets and the published package's numbers, from one process of it."""
+    folders = {name: tmp_path_factory.mktemp(f"parity-{name}") for name in BACKBONES}
+    arguments = []
+    for name, folder in folders.items():
+        source = smollm2 if name == "smollm2" else tiny(name.removesuffix("-lora"))
+        write_model(folder, source, 4 if name.endswith("-lora") else 0)
+        (folder / "request.json").write_text(json.dumps(REQUEST | (REAL if name == "smollm2" else {})))
+        arguments += [folder / "model", folder / "request.json", folder / "out.npz"]
     script = pathlib.Path(__file__).with_name("peer_reference.py")
-    arguments = [folder / "model", folder / "request.json", folder / "out.npz"]
     result = subprocess.run([peer_python, script, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return folders
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def both(request, answered):
+    """(ours: LLM2VecGen of the directory, theirs: the published package's numbers, targets) of one backbone."""
+    if request.param == "smollm2":
+        request.getfixturevalue("optimized")
+    folder = answered[request.param]
     ours = LLM2VecGen.from_pretrained(folder / "model", dtype="float32", mesh=one_device_mesh())
-    return ours, dict(np.load(folder / "out.npz")) | {"asked": asked, "real": request.param == "smollm2"}, targets
+    asked = json.loads((folder / "request.json").read_text())
+    theirs = dict(np.load(folder / "out.npz")) | {"asked": asked, "real": request.param == "smollm2"}
+    return ours, theirs, np.load(folder / "targets.npy")
 
 
 def close(ours, theirs, relative):
@@ -116,7 +130,7 @@ def training_batch(ours, targets):
 
 def test_ids_are_those_of_the_published_package(both):
     ours, theirs, targets = both
-    ids = ours.backbone.tokenizer.encode(TEXTS, 512 - ours.model.num_appended)
+    ids = ours.backbone.tokenizer.encode(TEXTS, theirs["asked"]["max_length"] - ours.model.num_appended)
     for row, real in zip(ids, [r[m == 1] for r, m in zip(theirs["input_ids"], theirs["attention_mask"])]):
         assert row == real[: -ours.model.num_appended].tolist()
     examples, _ = training_batch(ours, targets)
@@ -129,7 +143,7 @@ def test_ids_are_those_of_the_published_package(both):
 
 def test_embeddings_and_soft_prompts(both):
     ours, theirs, _ = both
-    embeddings, soft_prompts = ours.encode(TEXTS, max_length=512, return_soft_prompts=True)
+    embeddings, soft_prompts = ours.encode(TEXTS, max_length=theirs["asked"]["max_length"], return_soft_prompts=True)
     np.testing.assert_allclose(embeddings, theirs["embeddings"], atol=1e-4, rtol=0)
     close(soft_prompts, theirs["soft_prompts"], 1e-4)  # of a residual stream, whose rounding is that of its largest
 

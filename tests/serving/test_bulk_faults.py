@@ -37,9 +37,9 @@ def run_in_process(process):
     [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))],
 )
 def test_a_resumed_run_writes_the_same_bytes(model_folder, tmp_path, launch, how):
-    texts = [f"{number} " + "word " * (number * 13 % 60) for number in range(1200)]
+    texts = [f"{number} " + "word " * (number * 13 % 60) for number in range(600)]
     write_texts(tmp_path, texts)
-    arguments = [str(model_folder), "input=texts.jsonl", "shard_size=60", "batch_size=4", "precision=int8"]
+    arguments = [str(model_folder), "input=texts.jsonl", "shard_size=30", "batch_size=4", "precision=int8"]
     killed = launch(tmp_path, "encode", *arguments, "output=killed")
     while len(list(tmp_path.glob("killed/embeddings-*"))) < 4:
         assert killed.poll() is None, killed.communicate()
