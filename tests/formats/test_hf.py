@@ -1,5 +1,6 @@
 """Hugging Face folders: what transformers loads is loaded as the same numbers, and what is saved loads there."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -140,7 +141,7 @@ def test_a_setting_that_is_not_implemented_is_named(values):
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = dict.fromkeys(sizes, 8) | {"model_type": "llama", "head_dim": 8} | values
     with pytest.raises(
-        InputError, match="config.json: (partial_rotary_factor|tie_word_embeddings|is_causal)='?(0.5|false|False)"
+        InputError, match="config.json: (partial_rotary_factor|tie_word_embeddings|is_causal)=.* is not supp"
     ):
         architecture_lib.from_hf_config(config, "config.json")
 

@@ -125,7 +125,7 @@ def test_the_rules_of_the_installed_peft():
     "pattern",
     [
         *("(.*)*z", "(.+)+z", "((a|.)*)*z", "(.?){30}z", ".*" * 10 + "z", "(?=(.*)*z)q", "(?:.|.)*z", ".?" * 40 + "z"),
-        "".join(f"({letter}|{letter}|{letter})" for letter in "layers.0.self_attn.q_proj") + "z",
+        "".join(f"({letter}|{letter}?.?)" for letter in "model.layers.0.self_attn.q_proj") + "z",
         "(?i)" + "[\u0100-\U0010ffff]" * 300 + "z",  # takes long to compile
         "(" * 9999,
         "(?i)q_proj",
@@ -139,7 +139,7 @@ def test_patterns_that_take_for_ever_are_refused(tiny, tmp_path, pattern):
         settings = {"layers_to_transform": [0]} if key == "layers_pattern" else {}
         adapter = write_adapter(tmp_path / key, LORA | settings | {key: value}, {(0, "self_attn.q_proj"): 4})
         start = time.monotonic()
-        with pytest.raises(InputError, match=f"adapter_config.json: {key}|excludes it"):
+        with pytest.raises(InputError, match=f"adapter_config.json: {key}"):
             peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
         assert time.monotonic() - start < 30  # of which one second of CPU time
 
