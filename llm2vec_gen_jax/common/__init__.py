@@ -1,1 +1,1 @@
-"""Errors, atomic and locked files, JSON Lines, progress bars: nothing of the method."""
+"""Errors, atomic and locked files, JSON Lines, progress bars, subprocesses with limits: nothing of the method."""

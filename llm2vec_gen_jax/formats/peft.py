@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping
-from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import einops
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import atomic_directory, check_file, read_json, sha256_file, write_json
+from llm2vec_gen_jax.common.limited import run_limited
 from llm2vec_gen_jax.formats.weights import TABLE, axes
 from llm2vec_gen_jax.model import lora
 from llm2vec_gen_jax.model.architecture import Architecture
@@ -37,7 +37,28 @@ _KEY = re.compile(r"(?:base_model\.model\.)?((?:model\.)?layers\.([0-9]{1,9})\.(
 _MODULE_FILTERS = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
 # Regular expressions that peft builds from patterns.
 _OVERRIDE, _IN_LAYERS = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-_MAX_NAME_LENGTH, _MAX_REGEX_STEPS = 60, 1e9  # characters; see `_backtracking`
+_PLAIN_PATTERN = re.compile(r"[\w.^$-]*", re.ASCII)  # without alternatives and repetition: matched in linear time
+_MATCH_SECONDS = 1  # CPU time to compile and match the patterns of a field; they take milliseconds
+_MATCH = """
+import re
+
+def run(request):
+    patterns, names = request
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return str(error)
+        for name in names:
+            compiled.match(name), compiled.fullmatch(name)
+"""
+_FORMS = {  # fields with regular expressions, and what peft makes of them
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "layers_pattern": _IN_LAYERS,
+    "rank_pattern": _OVERRIDE,
+    "alpha_pattern": _OVERRIDE,
+}
 _MODULES = {
     name.removeprefix("model.layers.{}.").removesuffix(".weight"): (path.split("/")[1], pattern)
     for path, (name, pattern) in TABLE.items()
@@ -93,64 +114,34 @@ def check(config: dict[str, Any], file: str | os.PathLike[str], ignore: Collecti
         if key not in (*_IGNORED_OR_READ, *ignore) and (value not in _PLAIN_LORA[key] if key in _PLAIN_LORA else value):
             raise InputError(f"{file}: {key}={value!r} is not supported")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)):
+        if not _is_number(config.get(key)):
             raise InputError(f"{file}: {key} is missing or not a number")
+    if config.get("use_rslora") not in (None, True, False):
+        raise InputError(f"{file}: use_rslora must be true or false")
     for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key) and not _are_patterns(config[key]):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
             raise InputError(f"{file}: {key} must map regular expressions to numbers")
     for key, kind in _MODULE_FILTERS.items():
-        value = config.get(key)
-        patterns = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
-        form = _IN_LAYERS if key == "layers_pattern" else "{}"
-        if not _are_names(value, kind) or not all(_is_regex(form.format(pattern)) for pattern in patterns or []):
-            raise InputError(f"{file}: {key}={value!r} is not a valid name, pattern or list")
+        if not _are_names(config.get(key), kind):
+            raise InputError(f"{file}: {key}={config[key]!r} is not a valid name, pattern or list")
     return config
 
 
-def _are_patterns(value):
-    if not isinstance(value, dict) or not all(isinstance(number, (int, float)) for number in value.values()):
-        return False
-    return all(_is_regex(_OVERRIDE.format(key)) for key in value)
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_regex(value):
-    """Whether a text is a valid regular expression without catastrophic backtracking on a module name."""
-    try:
-        return bool(re.compile(value)) and _steps(*_backtracking(_parser.parse(value))) < _MAX_REGEX_STEPS
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
-def _backtracking(tree):
-    """Returns (n, m) of a parsed pattern: matching takes at most m times the number of ways to split a name into n + 1
-    pieces."""
-    pieces, factor = 0, 1.0
-    for operation, argument in tree:
-        match str(operation):
-            case "BRANCH":
-                parts = [_backtracking(part) for part in argument[1]]
-                more, times = max(part[0] for part in parts), sum(part[1] for part in parts)
-            case "SUBPATTERN" | "ASSERT" | "ASSERT_NOT":
-                more, times = _backtracking(argument[-1])
-            case "ATOMIC_GROUP":
-                more, times = _backtracking(argument)
-            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
-                least, most, item = argument
-                (more, times), (width, widest) = _backtracking(item), item.getwidth()
-                if (more, times) == (0, 1) and width == widest:  # as in .* and [0-9]+
-                    more, times = (1, 1) if most - least > 1 else (0, most - least + 1)
-                else:
-                    more, times = 0, (_steps(more, times) + 1) ** min(int(most), 30)
-            case "GROUPREF_EXISTS":
-                more, times = 0, math.inf
-            case _:
-                continue
-        pieces, factor = min(pieces + more, 60), min(factor * times, 1e30)
-    return pieces, factor
-
-
-def _steps(pieces, factor):
-    return min(math.comb(_MAX_NAME_LENGTH + pieces, pieces) * factor, 1e10)
+def _check_patterns(config, names, source):
+    """Raises InputError for a field with an invalid regular expression, or one that takes too long to match `names`."""
+    for key, form in _FORMS.items():
+        value = config.get(key) or []
+        if isinstance(value, list) and key != "layers_pattern":
+            continue  # names
+        given = [value] if isinstance(value, str) else list(value)
+        patterns = [form.format(pattern) for pattern in given if not _PLAIN_PATTERN.fullmatch(pattern)]
+        if patterns and (reason := " ".join(filter(None, run_limited(_MATCH, [patterns, names], _MATCH_SECONDS)))):
+            raise InputError(f"{source}: adapter_config.json: {key}: a regular expression cannot be used ({reason})")
 
 
 def _are_names(value, kind=str):
@@ -178,7 +169,9 @@ def read(
     """
     tree = {}
     sizes = lora.kernel_dims(architecture)
-    for module, factors in _by_module(tensors, architecture, source).items():
+    modules = _by_module(tensors, architecture, source)
+    _check_patterns(config, sorted({pair["name"] for pairs in modules.values() for pair in pairs.values()}), source)
+    for module, factors in modules.items():
         name, pattern = _MODULES[module]
         inner, outer = sizes[name]
         shape = (int(np.prod(outer)), int(np.prod(inner)))

@@ -21,10 +21,9 @@ def l2_normalize(x: np.ndarray) -> NDArray[np.float32]:
     """Returns vectors (..., E) of unit length; zero vectors stay zero."""
     squares = np.einsum("...e,...e->...", x, x, dtype=np.float64)  # float32 would overflow or underflow
     norms = np.sqrt(np.where(squares > 0, squares, 1))
-    units: NDArray[np.float32] = np.divide(
-        x, norms[..., None], out=np.empty(np.shape(x), np.float32), casting="same_kind"
-    )
-    return units
+    unit = np.empty(np.shape(x), np.float32)
+    np.divide(x, norms[..., None], out=unit, casting="same_kind")  # in float64, piece by piece
+    return unit
 
 
 def ranges_of(embeddings: np.ndarray) -> np.ndarray:

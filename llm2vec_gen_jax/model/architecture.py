@@ -72,6 +72,7 @@ _SUPPORTED: dict[str, tuple] = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
+    "is_causal": (True,),
     "tie_word_embeddings": (False, True),
 }
 
@@ -88,11 +89,11 @@ def from_hf_config(config: Mapping[str, Any], source: object) -> Architecture:
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"{source}: layer_types with other than full_attention is not supported")
-    scaling: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 stores theta and scaling in the second
+    for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise InputError(f"{source}: {key}={config[key]!r} is not an object")
-        scaling |= config.get(key) or {}
+    # transformers 5 stores theta and scaling in rope_parameters; of files with both it reads rope_scaling only.
+    scaling: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
     for key, allowed in _SUPPORTED.items():
         if (value := (config | scaling).get(key, allowed[0])) not in allowed:
             raise InputError(f"{source}: {key}={value!r} is not supported (only {allowed[0]!r})")

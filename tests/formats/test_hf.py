@@ -1,5 +1,6 @@
 """Hugging Face folders: what transformers loads is loaded as the same numbers, and what is saved loads there."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -133,13 +134,38 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family, key, how):
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         {"partial_rotary_factor": 0.5},
         {"tie_word_embeddings": "false"},
+        {"is_causal": False},  # transformers computes bidirectional attention
     ],
 )
 def test_a_setting_that_is_not_implemented_is_named(values):
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = dict.fromkeys(sizes, 8) | {"model_type": "llama", "head_dim": 8} | values
-    with pytest.raises(InputError, match="config.json: (partial_rotary_factor|tie_word_embeddings)='?(0.5|false)"):
+    with pytest.raises(
+        InputError, match="config.json: (partial_rotary_factor|tie_word_embeddings|is_causal)=.* is not supp"
+    ):
         architecture_lib.from_hf_config(config, "config.json")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "default"}, {}, None, LLAMA3])
+@pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 77.0}, {}, None, {"rope_theta": 5.0}])
+def test_of_two_rope_settings_that_of_transformers_applies(scaling, parameters):
+    from transformers import LlamaConfig
+
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = dict.fromkeys(sizes, 8) | {"head_dim": 8, "rope_scaling": scaling, "rope_parameters": parameters}
+    theirs = LlamaConfig(**copy.deepcopy(config)).rope_parameters
+    config["model_type"] = "llama"
+    if theirs["rope_type"] == "linear":
+        with pytest.raises(InputError, match="config.json: rope_type 'linear' is not supported"):
+            architecture_lib.from_hf_config(config, "config.json")
+    else:
+        ours = architecture_lib.from_hf_config(config, "config.json")
+        assert ours.rope_theta == theirs["rope_theta"]
+        assert (ours.rope_scaling is not None) == (theirs["rope_type"] == "llama3")
 
 
 @pytest.mark.parametrize("name, damage", [("model.norm.weight", "missing"), ("extra.weight", "unexpected")])

@@ -123,9 +123,10 @@ def test_the_rules_of_the_installed_peft():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(.*)*z", "(.+)+z", "((a|.)*)*z", "(.?){30}z", ".*" * 10 + "z", "(?=(.*)*z)q", "(?:.|.)*z", ".?" * 40 + "z"]
-    + [
-        "".join(f"({letter}|{letter}|{letter})" for letter in "layers.0.self_attn.q_proj") + "z",
+    [
+        *("(.*)*z", "(.+)+z", "((a|.)*)*z", "(.?){30}z", ".*" * 10 + "z", "(?=(.*)*z)q", "(?:.|.)*z", ".?" * 40 + "z"),
+        "".join(f"({letter}|{letter}?.?)" for letter in "model.layers.0.self_attn.q_proj") + "z",
+        "(?i)" + "[\u0100-\U0010ffff]" * 300 + "z",  # takes long to compile
         "(" * 9999,
         "(?i)q_proj",
     ],
@@ -140,7 +141,7 @@ def test_patterns_that_take_for_ever_are_refused(tiny, tmp_path, pattern):
         start = time.monotonic()
         with pytest.raises(InputError, match=f"adapter_config.json: {key}"):
             peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # of which one second of CPU time
 
 
 def test_patterns_that_tools_write_are_matched():
@@ -162,8 +163,12 @@ def test_patterns_that_tools_write_are_matched():
         ({"target_modules": ["v_proj"]}, "model.layers.0.self_attn.q_proj, but adapter_config.json excludes it"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "layers.0.self_attn.q_proj, .*excludes it"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "q_proj, but .* excludes it"),
-        ({"target_modules": "("}, r"adapter_config.json: target_modules='\('"),
+        ({"target_modules": "("}, "adapter_config.json: target_modules: a regular expression cannot be used .missing"),
         ({"target_modules": [5]}, r"adapter_config.json: target_modules=\[5\]"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha is missing or not a number"),
+        ({"lora_alpha": True}, "adapter_config.json: lora_alpha is missing or not a number"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "adapter_config.json: alpha_pattern must map"),
+        ({"use_rslora": "false"}, "adapter_config.json: use_rslora must be true or false"),
         ({"layers_to_transform": ["1"]}, "adapter_config.json: layers_to_transform"),
         ({"layers_pattern": ["("]}, "adapter_config.json: layers_pattern"),
         ({"modules_to_save": ["lm_head"]}, "adapter_config.json: modules_to_save"),
