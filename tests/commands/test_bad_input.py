@@ -211,7 +211,7 @@ def test_a_bad_word_of_the_command_line_is_named(command, model_folder):
 def test_counts_and_ids_must_fit(command, model_folder, tiny_folder, tmp_path):
     folder = write_task(tmp_path / "task", ['{"_id": "d0", "text": "a"}', '{"_id": "d0", "text": "b"}'])
     result = command("evaluate", model_folder, f"tasks={folder}", "output=out")
-    check_error(result, f"{folder / 'corpus.jsonl'}, line 2: the _id 'd0' is also on line 1")
+    check_error(result, f"{folder / 'corpus.jsonl'}, line 2: the _id 'd0' is also in ", "line 1")
     assert os.listdir() == []
     for count in (7, 9):
         np.save(tmp_path / "targets.npy", np.ones((count, 5), np.float32))

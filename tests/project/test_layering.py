@@ -162,7 +162,7 @@ def test_the_library_logs_and_only_commands_print():
     """Loggers have the names of the modules; commands show them, see commands/cli.py."""
     commands = ("commands", "experiments", "planning", "serving.server")  # their output
     before_the_exit = ("parallel.watchdog",)
-    on_standard_error = ("parallel.devices", "pretrained.default_backbone")
+    on_standard_error = ("common.progress", "parallel.devices", "pretrained.default_backbone")
     for module, path in FILES.items():
         if not under(module, commands + before_the_exit + on_standard_error):
             tree = ast.parse(path.read_text())
