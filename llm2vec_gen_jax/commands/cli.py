@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import gc
 import inspect
 import logging
 import os
@@ -259,7 +258,6 @@ def _os_error_line(error):
 
 
 def _prepare():
-    gc.set_threshold(50_000)  # with the default of 700, collections take a sixth of the time of tracing
     devices.prepare()
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
     import jax
