@@ -42,6 +42,10 @@ class HubOptions:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.local_files_only, bool):
+            raise InputError(f"local_files_only={self.local_files_only!r}: expected True or False")
+
 
 DEFAULT_HUB = HubOptions()
 

@@ -126,3 +126,8 @@ def test_offline_the_hub_says_so(tiny, monkeypatch):
     model.backbone = dataclasses.replace(model.backbone, name="someone/llm")
     with pytest.raises(InputError, match="someone/embedder: the upload to the hub failed"):
         model.push_to_hub("someone/embedder")
+
+
+def test_an_option_that_is_no_boolean_is_named():
+    with pytest.raises(InputError, match="local_files_only='no': expected True or False"):
+        LLM2VecGen.from_pretrained("smollm2-135m", local_files_only="no")
