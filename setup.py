@@ -4,8 +4,6 @@ import pathlib
 import re
 import tomllib
 
-from setuptools import setup
-
 ROOT = pathlib.Path(__file__).parent
 
 
@@ -24,6 +22,8 @@ def absolute_links(text: str, repository: str | None) -> str:
 
 
 if __name__ == "__main__":
+    from setuptools import setup
+
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     setup(

@@ -71,7 +71,8 @@ def load(source: WeightSource, architecture: Architecture, mesh: Mesh, dtype: jn
     dtype = jnp.dtype("bfloat16") if quantized else dtype
     for path, shape in sorted(shapes.items(), key=lambda item: -np.prod(item[1])):  # largest first
         read = functools.partial(_read, source, path, shape, dtype)
-        array: jax.Array = jax.make_array_from_callback(shape, shardings[path], read)
+        # One at a time: transfers that are not finished hold their host memory.
+        array: jax.Array = jax.block_until_ready(jax.make_array_from_callback(shape, shardings[path], read))
         folder, _, name = path.rpartition("/")
         if quantized and name == "kernel":
             projection = folder.split("/")[-1]

@@ -84,7 +84,10 @@ class Server:
         failure = None
         try:
             while threads:
-                result = results.get()
+                try:
+                    result = results.get(timeout=1)  # a signal just before an unlimited wait would be noticed after it
+                except queue.Empty:
+                    continue
                 if result is None:
                     threads -= 1
                 elif isinstance(result, Exception):

@@ -36,7 +36,7 @@ def wait(process):
 def test_verify_prints_a_table_and_fails_on_a_changed_value(launch, command, model_folder, tmp_path):
     code, out, err = wait(launch(tmp_path, "convert", "verify", str(model_folder), torch=True))
     assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
-    assert "transformers" in out and "What is the capital of France?" in out
+    assert "transformers" in out and "What is the capital of France" in out
     ours = load(model_folder)
     # Different values in the PyTorch file and the safetensors copy of a head.
     record = published.read(model_folder)
@@ -92,7 +92,7 @@ def test_from_and_to_pytorch(launch, command, model_folder, tmp_path):
     check_error(command("convert to_pytorch", "ours", "output=there"), "output=there: already exists")
     check_error(command("convert verfy", "ours"), "did you mean 'verify'")
     code, out, _ = command("convert", "--help")
-    assert code == 0 and all(f"convert {name} MODEL" in out for name in ("from_pytorch", "to_pytorch", "verify"))
+    assert code == 0 and all(f"\n  {name} " in out for name in ("from_pytorch", "to_pytorch", "verify"))
 
 
 @pytest.mark.parametrize("after", ["save_backbone", "save_merged"])

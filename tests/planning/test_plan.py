@@ -189,7 +189,7 @@ def test_a_plan_for_gpus_uses_the_gpu_compiler(gpu_compiler, tiny_words, capsys,
     np.testing.assert_allclose(row["limit"], 0.92 * 0.9 * 84929347584, rtol=1e-3)
     assert (
         f"{row['limit'] / GIB:.2f} GiB per device, 92 % of the memory available to JAX, which is 90% of the device's"
-        in shown
+        in " ".join(shown.split())
     )
 
 

@@ -195,7 +195,7 @@ def test_adapter_weights_that_do_not_fit_are_named(tiny, tmp_path):
 def test_a_missing_adapter_is_named(tiny, tiny_folder, responses, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, expected in ((tmp_path / "empty", "adapter_config.json"), (tmp_path / "none", "adapter_config.json")):
-        with pytest.raises(InputError, match=f"teacher.adapters: {path} has no {expected}"):
+        with pytest.raises(InputError, match=f"{path}: not a PEFT adapter: no {expected}"):
             targets(tiny(FAMILY), tiny_folder, responses, f"teacher.adapters={path}")
 
 
