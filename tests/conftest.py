@@ -316,6 +316,7 @@ def launch():
 
     Whatever still runs at the end of the test is ended.
     """
+    import signal
     import subprocess
     import sys
 
@@ -326,7 +327,12 @@ def launch():
     def start(folder, name, *words, torch=False, stdout=subprocess.PIPE):
         command = [sys.executable, "-m", f"launch.{name}", *words]
         pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=folder, env=environment(torch=torch), **pipes))
+        # A shell starts background jobs, such as these tests, with SIGINT ignored, which children inherit.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            started.append(subprocess.Popen(command, cwd=folder, env=environment(torch=torch), **pipes))
+        finally:
+            signal.signal(signal.SIGINT, before)
         return started[-1]
 
     yield start
