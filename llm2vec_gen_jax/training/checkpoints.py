@@ -34,7 +34,7 @@ class Checkpoints:
     """The checkpoints/ folder of a run, without the frozen backbone. Saving is asynchronous.
 
     record: a JSON dict that identifies the run (backbone, data, trainable shapes); restoring with another one raises
-    InputError naming the difference. keep: number of latest checkpoints to keep. best_step: returns a step that is
+    InputError naming the difference. keep: number of latest checkpoints to keep. kept_step: returns a step that is
     kept too.
     """
 
@@ -43,13 +43,13 @@ class Checkpoints:
         folder: pathlib.Path,
         record: dict[str, Any],
         keep: int,
-        best_step: Callable[[], int | None] = lambda: None,
+        kept_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.folder, self.record = folder.absolute(), record
         # Orbax moves deleted steps to _deleted, so that a kill never leaves half a step, and never empties it.
         self._purge()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), _KeepStep(best_step)]),
+            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), _KeepStep(kept_step)]),
             cleanup_tmp_directories=True,
             todelete_subdir="_deleted",
         )

@@ -89,6 +89,10 @@ class Validator(Protocol):
         """The best of the evaluated steps."""
 
     @property
+    def kept_step(self) -> int | None:
+        """The step whose state is the result, None for the last."""
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether training is to end because the evaluations no longer improve."""
 
@@ -147,10 +151,9 @@ class Run:
         output: pathlib.Path,
         config: TrackingConfig,
         validation: Validator | None = None,
-        keep_best: bool = False,
         callbacks: Sequence[TrainingCallback] = (),
     ) -> None:
-        """config: complete configuration of the command, for the tracker. keep_best: end with the best step's state."""
+        """config: complete configuration of the command, for the tracker."""
         shards = sharding.batch_shards(mesh)
         if settings.batch_size % shards:
             raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
@@ -159,7 +162,7 @@ class Run:
         rates = make_schedule(optimizer)(jnp.arange(settings.steps))
         self.learning_rates = np.broadcast_to(rates, settings.steps)
         self.optimizer = make_optimizer(optimizer)
-        self.validation, self.keep_best, self.callbacks = validation, keep_best, callbacks
+        self.validation, self.callbacks = validation, callbacks
 
     def start(self, resuming: bool) -> None:
         """Initializes state and step, from the newest valid checkpoint if `resuming`."""
@@ -169,8 +172,8 @@ class Run:
         self.state: TrainState = start(self.trainer.init())
         self.first_step = 0
         keep, validation = self.settings.keep_checkpoints, self.validation
-        best_step = (lambda: validation.best_step) if validation and self.keep_best else lambda: None
-        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, keep, best_step)
+        kept_step = (lambda: validation.kept_step) if validation else lambda: None
+        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, keep, kept_step)
         restored = self.checkpoints.restore(self.state) if resuming else None
         if restored is not None:
             self.state, self.first_step = restored
@@ -191,8 +194,8 @@ class Run:
     @property
     def final_step(self) -> int:
         """The step whose state is the result of a finished run."""
-        best = self.validation.best_step if self.validation and self.keep_best else None
-        return self.step if best is None else best
+        kept = self.validation.kept_step if self.validation else None
+        return self.step if kept is None else kept
 
     def _is_evaluation_missing(self) -> bool:
         validation, step = self.validation, self.step

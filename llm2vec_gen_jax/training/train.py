@@ -11,6 +11,7 @@ import jax
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import require_written
 from llm2vec_gen_jax.config import TrainConfig, options
+from llm2vec_gen_jax.evaluation.evaluate import Job
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
@@ -19,7 +20,7 @@ from llm2vec_gen_jax.training.examples import TrainingData, load_training_data
 from llm2vec_gen_jax.training.loop import Run, TrainingCallback
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.run_directory import FREE_KEYS, prepare_run_directory
-from llm2vec_gen_jax.training.validation import Validation, check_validation
+from llm2vec_gen_jax.training.validation import Validation, resolve_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +51,18 @@ def train_on(
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
     if not config.train.steps and not config.train.ridge_examples:
         raise InputError("train.steps=0: nothing to train. Set train.ridge_examples to solve the alignment head only")
-    check_validation(config, has_held_out or config.validation.responses is not None)
+    jobs = resolve_jobs(config, has_held_out or config.validation.responses is not None)
     with processes.locked(str(config.train.output), "train.output"):
         resuming = prepare_run_directory(pathlib.Path(str(config.train.output)), config)
         if config.train.init_from and not resuming:
             model_directory.local_folder(config.train.init_from)  # reports a wrong path before the targets are computed
-        return _train(config, load(), resuming, show_progress, callbacks)
+        return _train(config, load(), jobs, resuming, show_progress, callbacks)
 
 
 def _train(
     config: TrainConfig,
     data: TrainingData,
+    jobs: Sequence[Job],
     resuming: bool,
     show_progress: bool,
     callbacks: Sequence[TrainingCallback],
@@ -68,9 +70,8 @@ def _train(
     output = pathlib.Path(str(config.train.output))
     final = output / "model"
     trainer = CompressionTrainer(config, data.backbone, data.examples)
-    validation = Validation.of(config, data, trainer)
-    keep_best, mesh = config.validation.keep_best, data.backbone.mesh
-    run = Run(trainer, config.train, config.optimizer, mesh, output, config, validation, keep_best, callbacks)
+    validation = Validation.of(config, data, trainer, jobs)
+    run = Run(trainer, config.train, config.optimizer, data.backbone.mesh, output, config, validation, callbacks)
     run.start(resuming)
     if run.is_finished and processes.run_on_process_0(lambda: _step_of(final) in (None, run.final_step)):
         logger.info(f"{final}: already finished")

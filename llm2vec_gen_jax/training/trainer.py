@@ -20,7 +20,7 @@ from llm2vec_gen_jax.training.compression_trainer import CompressionTrainer
 from llm2vec_gen_jax.training.examples import TrainingData, load_training_data
 from llm2vec_gen_jax.training.loop import TrainingCallback
 from llm2vec_gen_jax.training.train import train_on
-from llm2vec_gen_jax.training.validation import Validation
+from llm2vec_gen_jax.training.validation import Validation, resolve_jobs
 
 Path = str | os.PathLike[str]
 Values = Mapping[str, Any]
@@ -117,7 +117,7 @@ class LLM2VecGenTrainer:
             self.model = self._read(path)
         data = self._load()
         trainer = CompressionTrainer(self.config, data.backbone, data.examples)
-        validation = Validation.of(self.config, data, trainer)
+        validation = Validation.of(self.config, data, trainer, resolve_jobs(self.config, data.held_out is not None))
         if validation is None:
             raise InputError("nothing to evaluate: pass held_out=RECORDS or validation={'tasks': FOLDER}")
         return validation.evaluate(self.model.trainable)

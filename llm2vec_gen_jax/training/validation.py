@@ -1,7 +1,7 @@
 """Evaluation during training: losses of held-out examples, scores of tasks, and the choice of the best step."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -22,17 +22,22 @@ LOSSES = ("loss", "reconstruction_loss", "alignment_loss")  # values of validati
 TASKS = "tasks"  # name of the mean of the tasks' main scores
 
 
-def check_validation(config: TrainConfig, has_held_out: bool) -> None:
-    """Raises InputError for invalid tasks or an unknown metric of validation.*, before anything is loaded."""
+def resolve_jobs(config: TrainConfig, has_held_out: bool) -> list[evaluate.Job]:
+    """Returns the jobs of validation.tasks, without loading a model.
+
+    Raises InputError for invalid tasks, an unknown metric, and settings without anything to evaluate.
+    """
     settings = config.validation
     if not has_held_out and not settings.tasks:
         for key in ("metric", "patience"):
             if getattr(settings, key):
                 raise InputError(f"validation.{key} needs validation.responses or validation.tasks")
-    names = [TASKS, *(job.name for job in _jobs(config))] if settings.tasks else []
+    jobs = _jobs(config)
+    names = [TASKS, *(job.name for job in jobs)] if settings.tasks else []
     names += LOSSES if has_held_out else []
     if settings.metric is not None and settings.metric not in names:
         raise InputError(f"validation.metric={settings.metric}: unknown{nearest(settings.metric, names)}")
+    return jobs
 
 
 def _jobs(config: TrainConfig) -> list[evaluate.Job]:
@@ -51,19 +56,24 @@ class Validation:
     rows: the records {"step", name: value, ...} of the evaluated steps.
     """
 
-    def __init__(self, config: TrainConfig, trainer: CompressionTrainer, held_out: Examples | None) -> None:
-        self.settings, self.trainer = config.validation, trainer
-        self.jobs = _jobs(config)
+    def __init__(
+        self,
+        config: TrainConfig,
+        trainer: CompressionTrainer,
+        held_out: Examples | None,
+        jobs: Sequence[evaluate.Job],
+    ) -> None:
+        self.settings, self.trainer, self.jobs = config.validation, trainer, jobs
         self.held_out = None if held_out is None else _HeldOut(config, trainer, held_out)
         self.metric = self.settings.metric or (TASKS if held_out is None else "loss")
         self.rows: list[dict[str, Any]] = []
 
     @classmethod
-    def of(cls, config: TrainConfig, data: TrainingData, trainer: CompressionTrainer) -> Self | None:
-        """Returns the Validation of a run; None if it has neither held-out records nor tasks."""
-        if data.held_out is None and config.validation.tasks is None:
-            return None
-        return cls(config, trainer, data.held_out)
+    def of(
+        cls, config: TrainConfig, data: TrainingData, trainer: CompressionTrainer, jobs: Sequence[evaluate.Job]
+    ) -> Self | None:
+        """Returns the Validation of a run; None without held-out records and jobs (`resolve_jobs`)."""
+        return None if data.held_out is None and not jobs else cls(config, trainer, data.held_out, jobs)
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether a step (from 1) of a run of `last` steps is evaluated."""
@@ -103,6 +113,11 @@ class Validation:
         return best
 
     @property
+    def kept_step(self) -> int | None:
+        """The step whose model is the result: the best one, or None for the last."""
+        return self.best_step if self.settings.keep_best else None
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether the last validation.patience evaluations were not better than one before."""
         since_best = sum(row["step"] > self.best_step for row in self.rows)
@@ -125,13 +140,9 @@ class _HeldOut:
 
     def losses(self, trainable: Any, beat: Callable[[str], None]) -> dict[str, float]:
         backbone, rows = self.trainer.backbone, []
-        for batch in self._batches(beat):
-            on_mesh = self.trainer.prefill(sharding.put_batch(batch, backbone.mesh))
+        for step in range(self.trainer.schedule.batches_per_epoch):
+            beat("held-out examples")
+            on_mesh = self.trainer.prefill(sharding.put_batch(self.trainer.batches[step], backbone.mesh))
             rows.append(self.program(trainable, backbone.frozen, on_mesh))
         values = jax.device_get(rows)
         return {name: float(np.mean([row[name] for row in values], dtype=np.float64)) for name in values[0]}
-
-    def _batches(self, beat: Callable[[str], None]) -> Iterator[dict[str, np.ndarray]]:
-        for step in range(self.trainer.schedule.batches_per_epoch):
-            beat("held-out examples")
-            yield self.trainer.batches[step]
