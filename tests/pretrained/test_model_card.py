@@ -1,0 +1,91 @@
+"""The model card: metadata that the hub's own classes read, and examples that run as they stand."""
+
+import json
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.formats import published
+from llm2vec_gen_jax.pretrained import model_card, model_directory
+from tests.helpers.conversion import load, new_model
+from tests.project.test_packaging import ROOT
+
+SCORES = {
+    "STS-B": {"value": 0.7, "type": "STS", "metric": "cosine_spearman", "dataset": "mteb/stsbenchmark-sts"},
+    "NFCorpus": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    """(model directory with scores, its card)."""
+    folder = tmp_path_factory.mktemp("card") / "my-model"
+    model = new_model(tiny("qwen3"))
+    model_directory.save(folder, model.model, model.trainable, model.backbone, {"scores": SCORES})
+    return folder, ModelCard.load(folder / "README.md")
+
+
+def examples(card):
+    return re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+
+
+def test_the_hub_reads_the_metadata(written):
+    folder, card = written
+    assert card.data.model_name == folder.name and card.data.library_name == "llm2vec_gen_jax"
+    sts, retrieval = card.data.eval_results
+    assert (sts.task_type, sts.dataset_type, sts.dataset_name) == ("STS", "mteb/stsbenchmark-sts", "STS-B")
+    assert (sts.metric_type, sts.metric_value) == ("cosine_spearman", 0.7)
+    assert (retrieval.dataset_name, retrieval.metric_type, retrieval.metric_value) == ("NFCorpus", "main_score", 0.25)
+    assert "| STS-B | cosine_spearman | 0.700 |" in card.text
+    record = published.read(folder)
+    record.backbone, record.extra["data"] = "someone/llm", {"responses": "someone/answers", "examples": 3}
+    data = ModelCard(model_card.model_card(record, "me/my-model", "apache-2.0")).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("someone/llm", "adapter", "apache-2.0")
+    assert data.datasets == ["someone/answers"] and data.model_name == "my-model"
+    for bad in ("0.7", None, True, {"metric": "accuracy"}):
+        record.extra["scores"] = {"NFCorpus": bad}
+        with pytest.raises(InputError, match="scores of the model card: NFCorpus: expected a number"):
+            model_card.model_card(record, "me/my-model")
+
+
+def test_the_citation_is_that_of_the_project():
+    [paper] = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    fields = dict(re.findall(r"(\w+) = {(.*?)}", model_card.CITATION, re.DOTALL))
+    authors = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert re.split(r"\s+and\s+", fields["author"]) == authors
+    assert (fields["title"], fields["year"], fields["url"]) == (paper["title"], str(paper["year"]), paper["url"])
+
+
+def test_the_examples_give_the_same_vectors(written):
+    pytest.importorskip("sentence_transformers")
+    folder, card = written
+    jax_example, _, torch_example = examples(card)
+    found = []
+    for example in (jax_example, torch_example):
+        names = {}
+        exec(compile(example, "example", "exec"), names)  # noqa: S102
+        found.append(names["vectors"])
+    assert len(names["vectors"]) == 1
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())
+
+
+@pytest.mark.slow
+def test_the_example_of_the_published_package_gives_the_same_vectors(written, peer_python):
+    folder, card = written
+    code = examples(card)[1] + "\nimport json; print(json.dumps(vectors.tolist()))"
+    ended = subprocess.run([peer_python, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    expected = load(folder).encode(["What is the capital of France?"])
+    np.testing.assert_allclose(json.loads(ended.stdout.splitlines()[-1]), expected, atol=1e-4, rtol=0)
+
+
+def test_the_cards_of_included_models_are_generated():
+    for name in model_directory.MODELS:
+        folder = model_directory.local_folder(name)
+        license = ModelCard.load(folder / "README.md").data.license
+        assert (folder / "README.md").read_text() == model_card.model_card(published.read(folder), name, license)
