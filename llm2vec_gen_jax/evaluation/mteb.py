@@ -1,60 +1,65 @@
-"""Encoders and task folders as models and tasks of mteb. Imports mteb, and therefore torch.
+"""Embedders and task folders as models and tasks of mteb. Imports mteb, and therefore torch.
 
-mteb.evaluate(MTEBEncoder(Student(LLM2VecGen.from_pretrained(path))), mteb.get_tasks(["NFCorpus"]))
+mteb.evaluate(MTEBEncoder(LLM2VecGen.from_pretrained(path)), mteb.get_tasks(["NFCorpus"]))
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import datasets  # noqa: F401  before mteb, whose own import of the hub's client is circular without it
+import jax
+import jax.numpy as jnp
 import mteb
 import numpy as np
 from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import ModelMeta
+from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.types import PromptType
+from mteb.types import Licenses, PromptType
 
+from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError, nearest
 from llm2vec_gen_jax.evaluation import instructions as instructions_lib
 from llm2vec_gen_jax.evaluation import tasks
-from llm2vec_gen_jax.evaluation.encoders import Encoder
+from llm2vec_gen_jax.evaluation.encoders import Encoder, Student
+from llm2vec_gen_jax.pretrained import model_card
+
+_CODE = "https://pypi.org/project/llm2vec-gen-jax/"
+_EXPORT = "write it with `python -m launch.convert to_pytorch`, and put its backbone on the hub too"
+_UNKNOWN: dict[str, Any] = {
+    **dict.fromkeys(name for name, field in ModelMeta.model_fields.items() if field.is_required()),
+    "open_weights": True,
+    "similarity_fn_name": "cosine",
+    "use_instructions": True,
+}
 
 
 class MTEBEncoder(AbsEncoder):
-    """An mteb model with one encoder for queries and one for documents (default: the same). Similarity is the cosine.
+    """An mteb model with an embedder for queries and one for documents (default: the same). Similarity is the cosine.
 
-    instructions: {task name: (query instruction, document instruction)}; default: the published ones.
+    query, document: an LLM2VecGen, or an Encoder. instructions: {task name: (query instruction, document instruction)};
+    default: the published ones. name: of the model in the results of mteb. Its revision there is the identity of the
+    LLM2VecGen, so that mteb does not take the stored results of another one for its own.
     As published, all texts that are not documents (sentences of a pair, texts to classify) get the query instruction,
     and texts are stripped.
     """
 
     def __init__(
         self,
-        query: Encoder,
-        document: Encoder | None = None,
+        query: LLM2VecGen | Encoder,
+        document: LLM2VecGen | Encoder | None = None,
         instructions: Mapping[str, tuple[str, str]] | None = None,
         name: str = "llm2vec_gen_jax/embedder",
     ) -> None:
-        if instructions is None:
-            instructions = instructions_lib.read().pairs()
-        self.query, self.document, self.instructions = query, document or query, instructions
-        unknown = (
-            "release_date languages n_parameters memory_usage_mb max_tokens embed_dim license public_training_code "
-            "public_training_data training_datasets"
-        )
-        self.mteb_model_meta = ModelMeta(
-            loader=None,
-            name=name,
-            revision="none",
-            open_weights=True,
-            framework=["JAX"],
-            similarity_fn_name="cosine",
-            use_instructions=True,
-            **dict.fromkeys(unknown.split()),
-        )
+        self.query, self.document = _as_encoder(query), _as_encoder(document or query)
+        self.instructions = instructions_lib.read().pairs() if instructions is None else instructions
+        embedder = self.query.model if isinstance(self.query, Student) else None
+        revision = embedder.identity if embedder else "none"
+        fields = {"loader": None, "name": name, "revision": revision, "framework": ["JAX"]}
+        self.mteb_model_meta = ModelMeta(**_UNKNOWN | (_facts(embedder) if embedder else {}) | fields)
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
@@ -65,12 +70,95 @@ class MTEBEncoder(AbsEncoder):
         """
         name = task_metadata.name
         if name not in self.instructions:
-            raise InputError(f"no instruction for task {name}{nearest(name, self.instructions)}")
+            fix = f"pass instructions={{{name!r}: (query instruction, document instruction)}}"
+            raise InputError(f"no instruction for task {name}{nearest(name, self.instructions)}: {fix}")
         query, document = self.instructions[name]
         texts = [text.strip() for batch in inputs for text in batch["text"]]
         if prompt_type == PromptType.document:
             return self.document.encode(texts, document)
         return self.query.encode(texts, query)
+
+
+def model_meta(
+    embedder: LLM2VecGen, name: str, instructions: Mapping[str, tuple[str, str]] | None = None, **fields: Any
+) -> ModelMeta:
+    """Returns the entry of a model directory on the hub for mteb's models, which its leaderboard shows.
+
+    mteb loads it as a SentenceTransformer. name: the hub id. instructions: as of MTEBEncoder. fields: of ModelMeta,
+    in place of those that are read from the model directory; what it does not hold is None unless it is passed:
+    revision (the commit), release_date, languages, training_datasets, and a license that mteb has no name for.
+    Raises InputError for an invalid field and for a GGUF backbone, which PyTorch cannot load.
+    """
+    if model_card.is_gguf(_backbone_name(embedder)):
+        raise InputError(f"{name}: PyTorch cannot load the GGUF backbone {_backbone_name(embedder)}: {_EXPORT}")
+    pairs = instructions_lib.read().pairs() if instructions is None else instructions
+    loading = {
+        "loader": SentenceTransformerEncoderWrapper,
+        "loader_kwargs": {"trust_remote_code": True, "model_prompts": _prompts(pairs)},
+        "name": name,
+        "framework": ["Sentence Transformers", "PyTorch", "JAX", "safetensors"],
+        "reference": f"https://huggingface.co/{name}",
+    }
+    try:
+        return ModelMeta(**_UNKNOWN | _facts(embedder) | loading | fields)
+    except ValueError as error:  # of pydantic: a headline, then two lines for each field
+        _, field, problem, *_ = str(error).splitlines()
+        raise InputError(f"model_meta: {field}: {problem.strip()}") from None
+
+
+def model_meta_source(meta: ModelMeta) -> str:
+    """Returns the text of a Python file that defines the entry, for mteb/models/model_implementations/ of mteb."""
+    variable = re.sub(r"\W", "_", str(meta.name).rpartition("/")[2].lower())
+    variable = variable if variable.isidentifier() else f"model_{variable}"
+    imports = ["from mteb.models.model_meta import ModelMeta, ScoringFunction"]
+    if meta.loader is not None:
+        imports.insert(0, f"from {meta.loader.__module__} import {meta.loader.__name__}")
+    return "\n".join([*imports, "", f"{variable} = {meta.to_python()}", ""])
+
+
+def _as_encoder(embedder: LLM2VecGen | Encoder) -> Encoder:
+    return Student(embedder) if isinstance(embedder, LLM2VecGen) else embedder
+
+
+def _backbone_name(embedder: LLM2VecGen) -> str:
+    return embedder.record.backbone if embedder.record else embedder.backbone.name
+
+
+def _facts(embedder: LLM2VecGen) -> dict[str, Any]:
+    """Returns the fields of ModelMeta that are known from a model directory and its backbone."""
+    backbone, record = embedder.backbone, embedder.record
+    architecture, extra = backbone.architecture, record.extra if record else {}
+    trained = sum(leaf.size for leaf in jax.tree.leaves(embedder.trainable))
+    size = jnp.dtype(record.dtype if record else backbone.dtype).itemsize
+    dataset = model_card.dataset_id(extra)
+    return {
+        "n_parameters": architecture.num_parameters + trained,
+        "n_embedding_parameters": (architecture.vocab_size + embedder.model.num_appended) * architecture.hidden_size,
+        "memory_usage_mb": round((architecture.num_parameters * size + trained * 4) / 2**20),
+        "max_tokens": embedder.max_seq_length,
+        "embed_dim": embedder.get_embedding_dimension(),
+        "license": backbone.license if backbone.license in get_args(Licenses) else None,
+        "public_training_code": _CODE if extra.get("config") else None,
+        "public_training_data": f"https://huggingface.co/datasets/{dataset}" if dataset else None,
+        "adapted_from": model_card.hub_id(_backbone_name(embedder)),
+        "citation": model_card.CITATION,
+    }
+
+
+def _prompts(pairs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Returns instructions as prompts of mteb's SentenceTransformers, by task, for the tasks that mteb has.
+
+    The queries of a retrieval task are encoded as queries, all other texts except documents without a type.
+    """
+    prompts: dict[str, str] = {}
+    for name, (query, document) in pairs.items():
+        try:
+            is_retrieval = mteb.get_task(name).metadata.simplified_task_type == "retrieval"
+        except KeyError:
+            continue
+        texts = {f"{name}-query": query, f"{name}-document": document} if is_retrieval else {name: query}
+        prompts |= {key: f"{text} " for key, text in texts.items() if text}
+    return prompts
 
 
 class _Folder:

@@ -1,14 +1,17 @@
 """Evaluation: each task type through mteb against an independent computation, and resuming."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import random
+import runpy
 
 import jax
 import numpy as np
 import pytest
 import scipy.stats
+from safetensors.numpy import load_file
 
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import files
@@ -161,8 +164,79 @@ def test_mteb_evaluate(model, task_folders):
     known = instructions.read()
     assert sorted(seen) == [(8, known.query["NFCorpus"]), (30, "Summarize the following passage:")]
     unknown = folder_task(tasks.read(task_folders / "retrieval"))
-    with pytest.raises(InputError, match="no instruction for task Small-retrieval"):
+    with pytest.raises(InputError, match="no instruction for task Small-retrieval.*: pass instructions="):
         mteb.evaluate(encoder, [unknown], cache=None, show_progress_bar=False)
+
+
+@needs_mteb
+def test_mteb_evaluates_the_embedder_itself_and_its_entry(model, model_folder, task_folders, tmp_path):
+    """Three forms of a model have the same score: the embedder, an Encoder of it, and what mteb loads of its entry.
+
+    mteb stores results by name and revision: two embedders do not share them.
+    """
+    import mteb
+
+    from llm2vec_gen_jax.evaluation.mteb import MTEBEncoder, folder_task, model_meta
+
+    cache = mteb.ResultCache(tmp_path / "cache")
+    instructions = {"STSBenchmark": ("Compare:", "")}
+    tasks_ = [folder_task(tasks.read(write_like(task_folders, "sts", "STSBenchmark")))]
+
+    def score(embedder):
+        results = mteb.evaluate(embedder, tasks_, cache=cache, co2_tracker=False, show_progress_bar=False)
+        return results.task_results[0].main_score
+
+    expected = score(MTEBEncoder(encoders.Student(model), instructions=instructions, name="me/first"))
+    assert score(MTEBEncoder(model, instructions=instructions)) == expected
+    changed = {**model.trainable, "tokens": -model.trainable["tokens"]}
+    assert score(MTEBEncoder(LLM2VecGen(model.model, changed, model.backbone), instructions=instructions)) != expected
+    pytest.importorskip("sentence_transformers")
+    meta = model_meta(model, "me/embedder", instructions)
+    loaded = meta.loader(str(model_folder), None, device="cpu", **meta.loader_kwargs)
+    assert score(loaded) == pytest.approx(expected, abs=5e-3)  # ties within float32
+
+
+@needs_mteb
+def test_the_entry_of_a_model_is_that_of_its_source(model, tiny_folder, tmp_path):
+    from llm2vec_gen_jax.evaluation.mteb import model_meta, model_meta_source
+
+    fields = {"revision": "0123abcd", "release_date": "2026-11-29", "languages": ["eng-Latn"]}
+    backbone = dataclasses.replace(model.backbone, name="someone/llm", license="apache-2.0")
+    embedder = LLM2VecGen(model.model, model.trainable, backbone)
+    meta = model_meta(embedder, "me/my-Embedder.v1", **fields, training_datasets={"NQ"})
+    path = tmp_path / "entry.py"
+    path.write_text(model_meta_source(meta))
+    assert runpy.run_path(str(path))["my_embedder_v1"] == meta
+
+    config = json.loads((tiny_folder("qwen3") / "config.json").read_text())
+    D, trained = config["hidden_size"], 3 * 32 + 32 * 32 + 32 + 32 * 12 + 12
+    weights = load_file(tiny_folder("qwen3") / "model.safetensors")
+    count = sum(array.size for array in weights.values()) + trained
+    assert (meta.n_parameters, meta.n_embedding_parameters) == (count, (config["vocab_size"] + 3) * D)
+    assert (meta.embed_dim, meta.max_tokens, meta.memory_usage_mb) == (12, 512, round(count * 4 / 2**20))
+    assert (meta.adapted_from, meta.license, meta.revision) == ("someone/llm", "apache-2.0", "0123abcd")
+    assert meta.reference == "https://huggingface.co/me/my-Embedder.v1" and meta.open_license
+    assert meta.training_datasets == {"NQ"} and "2603.10913" in meta.citation and meta.similarity_fn_name == "cosine"
+    prompts, known = meta.loader_kwargs["model_prompts"], instructions.read()
+    assert prompts["NFCorpus-query"] == known.query["NFCorpus"] + " " and "NFCorpus" not in prompts
+    assert prompts["NFCorpus-document"] == known.document + " "
+    assert prompts["STS12"] == known.query["STS12"] + " " and "STS12-document" not in prompts
+
+
+@needs_mteb
+def test_wrong_entries_are_refused(model):
+    from llm2vec_gen_jax.evaluation.mteb import model_meta
+
+    for name, fields, message in [
+        ("noslash", {}, "name: .*organization/model_name"),
+        ("me/x", {"licence": "mit"}, "licence: Extra inputs are not permitted"),
+        ("me/x", {"languages": ["klingon"]}, "languages: "),
+    ]:
+        with pytest.raises(InputError, match=f"model_meta: {message}"):
+            model_meta(model, name, {}, **fields)
+    backbone = dataclasses.replace(model.backbone, name="smollm2-135m")
+    with pytest.raises(InputError, match="GGUF backbone smollm2-135m: .*to_pytorch"):
+        model_meta(LLM2VecGen(model.model, model.trainable, backbone), "me/x", {})
 
 
 def write_like(folder, kind, name):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "teachers": "common config parallel model data formats pretrained inference",
     "lens": "common config parallel model data pretrained inference teachers",
     "api": "common config parallel model formats pretrained inference lens",
-    "evaluation": "common config parallel data api teachers",
+    "evaluation": "common config parallel data pretrained api teachers",
     "training": "common config parallel model data formats pretrained inference teachers api evaluation",
     "planning": "common config parallel model pretrained inference training",
     "serving": "common config parallel data pretrained inference api",
