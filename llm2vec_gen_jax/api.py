@@ -87,7 +87,8 @@ class LLM2VecGen:
         dtype: backbone dtype (auto | float32 | bfloat16 | float16 | int8). backbone: path or hub id, default the one
         named in the directory. mesh: a Mesh, or a MeshConfig over the devices of all processes; default: the local
         devices on the data axis. attention: kernel (auto | xla | cudnn | pallas). revision, token, cache_dir,
-        local_files_only: as in huggingface_hub; all but the revision apply to the backbone too.
+        local_files_only: as in huggingface_hub; all but the revision apply to the backbone too. prompts: default those
+        that `save_pretrained`, or a SentenceTransformer, saved in the directory.
         Raises InputError naming the missing or incompatible part.
         """
         require_own_process()
@@ -102,7 +103,7 @@ class LLM2VecGen:
         hub = dataclasses.replace(hub, revision=None)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
-        return cls(model, trainable, loaded, prompts, record=record)
+        return cls(model, trainable, loaded, record.prompts if prompts is None else prompts, record=record)
 
     @overload
     def encode(

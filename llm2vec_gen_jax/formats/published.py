@@ -8,12 +8,14 @@
     reconstruction_mlp, alignment_mlp      the heads as torch files, and *.safetensors: float32 copies
     tokenizer.json, tokenizer_config.json  the backbone's tokenizer with the special tokens added
     llm2vec_gen_jax.json                   metadata of this package, ignored by the published package
+    config_sentence_transformers.json      prompts by name, ignored by the published package
 
 Dimensions: M special tokens, of which the heads read K, D hidden size, E embedding size.
 """
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -29,13 +31,16 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from llm2vec_gen_jax.common import files, yaml_files
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, quote
 from llm2vec_gen_jax.formats import torchzip
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 HEADS = ("reconstruction", "alignment")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
+PROMPTS = "config_sentence_transformers.json"
 TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")
 # peft also saves the backbone's embedding matrix if it detects that the vocabulary grew.
 IGNORED_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?base_layer\.weight")
@@ -56,6 +61,7 @@ class PublishedModel:
     alignment: dict[str, np.ndarray]  # kernel (D, E) [in, out], bias (E,)
     lora: dict | None = None  # {"config": adapter_config.json, "tensors": {key on disk: array}}
     extra: dict = dataclasses.field(default_factory=dict)  # metadata of this package, if any
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)  # by name, without the space before a text
 
 
 def read(directory: str | os.PathLike[str]) -> PublishedModel:
@@ -89,6 +95,7 @@ def read(directory: str | os.PathLike[str]) -> PublishedModel:
         **{name: _read_head(directory, f"{name}_mlp") for name in HEADS},
         lora=lora,
         extra=extra,
+        prompts=_read_prompts(_find(directory, PROMPTS)),
     )
     _check(directory, model)
     return model
@@ -225,6 +232,35 @@ def _read_num_tokens(directory, run):
     return int(match[1])
 
 
+def prompts_file(prompts: Mapping[str, str]) -> str:
+    """Returns the text of config_sentence_transformers.json, where prompts end with the space before a text."""
+    config = {
+        "model_type": "SentenceTransformer",
+        "prompts": {name: f"{text} " if text else "" for name, text in prompts.items()},
+        "similarity_fn_name": "cosine",
+    }
+    return json.dumps(config, indent=2)
+
+
+def _read_prompts(path):
+    """Returns the prompts in config_sentence_transformers.json without their last space, {} if there is no such file.
+
+    A prompt that does not end with a space is ignored with a warning: LLM2VecGen puts one between prompt and text.
+    """
+    saved = (files.read_json(path).get("prompts") if path else None) or {}
+    _require(isinstance(saved, dict), path, f"prompts is {saved!r:.100}, expected names and texts")
+    prompts = {}
+    for name, text in saved.items():
+        key = f"prompts[{quote(name)}]"
+        is_text = isinstance(text, str | None) and not files.has_lone_surrogate(name + (text or ""))
+        _require(is_text, path, f"{key} is {text!r:.100}, expected a text. Correct it, or pass prompts=")
+        if text and not text.endswith(" "):
+            logger.warning(f"{path}: {key} is ignored, because it does not end with a space. Pass prompts=")
+        elif text is not None:
+            prompts[name] = text.removesuffix(" ")
+    return prompts
+
+
 def _token_ids(path, special_tokens):
     """Returns the id of each special token in tokenizer.json."""
     fields = files.read_json(path)
@@ -359,10 +395,12 @@ def _with_tokens(tokenizer, special_tokens):
 
 
 def write_tokenizer(
-    folder: pathlib.Path, tokenizer: PreTrainedTokenizerFast, special_tokens: Sequence[str] = ()
+    folder: pathlib.Path, tokenizer: PreTrainedTokenizerFast, special_tokens: Sequence[str] = (), append: bool = False
 ) -> None:
     """Writes tokenizer.json and tokenizer_config.json, with the special tokens added, for transformers 4 and 5.
 
+    append: the tokenizer appends the special tokens to every text, which it truncates to leave room for them, and
+    tokenizes a control token that occurs in a text as plain text.
     Not `save_pretrained`: transformers 4.56 does not support the class name and the list of extra tokens that 5 saves,
     and neither saves the padding side, on which every vector of the published package depends.
     """
@@ -386,5 +424,27 @@ def write_tokenizer(
     if isinstance(template := tokenizer.chat_template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     config |= {"chat_template": template} if template else {}
+    if append:
+        ids = [backend.token_to_id(token) for token in special_tokens]
+        fields["post_processor"] = _appending(fields["post_processor"], special_tokens, ids)
+        config["split_special_tokens"] = True
     files.write_json(folder / "tokenizer.json", fields)
     files.write_json(folder / "tokenizer_config.json", config)
+
+
+def _appending(processor, tokens, ids):
+    """Returns the post-processor of a tokenizer.json, or None, with the tokens appended to every text."""
+    processors = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
+    processors = [part for part in processors if part]
+    templates = [part for part in processors if part["type"] == "TemplateProcessing"]
+    if not templates:
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        plain = {"single": [first], "pair": [first, second], "special_tokens": {}}
+        processors += (templates := [{"type": "TemplateProcessing", **plain}])
+    template = templates[-1]
+    for key in ("single", "pair"):
+        template[key] = template[key] + [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+    template["special_tokens"] |= {
+        token: {"id": token, "ids": [number], "tokens": [token]} for token, number in zip(tokens, ids)
+    }
+    return {"type": "Sequence", "processors": processors}

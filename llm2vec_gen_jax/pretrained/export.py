@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError, first_line
-from llm2vec_gen_jax.common.files import UNFINISHED, require_new, write_text
+from llm2vec_gen_jax.common.files import UNFINISHED, require_new, write_json, write_text
 from llm2vec_gen_jax.formats import hf, published
 from llm2vec_gen_jax.model import lora
 from llm2vec_gen_jax.pretrained import model_directory
@@ -36,6 +36,26 @@ for head in heads:  # the first result is the soft prompts
 embeddings = hidden.mean(dim=1)
 ```
 """
+
+_SENTENCE_TRANSFORMER_CARD = """\
+# {name}: an LLM2Vec-Gen model, merged
+
+The backbone{lora}, with the {count} trained tokens in its embedding table, which the tokenizer appends to every text.
+The last of them is pooled, and two affine heads follow. sentence-transformers loads it without code of this folder:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(FOLDER)
+embeddings = model.encode(texts)
+```
+"""
+_MODULES = (  # (type, folder) of sentence-transformers, in any version
+    ("Transformer", ""),
+    ("Pooling", "1_Pooling"),
+    ("Dense", "2_Dense"),
+    ("Dense", "3_Dense"),
+)
 
 
 def save_pretrained(
@@ -85,7 +105,8 @@ def save_merged(embedder: Any, folder: str | os.PathLike[str], unfinished: bool 
     """Writes the encoder as a plain Hugging Face folder, with the trained tokens in the embedding table.
 
     A LoRA is merged in float32; the stored dtype is that of the backbone. The heads are separate safetensors files.
-    `folder` must not exist. unfinished: as for `save_backbone`.
+    With one compression token the folder is also a SentenceTransformer without code of its own, whose tokenizer appends
+    the trained tokens. `folder` must not exist. unfinished: as for `save_backbone`.
     """
     require_new(folder)
     model, trainable, backbone = embedder.model, embedder.trainable, embedder.backbone
@@ -98,12 +119,13 @@ def save_merged(embedder: Any, folder: str | os.PathLike[str], unfinished: bool 
     ids, _ = published.special_token_ids(backbone.tokenizer.hf, tokens)
 
     def write_other_files(temporary):
-        published.write_tokenizer(temporary, backbone.tokenizer.hf, tokens)
+        published.write_tokenizer(temporary, backbone.tokenizer.hf, tokens, append=model.num_tokens == 1)
         for name in model_directory.HEADS:
-            bias, weight = (np.asarray(trainable[name][key], np.float32) for key in ("bias", "kernel"))
-            head = {"projection.weight": np.ascontiguousarray(weight.T), "projection.bias": bias}
+            head = {f"projection.{key}": array for key, array in _linear(trainable[name]).items()}
             published.write_safetensors(temporary / f"{name}_mlp.safetensors", head)
-        card = _MERGED_CARD.format(
+        if model.num_tokens == 1:
+            _write_sentence_transformer(temporary, embedder)
+        card = (_SENTENCE_TRANSFORMER_CARD if model.num_tokens == 1 else _MERGED_CARD).format(
             name=pathlib.Path(folder).name,
             lora=" with its LoRA merged" if model.lora_rank else "",
             count=len(tokens),
@@ -116,6 +138,37 @@ def save_merged(embedder: Any, folder: str | os.PathLike[str], unfinished: bool 
 
     added = (ids, np.asarray(trainable["tokens"], np.float32))
     hf.save(folder, frozen, backbone.architecture, write_other_files, backbone.tokenizer.stop_ids, added)
+
+
+def _linear(head):
+    """Returns the arrays of a head as those of a torch Linear: weight (out, in), bias (out,)."""
+    bias, weight = (np.asarray(head[key], np.float32) for key in ("bias", "kernel"))
+    return {"weight": np.ascontiguousarray(weight.T), "bias": bias}
+
+
+def _write_sentence_transformer(folder, embedder):
+    """Writes the files with which sentence-transformers pools the last token of a folder and applies the heads."""
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(_MODULES)
+    ]
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": embedder.max_seq_length})
+    write_text(folder / published.PROMPTS, published.prompts_file(embedder.prompts))
+    pooling = {"word_embedding_dimension": embedder.model.architecture.hidden_size, "pooling_mode_mean_tokens": False}
+    _write_module(folder / "1_Pooling", pooling | {"pooling_mode_lasttoken": True})
+    for (_, path), name in zip(_MODULES[2:], model_directory.HEADS):
+        arrays = _linear(embedder.trainable[name])
+        size = {"in_features": arrays["weight"].shape[1], "out_features": arrays["weight"].shape[0]}
+        identity = {"bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
+        _write_module(folder / path, size | identity)
+        tensors = {f"linear.{key}": array for key, array in arrays.items()}
+        published.write_safetensors(folder / path / "model.safetensors", tensors)
+
+
+def _write_module(folder, config):
+    folder.mkdir()
+    write_json(folder / "config.json", config)
 
 
 def push_to_hub(

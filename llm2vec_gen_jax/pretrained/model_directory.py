@@ -42,7 +42,7 @@ def save(
     extra: metadata of this package ("config", "data", "metrics"), shown in the model card. dtype: of PyTorch, default
     that of the backbone. special_tokens: texts of the trained tokens, default <question1>, ...
     name: of the backbone in the directory, default as loaded. shown: path or hub id in the examples of the model card,
-    default the directory. prompts: of the SentenceTransformer that PyTorch loads from the directory.
+    default the directory. prompts: {name: text prepended to inputs, with a space}.
     """
     dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
@@ -67,7 +67,9 @@ def save(
     # The published package's generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
     card = model_card(record, shown or str(directory), backbone.license)
-    others = {} if is_gguf(record.backbone) else _sentence_transformer_files(prompts or {})
+    others = {published.PROMPTS: published.prompts_file(prompts)} if prompts else {}
+    if not is_gguf(record.backbone):
+        others = _sentence_transformer_files(prompts or {})
     published.write(directory, record, backbone.tokenizer.hf, backbone_config, card, others)
 
 
@@ -75,16 +77,10 @@ def _sentence_transformer_files(prompts):
     """Returns {name: text} of the files with which `SentenceTransformer(directory)` runs the module in PyTorch."""
     source = pathlib.Path(__file__).parent / "assets" / "llm2vec_gen_module.py"
     modules = [{"idx": 0, "name": "0", "path": "", "type": "llm2vec_gen_module.LLM2VecGenModule"}]
-    config = {
-        "model_type": "SentenceTransformer",
-        # sentence-transformers prepends a prompt without a space.
-        "prompts": {name: f"{text} " if text else "" for name, text in prompts.items()},
-        "similarity_fn_name": "cosine",
-    }
     return {
         source.name: source.read_text(encoding="utf-8"),
         "modules.json": json.dumps(modules, indent=2),
-        "config_sentence_transformers.json": json.dumps(config, indent=2),
+        published.PROMPTS: published.prompts_file(prompts),
     }
 
 

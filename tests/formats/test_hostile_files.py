@@ -33,6 +33,7 @@ FILES = {
         "run_config.yml",
         "tokenizer.json",
         "llm2vec_gen_jax.json",
+        "config_sentence_transformers.json",
     ],
     "backbone": [
         "model.gguf",

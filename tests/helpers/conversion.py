@@ -12,9 +12,9 @@ def load(path, dtype="float32"):
     return LLM2VecGen.from_pretrained(path, dtype=dtype, mesh=one_device_mesh())
 
 
-def new_model(backbone, lora_rank=0, thoughts=2, width=24):
+def new_model(backbone, lora_rank=0, thoughts=2, width=24, count=10):
     """An untrained embedder whose every part does something."""
-    model = LLM2VecGenModel(backbone.architecture, 10, thoughts, width, lora_rank, 2.0 if lora_rank else 0.0)
+    model = LLM2VecGenModel(backbone.architecture, count, thoughts, width, lora_rank, 2.0 if lora_rank else 0.0)
     trainable = model.init(jax.random.key(1), backbone.frozen)
     if lora_rank:
         grown = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), trainable["lora"])

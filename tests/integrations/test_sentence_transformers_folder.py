@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.formats import published
 from llm2vec_gen_jax.pretrained import model_directory
 from tests.helpers.conversion import load, new_model
+from tests.helpers.tiny import tiny_tokenizer
 
 library = pytest.importorskip("sentence_transformers")
 
@@ -126,6 +129,111 @@ def test_it_is_saved_and_loaded_again(saved, tmp_path):
     assert_same(open_folder(tmp_path / "moved").encode_query(TEXTS), expected)
     assert_same(load(tmp_path / "moved").encode(TEXTS), model.encode(TEXTS))  # still a model directory
     assert (tmp_path / "moved" / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def test_prompts_come_back_from_a_sentence_transformer(saved, tmp_path):
+    model, folder = saved()
+    assert load(folder).prompts == PROMPTS
+    assert LLM2VecGen.from_pretrained(folder, "float32", prompts={}).prompts == {}
+    other = open_folder(folder)
+    other.prompts |= {"document": None, "query": "Seek: ", "empty": ""}
+    other.save_pretrained(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved")
+    assert again.prompts == {"query": "Seek:", "empty": ""}
+    assert_same(again.encode_query(TEXTS), other.encode_query(TEXTS))
+    again.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").prompts == again.prompts
+
+
+def test_a_prompt_without_a_space_is_ignored_with_a_warning(saved, tmp_path, messages):
+    shutil.copytree(saved()[1], tmp_path / "model")
+    file = tmp_path / "model" / "config_sentence_transformers.json"
+    file.write_text('{"prompts": {"query": "Query:", "document": "Read "}}')
+    assert load(tmp_path / "model").prompts == {"document": "Read"}
+    assert f"{file}: prompts['query'] is ignored" in messages()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "expected a JSON object"),
+        ('{"prompts": ["Find: "]}', "prompts is ['Find: '], expected names and texts"),
+        ('{"prompts": {"query": 3}}', "prompts['query'] is 3, expected a text"),
+        ('{"prompts": {"query": {"a": "b"}}}', "prompts['query'] is {'a': 'b'}, expected a text"),
+        ('{"prompts": {"query": "\\ud800 "}}', "prompts['query'] is '\\ud800 ', expected a text"),
+        ('{"prompts": {"a\\nb": 1}}', "prompts['a\\nb'] is 1"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_damaged_prompts_are_named(saved, tmp_path, text, message):
+    shutil.copytree(saved()[1], tmp_path / "model")
+    file = tmp_path / "model" / "config_sentence_transformers.json"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(tmp_path / "model")
+    assert f"{file}: " in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# One compression token: no code in the folder
+
+
+@pytest.fixture(scope="module")
+def merged(tiny, tmp_path_factory):
+    """(family, rank of the LoRA) -> (model with nine thought tokens and one compression token, its merged folder)."""
+
+    def make(family, rank):
+        bare = new_model(tiny(family), rank, thoughts=9, count=1)
+        model = LLM2VecGen(bare.model, bare.trainable, bare.backbone, PROMPTS)
+        folder = tmp_path_factory.mktemp(family) / "merged"
+        model.save_merged(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "family, rank",
+    [("llama3", 2), ("qwen3", 0), *(pytest.param(family, 2, marks=pytest.mark.slow) for family in ("llama", "qwen2"))],
+)
+def test_one_compression_token_needs_no_code(merged, tmp_path, family, rank):
+    model, folder = merged(family, rank)
+    assert not list(folder.rglob("*.py"))
+    other = library.SentenceTransformer(str(folder), device="cpu")
+    other.save_pretrained(str(tmp_path / "saved"))
+    expected, queries = model.encode(TEXTS), model.encode_query(TEXTS)
+    for loaded in (other, library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")):
+        assert loaded.max_seq_length == model.max_seq_length and loaded.similarity_fn_name == "cosine"
+        assert loaded.get_embedding_dimension() == model.get_embedding_dimension()
+        assert_same(loaded.encode(TEXTS), expected)
+        assert_same(loaded.encode(TEXTS, batch_size=1), expected)
+        assert_same(loaded.encode_query(TEXTS), queries)
+        loaded.max_seq_length = 20
+        assert loaded.preprocess(TEXTS)["input_ids"].shape == (len(TEXTS), 20)
+        assert_same(loaded.encode(TEXTS), model.encode(TEXTS, max_length=20))
+    assert np.abs(expected - model.encode(TEXTS, max_length=20)).max() > 1e-3
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_the_tokenizer_appends_the_tokens_after_those_that_it_adds(tmp_path, bos, byte_level):
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    hf = tiny_tokenizer(bos)
+    if byte_level:
+        parts = [processors.ByteLevel(trim_offsets=False), hf.backend_tokenizer.post_processor]
+        hf.backend_tokenizer.post_processor = processors.Sequence([part for part in parts if part])
+    names = ["<question1>", "<question2>"]
+    published.write_tokenizer(tmp_path, hf, names, append=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    start = [3] if bos else []
+    added = tokenizer.convert_tokens_to_ids(names)
+    assert added == [260, 261]
+    text = hf.backend_tokenizer.encode("a <b", add_special_tokens=False).ids
+    assert tokenizer("a <b")["input_ids"] == start + text + added
+    assert tokenizer("a <b", truncation=True, max_length=5)["input_ids"] == start + text[: 3 - bos] + added
+    assert not set(added) & set(tokenizer("<question1>")["input_ids"][:-2])
 
 
 def test_half_precision_can_be_chosen(saved):

@@ -19,6 +19,7 @@ import pytest
 
 from llm2vec_gen_jax import LLM2VecGen
 from tests.conftest import write_jsonl
+from tests.helpers.conversion import new_model
 from tests.helpers.pages import CANNOT_RUN, CASES, PAGES, ROOT, blocks, commands, split, stand_in
 from tests.helpers.processes import free_port
 from tests.helpers.tasks import TYPES, write_task
@@ -60,7 +61,7 @@ FAST = ("decode", "encode", "instruct", "lens logit", "convert from_pytorch", "r
 
 
 @pytest.fixture(scope="module")
-def world(tiny_folder, model_folder, talker_folder, tmp_path_factory):
+def world(tiny, tiny_folder, model_folder, talker_folder, tmp_path_factory):
     """A folder in which the commands of the pages find what they name."""
     folder = tmp_path_factory.mktemp("world")
     for name, target in {"configs": ROOT / "configs", "tiny": tiny_folder("qwen3"), "talker": talker_folder}.items():
@@ -68,6 +69,7 @@ def world(tiny_folder, model_folder, talker_folder, tmp_path_factory):
     for name in ("MODEL", "model-pt", "runs/quickstart/run/model", "runs/demo/model"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(model_folder, folder / name)
+    new_model(tiny("qwen3"), thoughts=9, count=1).save_merged(folder / "one-token")
     questions = [f"How many {word} are {number}?" for number, word in enumerate("cats dogs rivers teas".split() * 5)]
     rows = [{"id": n, "question": text, "answer": f"About {n * n}, they say."} for n, text in enumerate(questions)]
     write_jsonl(folder / "responses.jsonl", rows)
@@ -175,6 +177,8 @@ def test_python_runs(text, here, command, monkeypatch, request):
                     module = pytest.importorskip(node.module) if node.module.endswith(".mteb") else None
                     assert module is None or all(hasattr(module, alias.name) for alias in node.names)
             pytest.skip(reason)
+    if "evaluation.mteb" in text:
+        pytest.importorskip("mteb", reason="needs requirements-eval.txt")
     for library in LIBRARIES:
         if f"import {library}" in text or f"from {library}" in text:
             pytest.importorskip(library)
