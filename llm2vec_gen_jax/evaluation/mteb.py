@@ -22,6 +22,7 @@ from mteb.types import Licenses, PromptType
 
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.evaluation import instructions as instructions_lib
 from llm2vec_gen_jax.evaluation import tasks
 from llm2vec_gen_jax.evaluation.encoders import Encoder, Student
@@ -41,8 +42,8 @@ class MTEBEncoder(AbsEncoder):
     """An mteb model with an embedder for queries and one for documents (default: the same). Similarity is the cosine.
 
     query, document: an LLM2VecGen, or an Encoder. instructions: {task name: (query instruction, document instruction)};
-    default: the published ones. name: of the model in the results of mteb. Its revision there is the identity of the
-    LLM2VecGen, so that mteb does not take the stored results of another one for its own.
+    default: the published ones. name: of the model in the results of mteb. Its revision there is a hash of all that the
+    scores depend on, so that mteb does not return the stored results of another model or of other instructions.
     As published, all texts that are not documents (sentences of a pair, texts to classify) get the query instruction,
     and texts are stripped.
     """
@@ -56,10 +57,17 @@ class MTEBEncoder(AbsEncoder):
     ) -> None:
         self.query, self.document = _as_encoder(query), _as_encoder(document or query)
         self.instructions = instructions_lib.read().pairs() if instructions is None else instructions
-        embedder = self.query.model if isinstance(self.query, Student) else None
-        revision = embedder.identity if embedder else "none"
-        fields = {"loader": None, "name": name, "revision": revision, "framework": ["JAX"]}
-        self.mteb_model_meta = ModelMeta(**_UNKNOWN | (_facts(embedder) if embedder else {}) | fields)
+        facts = _facts(self.query.model) if isinstance(self.query, Student) else {}
+        fields = {"loader": None, "name": name, "revision": self._revision(), "framework": ["JAX"]}
+        self.mteb_model_meta = ModelMeta(**_UNKNOWN | facts | fields)
+
+    def _revision(self) -> str:
+        parts: list[Any] = [sorted(self.instructions.items())]
+        for encoder in (self.query, self.document):
+            if not isinstance(encoder, Student):
+                return "none"
+            parts.append((encoder.model.identity, encoder.max_length))
+        return fingerprint(parts)
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any

@@ -190,6 +190,7 @@ def test_mteb_evaluates_the_embedder_itself_and_its_entry(model, model_folder, t
     assert score(MTEBEncoder(model, instructions=instructions)) == expected
     changed = {**model.trainable, "tokens": -model.trainable["tokens"]}
     assert score(MTEBEncoder(LLM2VecGen(model.model, changed, model.backbone), instructions=instructions)) != expected
+    assert score(MTEBEncoder(model, instructions={"STSBenchmark": ("Find something else:", "")})) != expected
     pytest.importorskip("sentence_transformers")
     meta = model_meta(model, "me/embedder", instructions)
     loaded = meta.loader(str(model_folder), None, device="cpu", **meta.loader_kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,9 +200,13 @@ def merged(tiny, tmp_path_factory):
 def test_one_compression_token_needs_no_code(merged, tmp_path, family, rank):
     model, folder = merged(family, rank)
     assert not list(folder.rglob("*.py"))
-    other = library.SentenceTransformer(str(folder), device="cpu")
+    [example] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names = {"FOLDER": str(folder), "texts": TEXTS}
+    exec(compile(example, "example", "exec"), names)  # noqa: S102
+    other = names["model"]
     other.save_pretrained(str(tmp_path / "saved"))
     expected, queries = model.encode(TEXTS), model.encode_query(TEXTS)
+    assert_same(names["embeddings"], expected)
     for loaded in (other, library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")):
         assert loaded.max_seq_length == model.max_seq_length and loaded.similarity_fn_name == "cosine"
         assert loaded.get_embedding_dimension() == model.get_embedding_dimension()
@@ -212,6 +217,15 @@ def test_one_compression_token_needs_no_code(merged, tmp_path, family, rank):
         assert loaded.preprocess(TEXTS)["input_ids"].shape == (len(TEXTS), 20)
         assert_same(loaded.encode(TEXTS), model.encode(TEXTS, max_length=20))
     assert np.abs(expected - model.encode(TEXTS, max_length=20)).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_one_compression_token_on_the_default_backbone(smollm2, optimized, tmp_path):
+    model = new_model(smollm2, thoughts=9, count=1, width=64)
+    model.save_merged(tmp_path / "merged")
+    texts = [*TEXTS, "In 1987, 12345 of them; déjà vu, 你好 🙂", "a long text " * 300]
+    other = library.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    assert_same(other.encode(texts), model.encode(texts))
 
 
 @pytest.mark.parametrize("bos", [False, True])

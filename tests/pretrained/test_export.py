@@ -1,6 +1,7 @@
 """Export of merged encoders and of backbones: plain transformers models, in several files, by several processes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.formats import hf
 from llm2vec_gen_jax.integrations.verify import TEXTS
-from llm2vec_gen_jax.pretrained import export, model_directory
+from llm2vec_gen_jax.pretrained import export
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import new_model, same_trees
@@ -21,23 +22,14 @@ from tests.helpers.conversion import new_model, same_trees
 
 @pytest.mark.parametrize("family, rank", [("qwen3", 4), ("llama", 0)])
 def test_the_merged_encoder_is_a_plain_transformers_model(tiny, tmp_path, family, rank):
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
     ours = new_model(tiny(family), rank)
     before = jax.tree.map(np.array, ours.backbone.frozen)
     ours.save_merged(tmp_path / "merged")
     same_trees(ours.backbone.frozen, before)
-    tokenizer, model = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoTokenizer, AutoModel))
-    texts = [text + "".join(ours.special_tokens) for text in TEXTS[:6]]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        hidden = model(**batch).last_hidden_state[:, -ours.model.num_tokens :]
-        for name in model_directory.HEADS:
-            head = load_file(tmp_path / "merged" / f"{name}_mlp.safetensors")
-            weight, bias = (torch.from_numpy(head[f"projection.{key}"]) for key in ("weight", "bias"))
-            hidden = torch.nn.functional.linear(hidden, weight, bias)
-    np.testing.assert_allclose(hidden.mean(dim=1).numpy(), ours.encode(list(TEXTS[:6])), atol=1e-4, rtol=0)
+    [example] = re.findall(r"```python\n(.*?)```", (tmp_path / "merged" / "README.md").read_text(), re.DOTALL)
+    names = {"FOLDER": str(tmp_path / "merged"), "texts": list(TEXTS[:6])}
+    exec(compile(example, "example", "exec"), names)  # noqa: S102
+    np.testing.assert_allclose(names["embeddings"].detach().numpy(), ours.encode(names["texts"]), atol=1e-4, rtol=0)
 
 
 def test_large_backbones_are_written_in_several_files(tiny, tmp_path, monkeypatch):

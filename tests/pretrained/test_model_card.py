@@ -75,13 +75,37 @@ def test_the_examples_give_the_same_vectors(written):
 
 
 @pytest.mark.slow
+def test_the_examples_of_an_included_model_give_the_same_vectors(command, optimized, peer_python, monkeypatch, tmp_path):
+    """As they stand: the conversion, then both frameworks. PyTorch has the backbone in bfloat16."""
+    pytest.importorskip("sentence_transformers")
+    card = ModelCard.load(model_directory.local_folder("smollm2-135m") / "README.md")
+    monkeypatch.chdir(tmp_path)
+    [line] = re.findall(r"```bash\npython -m launch\.(convert \w+) (.*?)  #", card.text)
+    code, _, errors = command(line[0], *line[1].split())
+    assert code == 0, errors
+    in_jax, published_example, in_torch = examples(card)
+    found = [vectors_of_peer(published_example, peer_python)]
+    for example in (in_jax, in_torch):
+        names = {}
+        exec(compile(example, "example", "exec"), names)  # noqa: S102
+        found.append(names["vectors"])
+    for vectors in found[1:]:
+        cosine = (vectors * found[0]).sum() / np.linalg.norm(vectors) / np.linalg.norm(found[0])
+        assert vectors.shape == (1, 576) and cosine > 0.999
+
+
+def vectors_of_peer(example, python):
+    code = f"{example}\nimport json; print(json.dumps(vectors.tolist()))"
+    ended = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return np.array(json.loads(ended.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
 def test_the_example_of_the_published_package_gives_the_same_vectors(written, peer_python):
     folder, card = written
-    code = examples(card)[1] + "\nimport json; print(json.dumps(vectors.tolist()))"
-    ended = subprocess.run([peer_python, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
     expected = load(folder).encode(["What is the capital of France?"])
-    np.testing.assert_allclose(json.loads(ended.stdout.splitlines()[-1]), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(vectors_of_peer(examples(card)[1], peer_python), expected, atol=1e-4, rtol=0)
 
 
 def test_the_cards_of_included_models_are_generated():
