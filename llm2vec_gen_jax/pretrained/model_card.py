@@ -114,7 +114,7 @@ from llm2vec_gen_jax import LLM2VecGen
 
 model = LLM2VecGen.from_pretrained({json.dumps(identifier)})
 vectors, soft_prompts = model.encode({json.dumps(text)}, return_soft_prompts=True)
-answers = model.decode(soft_prompts)  # the text that the LLM reads out of the embedding
+answers = model.decode(soft_prompts, max_new_tokens=32)  # the text that the LLM reads out of the embedding
 ```
 
 PyTorch ([llm2vec-gen](https://pypi.org/project/llm2vec-gen/)), the same vectors:

@@ -75,7 +75,7 @@ def test_the_examples_give_the_same_vectors(written):
 
 
 @pytest.mark.slow
-def test_the_examples_of_an_included_model_give_the_same_vectors(command, optimized, peer_python, monkeypatch, tmp_path):
+def test_the_examples_of_an_included_model_agree(command, optimized, peer_python, monkeypatch, tmp_path):
     """As they stand: the conversion, then both frameworks. PyTorch has the backbone in bfloat16."""
     pytest.importorskip("sentence_transformers")
     card = ModelCard.load(model_directory.local_folder("smollm2-135m") / "README.md")
