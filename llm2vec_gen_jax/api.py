@@ -16,6 +16,7 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite, quote
 from llm2vec_gen_jax.config import options
+from llm2vec_gen_jax.formats import published
 from llm2vec_gen_jax.formats.published import PublishedModel
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.inference.encode import WINDOW, check_texts, encode_windows, warmup
@@ -94,7 +95,9 @@ class LLM2VecGen:
         require_own_process()
         _checked_prompts(prompts)  # before the backbone is loaded
         hub = HubOptions(revision, token, cache_dir, local_files_only)
-        record = model_directory.read_model_directory(str(path), hub)
+        folder = model_directory.local_folder(str(path), hub)
+        record = published.read(folder)
+        prompts = published.read_prompts(folder) if prompts is None else prompts
         if not isinstance(mesh, jax.sharding.Mesh):
             if not isinstance(mesh, config_lib.MeshConfig | None):
                 raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
@@ -103,7 +106,7 @@ class LLM2VecGen:
         hub = dataclasses.replace(hub, revision=None)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
-        return cls(model, trainable, loaded, record.prompts if prompts is None else prompts, record=record)
+        return cls(model, trainable, loaded, prompts, record=record)
 
     @overload
     def encode(

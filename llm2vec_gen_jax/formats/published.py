@@ -61,7 +61,6 @@ class PublishedModel:
     alignment: dict[str, np.ndarray]  # kernel (D, E) [in, out], bias (E,)
     lora: dict | None = None  # {"config": adapter_config.json, "tensors": {key on disk: array}}
     extra: dict = dataclasses.field(default_factory=dict)  # metadata of this package, if any
-    prompts: dict[str, str] = dataclasses.field(default_factory=dict)  # by name, without the space before a text
 
 
 def read(directory: str | os.PathLike[str]) -> PublishedModel:
@@ -95,7 +94,6 @@ def read(directory: str | os.PathLike[str]) -> PublishedModel:
         **{name: _read_head(directory, f"{name}_mlp") for name in HEADS},
         lora=lora,
         extra=extra,
-        prompts=_read_prompts(_find(directory, PROMPTS)),
     )
     _check(directory, model)
     return model
@@ -242,11 +240,13 @@ def prompts_file(prompts: Mapping[str, str]) -> str:
     return json.dumps(config, indent=2)
 
 
-def _read_prompts(path):
+def read_prompts(directory: str | os.PathLike[str]) -> dict[str, str]:
     """Returns the prompts in config_sentence_transformers.json without their last space, {} if there is no such file.
 
     A prompt that does not end with a space is ignored with a warning: LLM2VecGen puts one between prompt and text.
+    Raises InputError naming file and key of a prompt that is not a text.
     """
+    path = _find(pathlib.Path(directory), PROMPTS)
     saved = (files.read_json(path).get("prompts") if path else None) or {}
     _require(isinstance(saved, dict), path, f"prompts is {saved!r:.100}, expected names and texts")
     prompts = {}

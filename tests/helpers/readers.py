@@ -29,7 +29,7 @@ def readers():
     from llm2vec_gen_jax.data import records, texts
     from llm2vec_gen_jax.data.texts import Corpus
     from llm2vec_gen_jax.evaluation import instructions, tasks
-    from llm2vec_gen_jax.formats import peft, torchzip, weights
+    from llm2vec_gen_jax.formats import peft, published, torchzip, weights
     from llm2vec_gen_jax.inference import shards
     from llm2vec_gen_jax.model.execution import Execution
     from llm2vec_gen_jax.pretrained import model_directory
@@ -60,7 +60,7 @@ def readers():
 
     return {
         "head": torchzip.read,
-        "model": model_directory.read_model_directory,
+        "model": lambda path: (model_directory.read_model_directory(path), published.read_prompts(path)),
         "backbone": backbone,
         "adapter": adapter,
         "corpus": corpus,

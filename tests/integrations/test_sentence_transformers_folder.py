@@ -14,6 +14,8 @@ from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.formats import published
 from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import load_backbone
+from tests.conftest import one_device_mesh
 from tests.helpers.conversion import load, new_model
 from tests.helpers.tiny import tiny_tokenizer
 
@@ -174,6 +176,7 @@ def test_damaged_prompts_are_named(saved, tmp_path, text, message):
     with pytest.raises(InputError) as caught:
         load(tmp_path / "model")
     assert f"{file}: " in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+    assert LLM2VecGen.from_pretrained(tmp_path / "model", "float32", prompts=PROMPTS).prompts == PROMPTS
 
 
 # One compression token: no code in the folder
@@ -217,6 +220,18 @@ def test_one_compression_token_needs_no_code(merged, tmp_path, family, rank):
         assert loaded.preprocess(TEXTS)["input_ids"].shape == (len(TEXTS), 20)
         assert_same(loaded.encode(TEXTS), model.encode(TEXTS, max_length=20))
     assert np.abs(expected - model.encode(TEXTS, max_length=20)).max() > 1e-3
+
+
+def test_heads_have_the_dtype_of_the_merged_backbone_or_the_one_that_is_chosen(tiny_folder, tmp_path):
+    model = new_model(load_backbone(str(tiny_folder("qwen3")), "bfloat16", one_device_mesh()), count=1)
+    model.save_merged(tmp_path / "merged")
+    half = library.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    full = library.SentenceTransformer(str(tmp_path / "merged"), device="cpu", model_kwargs={"dtype": "float32"})
+    kernel = np.asarray(model.trainable["alignment"]["kernel"])
+    np.testing.assert_array_equal(full[3].linear.weight.detach().numpy().T, kernel)
+    assert str(half[3].linear.weight.dtype) == "torch.bfloat16"
+    found, expected = half.encode(TEXTS), full.encode(TEXTS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.1 * np.abs(expected).max())
 
 
 @pytest.mark.slow
