@@ -89,7 +89,8 @@ def common_words(count):
 @contextlib.contextmanager
 def server(arguments):
     """Starts the server, yields its URL when it is ready, and ends it with SIGTERM."""
-    command = [sys.executable, "-m", "launch.serve", arguments.model, "port=0", "name=served", *arguments.settings]
+    command = [sys.executable, "-m", "launch.serve", arguments.model, "port=0", "name=served", "access_log=false"]
+    command += arguments.settings
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = next((line.split()[-1] for line in process.stdout if line.startswith("serving ")), None)
