@@ -233,7 +233,7 @@ def test_the_page_of_the_server_runs(here, monkeypatch):
         text=True,
     )
     try:
-        assert any(line.startswith("ready: ") for line in server.stdout)
+        assert any(line.startswith("ready to decode: ") for line in server.stdout)
         asked = 0
         for line in [line for text in shell for line in text.splitlines() if line.startswith("curl")]:
             line = line.replace("8000", str(port)).replace('"dimensions": 128', '"dimensions": 8')
