@@ -49,7 +49,7 @@ def main():
     config = options.load(ServeConfig, None, arguments.settings)
     texts = read_texts(arguments.file, "text")[: arguments.texts] if arguments.file else common_words(arguments.texts)
     rows, vectors = [], []
-    with server(arguments) as url:
+    with server(arguments, "ready to decode: " if config.decode.enabled else "ready: ") as url:
         load(url, texts, arguments.concurrency[-1], arguments.per_request[-1])  # warm-up
         for per_request in arguments.per_request:
             for concurrency in arguments.concurrency:
@@ -87,13 +87,14 @@ def common_words(count):
 
 
 @contextlib.contextmanager
-def server(arguments):
-    """Starts the server, yields its URL when it is ready, and ends it with SIGTERM."""
-    command = [sys.executable, "-m", "launch.serve", arguments.model, "port=0", "name=served", *arguments.settings]
+def server(arguments, last):
+    """Starts the server, yields its URL after a line that starts with `last`, and ends it with SIGTERM."""
+    command = [sys.executable, "-m", "launch.serve", arguments.model, "port=0", "name=served", "access_log=false"]
+    command += arguments.settings
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = next((line.split()[-1] for line in process.stdout if line.startswith("serving ")), None)
-        if not any(line.startswith("ready: ") for line in process.stdout):
+        if not any(line.startswith(last) for line in process.stdout):
             sys.exit("error: the server did not start")
         yield url.removesuffix("/v1")
     finally:

@@ -1,4 +1,4 @@
-"""Serves OpenAI's /v1/embeddings, and /v1/decode, over HTTP.
+"""Serves embeddings over HTTP with the APIs of OpenAI and text-embeddings-inference, and decodes them.
 
 python -m launch.serve MODEL [key=value ...]
 """

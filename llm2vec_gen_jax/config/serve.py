@@ -20,11 +20,13 @@ class DecodeSettings:
 
 @dataclasses.dataclass
 class ServeConfig:
-    """`python -m launch.serve MODEL`: serve OpenAI's /v1/embeddings and /v1/models, and /v1/decode, over HTTP.
+    """`python -m launch.serve MODEL`: serve embeddings over HTTP with the APIs of OpenAI and TEI, and decode them.
 
-    Concurrent requests are batched. /health returns 200 once everything is compiled; /metrics is for Prometheus. If
-    the environment variable LLM2VEC_GEN_API_KEY is set, /v1/ requires it as a Bearer token. On SIGTERM, the server
-    completes the requests in flight and exits with code 0. Requires requirements-serve.txt.
+    That is /v1/embeddings and /v1/models, /embed and /info of Hugging Face's text-embeddings-inference, and /v1/decode.
+    Concurrent requests are batched. /health returns 200 once embeddings are served; programs that decode are compiled
+    after those. /metrics is for Prometheus. If the environment variable LLM2VEC_GEN_API_KEY is set, all other paths
+    require it as a Bearer token. On SIGTERM, the server completes the requests in flight and exits with code 0.
+    Requires requirements-serve.txt.
     """
 
     EXAMPLE: ClassVar = "smollm2-135m port=8000"
@@ -50,6 +52,7 @@ class ServeConfig:
     request_timeout: float = setting(300.0, "seconds within which a request must be answered (503)")
     shutdown_timeout: int = setting(30, "seconds that requests in flight have to complete after SIGTERM", least=1)
     warmup: bool = setting(True, "compile all shapes at startup instead of on first use")
+    access_log: bool = setting(True, "print a line per request, as uvicorn, vLLM and TEI do; not for probes")
     decode: DecodeSettings = section(DecodeSettings)
     dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
     kernels: KernelsConfig = section(KernelsConfig)

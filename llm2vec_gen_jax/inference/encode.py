@@ -280,7 +280,7 @@ def warmup(
     soft_prompts: bool,
     show_progress_bar: bool = False,
 ) -> int:
-    """Compiles all programs for texts of at most max_length tokens. Returns their number."""
+    """Compiles all programs for texts of at most max_length tokens, without running them. Returns their number."""
     shards = sharding.batch_shards(backbone.mesh)
     needed = shapes(max_length, batch_size, shards)
     with progress.bar(len(needed), "program", "compile", enabled=show_progress_bar) as bar:
@@ -288,7 +288,7 @@ def warmup(
             shapes_of = [(height, width)] * 3 + [(height, width // model.num_appended)]
             arrays: Any = (np.zeros(shape, np.int32) for shape in shapes_of)
             packed = sharding.put_batch(Packed(*arrays), backbone.mesh)
-            _encode(model, soft_prompts, trainable, backbone.frozen, packed)
+            _encode.compile(model, soft_prompts, trainable, backbone.frozen, packed)
             bar.update(1)
     return len(needed)
 

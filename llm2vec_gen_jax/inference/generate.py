@@ -56,12 +56,25 @@ def generate_from_soft_prompts(
     return _continue(backbone, None, np.asarray(soft_prompts_BKD, np.float32), sampling, seed, row_ids)
 
 
+def compile_from_soft_prompts(backbone: LoadedBackbone, shape: tuple[int, int, int], sampling: Sampling) -> None:
+    """Compiles `generate_from_soft_prompts` for soft prompts of a shape (B, K, D), without running it."""
+    _generate.compile(*_arguments(backbone, None, np.zeros(shape, np.float32), sampling, 0, None))
+
+
 def ended(ids: Sequence[int], sampling: Sampling) -> bool:
     """Returns whether a generated row ended with a stop token, before max_new_tokens."""
     return len(ids) < sampling.max_new_tokens
 
 
 def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
+    count = len(ids) if ids is not None else len(soft_prompts_BKD)
+    outputs = _generate(*_arguments(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids))
+    out_BN, count_B, finite_B = map(np.asarray, outputs)
+    return [out_BN[row, : count_B[row]].tolist() if finite_B[row] else None for row in range(count)]
+
+
+def _arguments(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
+    """Returns the arguments of `continue_prompts` for ids or soft prompts, padded to a batch of `batch_rows`."""
     count = len(ids) if ids is not None else len(soft_prompts_BKD)
     size = batch_rows(count, backbone.execution)
     row_ids = np.arange(size, dtype=np.int32) if row_ids is None else np.resize(np.asarray(row_ids, np.int32), size)
@@ -75,9 +88,7 @@ def _continue(backbone, ids, soft_prompts_BKD, sampling, seed, row_ids):
     stop, model = tuple(backbone.tokenizer.stop_ids), Backbone(backbone.architecture, backbone.execution)
     seed = np.uint32(seed % 2**32)
     unroll = unrolls(model, backbone.frozen, size, prompt.shape[1] + sampling.max_new_tokens)
-    outputs = _generate(model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed)
-    out_BN, count_B, finite_B = map(np.asarray, outputs)
-    return [out_BN[row, : count_B[row]].tolist() if finite_B[row] else None for row in range(count)]
+    return model, sampling, stop, unroll, backbone.frozen, prompt, lengths_B, row_ids, seed
 
 
 def batch_rows(count: int, execution: Execution) -> int:

@@ -134,22 +134,34 @@ def compute_capability(device: Any) -> tuple[int, ...] | None:
     return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdecimal() for part in parts) else None
 
 
-def platform_jit(function: Callable, static_argnums: tuple[int, ...] = ()) -> Callable:
+class PlatformJit:
+    """A function jitted with the compiler options of each call's devices. jitted(execution): its `jax.jit`."""
+
+    def __init__(self, function: Callable, static_argnums: tuple[int, ...]) -> None:
+        @functools.cache
+        def jitted(execution):
+            return jax.jit(function, static_argnums=(0, *static_argnums), compiler_options=execution.compiler_options)
+
+        functools.update_wrapper(self, function)
+        self.jitted = jitted
+
+    def __call__(self, model: Any, *arguments: Any) -> Any:
+        return self.jitted(model.execution)(model, *arguments)
+
+    def compile(self, model: Any, *arguments: Any) -> jax.stages.Compiled:
+        """Compiles for arguments without running, or reads the program from JAX's persistent compilation cache.
+
+        A later call with the same shapes, dtypes and shardings runs this program: JAX neither traces nor compiles then.
+        """
+        return self.jitted(model.execution).lower(model, *arguments).compile()
+
+
+def platform_jit(function: Callable, static_argnums: tuple[int, ...] = ()) -> PlatformJit:
     """`jax.jit` with the compiler options of each call's devices.
 
     The first argument of `function` is static and has an `execution`: an LLM2VecGenModel or a Backbone.
     """
-
-    @functools.cache
-    def jitted(execution):
-        return jax.jit(function, static_argnums=(0, *static_argnums), compiler_options=execution.compiler_options)
-
-    @functools.wraps(function)
-    def call(model, *arguments):
-        return jitted(model.execution)(model, *arguments)
-
-    call.jitted = jitted  # type: ignore[attr-defined]
-    return call
+    return PlatformJit(function, static_argnums)
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""Embeddings for others: resumable encoding of corpora, and an HTTP server with OpenAI's API."""
+"""Embeddings for others: resumable encoding of corpora, and an HTTP server with the APIs of OpenAI and TEI."""

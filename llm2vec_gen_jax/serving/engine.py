@@ -11,11 +11,11 @@ from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
 from llm2vec_gen_jax.config import ServeConfig, options
 from llm2vec_gen_jax.inference.encode import finite
-from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
+from llm2vec_gen_jax.inference.generate import Sampling, compile_from_soft_prompts, generate_from_soft_prompts
 from llm2vec_gen_jax.pretrained.tokenizer import CHARS_PER_TOKEN
 from llm2vec_gen_jax.serving.batcher import Batcher
 
-_ROW = 256  # tokens of a packed row, see inference.encode
+ROW = 256  # tokens of a packed row, see inference.encode
 _MIN_NEW_TOKENS = 32  # of the compiled decoding programs
 
 
@@ -37,19 +37,19 @@ class Engine:
             self._compute, self._cost, self._budget, config.max_wait_ms / 1000, config.max_waiting, observe
         )
 
-    def tokenize(self, texts: Sequence[str], instruction: str) -> list[np.ndarray]:
-        """Returns the int32 token ids of each text.
+    def tokenize(self, texts: Sequence[str], instruction: str, truncate: bool | None = None) -> list[np.ndarray]:
+        """Returns the int32 token ids of each text. truncate: default that of the config.
 
         Raises InputError for invalid text, for texts that are too long if truncate is false, and for an instruction
         that leaves no tokens for a text.
         """
         self._check_instruction(instruction)
-        if self.config.truncate:
+        if self.config.truncate if truncate is None else truncate:
             return self.model.tokenize(texts, instruction, self.limit)
         ids = self.model.tokenize(texts, instruction, self.limit + 1)
         for number, row in enumerate(ids):
             if len(row) > self.limit:
-                raise InputError(f"input {number} is longer than the {self.limit} tokens that this server accepts")
+                raise InputError(f"input {number} is longer than the {self.limit} tokens that fit")
         return ids
 
     def _check_instruction(self, instruction: str) -> None:
@@ -80,21 +80,21 @@ class Engine:
                 raise not_finite(f"{key!r} {number}", self.model.backbone.dtype)
         return results
 
-    def warmup(self) -> int:
-        """Compiles all programs that requests can use. Returns their number."""
-        config, model = self.config, self.model
-        count = model.warmup(config.batch_size, config.max_length, show_progress_bar=True)
-        if not config.decode.enabled:
-            return count
-        count += model.warmup(config.decode.batch_size, config.max_length, True, show_progress_bar=True)
-        row = np.zeros((model.model.num_tokens, model.model.architecture.hidden_size), np.float32)
-        sizes = sorted({1, config.decode.batch_size})
-        with progress.bar(len(sizes) * len(self._lengths()), "program", "compile decoding") as bar:
-            for tokens in self._lengths():
-                for size in sizes:
-                    self._decode(tokens, 0, [(0, row)] * size)
-                    bar.update(1)
-        return count + bar.total
+    def compile_embedding(self) -> int:
+        """Compiles all programs of `embed` without soft prompts. Returns their number."""
+        return self.model.warmup(self.config.batch_size, self.config.max_length, show_progress_bar=True)
+
+    def compile_decoding(self) -> int:
+        """Compiles all programs of `embed` with soft prompts and of `decode`. Returns their number."""
+        settings, model = self.config.decode, self.model
+        count = model.warmup(settings.batch_size, self.config.max_length, True, show_progress_bar=True)
+        shape = model.model.num_tokens, model.model.architecture.hidden_size
+        programs = [(tokens, size) for tokens in self._lengths() for size in sorted({1, settings.batch_size})]
+        with progress.bar(len(programs), "program", "compile decoding") as bar:
+            for tokens, size in programs:
+                compile_from_soft_prompts(model.backbone, (size, *shape), self._sampling(tokens))
+                bar.update(1)
+        return count + len(programs)
 
     def _lengths(self) -> list[int]:
         """Returns the compiled numbers of new tokens: 32, 64, 128, ... up to the configured maximum."""
@@ -109,7 +109,7 @@ class Engine:
 
     def _budget(self, kind: Any) -> int:
         batch_size = self.config.batch_size if kind == ("embed", False) else self.config.decode.batch_size
-        return batch_size * _ROW if kind[0] == "embed" else batch_size
+        return batch_size * ROW if kind[0] == "embed" else batch_size
 
     def _compute(self, kind: Any, items: list[Any]) -> list[Any]:
         if kind[0] == "embed":
@@ -126,9 +126,10 @@ class Engine:
         return [result if valid else None for result, valid in zip(results, is_finite)]
 
     def _decode(self, tokens: int, seed: int, items: list[tuple[int, np.ndarray]]) -> list[Any]:
-        settings = self.config.decode
-        size = 1 if len(items) == 1 else settings.batch_size  # only these two are compiled
+        size = 1 if len(items) == 1 else self.config.decode.batch_size  # only these two are compiled
         numbers, rows = zip(*items, *[items[0]] * (size - len(items)))
-        sampling = Sampling(tokens, settings.temperature, settings.top_p)
-        ids = generate_from_soft_prompts(self.model.backbone, np.stack(rows), sampling, seed, numbers)
+        ids = generate_from_soft_prompts(self.model.backbone, np.stack(rows), self._sampling(tokens), seed, numbers)
         return ids[: len(items)]
+
+    def _sampling(self, tokens: int) -> Sampling:
+        return Sampling(tokens, self.config.decode.temperature, self.config.decode.top_p)

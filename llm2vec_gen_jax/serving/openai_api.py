@@ -26,26 +26,30 @@ DECODING_KEYS: dict[str, type] = {"input": object, "soft_prompts": list, "model"
 DECODING_KEYS |= {"seed": int, "user": str, "instruction": str}
 _JSON_NAMES = {str: "a string", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
 _TOKEN_IDS = (
-    "token ids are not accepted, because this model does not use OpenAI's tokenizers: send text "
-    "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+    "token ids are not accepted: send text (LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False) does)"
 )
 
 
 class RequestError(Exception):
-    """An invalid request, whose response is an error object of OpenAI's API."""
+    """A request that is refused: the HTTP status of the response, and the parts of an error object of OpenAI's API."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
 
-    def response(self) -> Response:
-        """Returns the HTTP response, with the headers that its status requires."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that the status requires."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return to_response({"error": error}, self.status, headers)
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def error_response(error: RequestError) -> Response:
+    """Returns the response of OpenAI's API for an error."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    content = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return to_response({"error": content}, error.status, error.headers)
 
 
 def unknown_model(requested: str, name: str) -> RequestError:
@@ -82,18 +86,26 @@ def check_count(items: Sized, limit: int, key: str) -> None:
         raise RequestError(413, f"{key!r} has {len(items)} items, at most {limit} are allowed", "too_many_inputs", key)
 
 
-def texts_of(value: Any, limit: int) -> list[str]:
-    """Returns the texts in the `input` of a request. Raises RequestError for other values and too many texts."""
+def texts_of(value: Any, limit: int, key: str = "input") -> list[str]:
+    """Returns the texts in `key` of a request. Raises RequestError for other values and too many texts."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise RequestError(400, "'input' must be a string, or a list of at least one", "invalid_type", "input")
+        raise RequestError(400, f"{key!r} must be a string, or a list of at least one", "invalid_type", key)
     if isinstance(texts[0], int | list):
-        raise RequestError(400, _TOKEN_IDS, "invalid_type", "input")
-    check_count(texts, limit, "input")
+        raise RequestError(400, _TOKEN_IDS, "invalid_type", key)
+    check_count(texts, limit, key)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise RequestError(400, f"'input' {number} must be a string", "invalid_type", "input")
+            raise RequestError(400, f"{key!r} {number} must be a string", "invalid_type", key)
     return texts
+
+
+def dimensions_of(request: Mapping[str, Any], largest: int) -> int | None:
+    """Returns the `dimensions` of a request, None for all. Raises RequestError if they are not within 1 and largest."""
+    size: int | None = request.get("dimensions")
+    if size is not None and not 1 <= size <= largest:
+        raise RequestError(400, f"'dimensions' must be within 1 and {largest}, found {size}", param="dimensions")
+    return size
 
 
 def soft_prompts_of(items: Sequence[Any], shape: tuple[int, int]) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llm2vec_gen_jax.api import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import ServeConfig
+from llm2vec_gen_jax.serving import access_log
 from llm2vec_gen_jax.serving.endpoints import Endpoints
 
 KEY_VARIABLE = "LLM2VEC_GEN_API_KEY"
@@ -27,6 +28,8 @@ _RESPONSE_SECONDS = 2  # for clients to read the response that the server is sto
 
 def serve(path: str, config: ServeConfig) -> None:
     """Loads a model, listens, compiles all programs and serves until SIGTERM or SIGINT.
+
+    Programs of embeddings are compiled first, and served while those of decoding are compiled.
 
     Raises InputError for an invalid model, address or API key.
     """
@@ -52,6 +55,7 @@ class Server:
     def __init__(self, endpoints: Endpoints) -> None:
         self.endpoints, self.config = endpoints, endpoints.config
         self._failure: BaseException | None = None
+        self._compilation = threading.Thread(target=self._compile, daemon=True)
 
     def run(self, listener: socket.socket) -> None:
         """Serves on a listening socket until SIGTERM or SIGINT. Raises what failed in the compilation."""
@@ -68,6 +72,7 @@ class Server:
             timeout_graceful_shutdown=self.config.shutdown_timeout + _RESPONSE_SECONDS,
         )
         logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
+        access_log.print_lines()
         self._uvicorn = _UvicornServer(settings, self.config.shutdown_timeout, self.endpoints.cancel_requests)
         # uvicorn handles both signals, and raises them again after its shutdown for the previous handlers.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,26 +80,30 @@ class Server:
         self._uvicorn.run(sockets=[listener])
         if self._failure:
             raise self._failure
-        if not self.endpoints.ready or self.endpoints.engine.batcher.busy:  # in native code that cannot be interrupted
+        # In native code that cannot be interrupted:
+        if self._compilation.is_alive() or self.endpoints.engine.batcher.busy:
             sys.stdout.flush()
             os._exit(0)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        threading.Thread(target=self._warmup, daemon=True).start()
+        self._compilation.start()
         yield
         timeout = _RESPONSE_SECONDS if self.endpoints.cancelled else None
         await asyncio.to_thread(self.endpoints.engine.batcher.close, timeout)
 
-    def _warmup(self) -> None:
-        started = time.monotonic()
+    def _compile(self) -> None:
+        endpoints, started = self.endpoints, time.monotonic()
         try:
-            count = self.endpoints.engine.warmup() if self.config.warmup else 0
+            count = endpoints.engine.compile_embedding() if self.config.warmup else 0
+            endpoints.ready = True
+            _report(f"ready: {count} programs compiled", started)
+            if self.config.decode.enabled:
+                count = endpoints.engine.compile_decoding() if self.config.warmup else 0
+                endpoints.decoding_ready = True
+                _report(f"ready to decode: {count} more programs compiled", started)
         except BaseException as error:
             self._failure, self._uvicorn.should_exit = error, True
-            return
-        self.endpoints.ready = True
-        print(f"ready: {count} programs compiled in {time.monotonic() - started:.1f} s", flush=True)
 
 
 class _UvicornServer(uvicorn.Server):
@@ -108,6 +117,12 @@ class _UvicornServer(uvicorn.Server):
         timer = asyncio.get_running_loop().call_later(self.timeout, self.on_timeout)
         await super().shutdown(sockets)
         timer.cancel()
+
+
+def _report(event: str, started: float) -> None:
+    """Prints an event with the seconds since `started`. The server goes on if nobody reads its output."""
+    with contextlib.suppress(OSError):
+        print(f"{event} in {time.monotonic() - started:.1f} s", flush=True)
 
 
 def _is_not_cancellation(record: logging.LogRecord) -> bool:

@@ -9,10 +9,14 @@ from starlette.responses import Response
 
 
 class Telemetry:
-    """Metrics and the page that exposes them. waiting, in_flight, ready: return the current values of the gauges."""
+    """Metrics and the page that exposes them. The arguments return the current values of the gauges."""
 
     def __init__(
-        self, waiting: Callable[[], float], in_flight: Callable[[], float], ready: Callable[[], float]
+        self,
+        waiting: Callable[[], float],
+        in_flight: Callable[[], float],
+        ready: Callable[[], float],
+        decoding_ready: Callable[[], float],
     ) -> None:
         self.registry = registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=registry)
@@ -26,15 +30,16 @@ class Telemetry:
         self._seconds = make(
             histogram, "request_seconds", "time from the headers of a request to its response", "endpoint"
         )
-        self._texts = make(counter, "texts", "texts embedded for /v1/embeddings")
-        self._tokens = make(counter, "tokens", "tokens embedded for /v1/embeddings")
+        self._texts = make(counter, "texts", "texts embedded for /v1/embeddings and /embed")
+        self._tokens = make(counter, "tokens", "tokens embedded for /v1/embeddings and /embed")
         self._batch_items = make(histogram, "batch_items", "texts per batch", "kind", **counts)
         self._batch_requests = make(histogram, "batch_requests", "requests per batch", "kind", **counts)
         self._batch_seconds = make(histogram, "batch_seconds", "computation time of a batch", "kind")
         self._waited = make(histogram, "waited_seconds", "queue time of the oldest request of a batch", "kind")
         make(gauge, "waiting", "texts in the queue").set_function(waiting)
         make(gauge, "in_flight", "requests being read or answered").set_function(in_flight)
-        make(gauge, "ready", "whether all programs are compiled").set_function(ready)
+        make(gauge, "ready", "whether embeddings are served").set_function(ready)
+        make(gauge, "decoding_ready", "whether /v1/decode is served").set_function(decoding_ready)
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """Counts a request. seconds: from its headers to its response."""

@@ -1,5 +1,6 @@
 """Server processes and requests to them, shared by the tests of the server."""
 
+import asyncio
 import contextlib
 import json
 import pathlib
@@ -17,7 +18,7 @@ httpx = pytest.importorskip("httpx")
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOST_NEW = 8
-SMALL = ["port=0", "name=tiny", "max_length=100", "batch_size=2"]
+SMALL = ["port=0", "name=tiny", "max_length=100", "batch_size=2", "access_log=false"]
 SMALL += [f"decode.max_new_tokens={MOST_NEW}", "decode.batch_size=2"]
 
 
@@ -37,6 +38,10 @@ class Running:
 
     def ready(self):
         assert self.process.stdout.readline().startswith("ready: ")
+        return self
+
+    def ready_to_decode(self):
+        assert self.ready().process.stdout.readline().startswith("ready to decode: ")
         return self
 
     def post(self, path, content, **options):
@@ -68,7 +73,22 @@ class Running:
 
     def healthy(self):
         assert self.process.poll() is None
-        return httpx.get(f"{self.url}/health", timeout=120).json() == {"status": "ok"}
+        return httpx.get(f"{self.url}/health", timeout=120).json()["status"] == "ok"
+
+
+def ask_in_process(endpoints):
+    """ask(method, path, content, headers) returns the response of Endpoints in this process."""
+    app = endpoints.app()
+
+    def ask(method, path, content=b"", headers=None):
+        async def one():
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+                return await client.request(method, path, content=content, headers=headers)
+
+        return asyncio.run(one())
+
+    return ask
 
 
 @contextlib.contextmanager

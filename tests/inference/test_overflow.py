@@ -300,9 +300,10 @@ def test_a_request_that_overflows_fails_alone(model):
 
 
 def test_the_server_answers_in_openais_shape(model_folder):
-    servers = pytest.importorskip("tests.servers")
+    from tests.helpers import servers
+
     with servers.running(model_folder, "dtype=float16", "warmup=false") as server:
-        server.ready()
+        server.ready_to_decode()
         one = server.post("embeddings", {"input": "one"})
         assert one.status_code == 200
         for path, body in (

@@ -2,7 +2,11 @@
 
 import asyncio
 import base64
+import json
+import os
+import re
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -19,9 +23,9 @@ KEY = "a secret"
 
 @pytest.fixture(scope="module")
 def server(model_folder):
-    """A server with an API key, after compilation."""
-    with running(model_folder, key=KEY) as started:
-        yield started.ready()
+    """A server with an API key and an access log, after compilation."""
+    with running(model_folder, "access_log=true", key=KEY) as started:
+        yield started.ready_to_decode()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,21 @@ def test_an_api_key_is_required(server):
         response = server.post("embeddings", {"input": "a"}, headers=headers)
         check_refusal(response, 401, "Authorization: Bearer", code="invalid_api_key")
     check_refusal(httpx.get(f"{server.url}/v1/models"), 401)
+    refused = httpx.post(f"{server.url}/embed", json={"inputs": "a"})
+    assert refused.status_code == 401 and refused.json()["error_type"] == "Validation"
+    assert httpx.get(f"{server.url}/info").status_code == 401
     assert server.healthy()  # without a key
+
+
+def test_a_line_of_the_access_log_has_no_text_and_no_key(server):
+    send = {"headers": {"Authorization": f"Bearer {KEY}"}}
+    httpx.post(f"{server.url}/embed?key=query", json={"inputs": ["private", "words"]}, **send)
+    httpx.get(f"{server.url}/a%0Ab")
+    lines = os.read(server.process.stdout.fileno(), 1 << 16).decode().splitlines()
+    pattern = r"20\d\d-\S+ \S+ 127\.0\.0\.1:\d+ POST /embed 200 in \d+\.\d ms, inputs: 2, tokens: 12"
+    assert re.fullmatch(pattern, lines[-2]), lines[-2]
+    assert re.search(r"GET /a b 404 in", lines[-1]), lines[-1]
+    assert not [line for line in lines if KEY in line or "private" in line or "query" in line or "/health" in line]
 
 
 def test_concurrent_requests_get_their_own_vectors(server, model):
@@ -118,6 +136,51 @@ def test_concurrent_requests_get_their_own_vectors(server, model):
         np.testing.assert_allclose([item.embedding for item in answer.data], expected[rows], atol=1e-5)
     batches = server.metric('batch_items_count{kind="embed"') - before
     assert batches < len(requests), "requests that wait are encoded together"
+
+
+# The API of text-embeddings-inference
+
+
+def test_the_client_of_huggingface_hub(server, model, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the server is on this machine
+    with huggingface_hub.InferenceClient(base_url=server.url, api_key=KEY) as client:
+        found = client.feature_extraction(TEXTS[:3])
+        expected = model.encode(TEXTS[:3], max_length=100, normalize_embeddings=True)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        options = {"normalize": False, "dimensions": 5, "truncate": True, "truncation_direction": "right"}
+        found = client.feature_extraction("x" * 200, model=f"{server.url}/embed", **options)
+        np.testing.assert_allclose(found, [model.encode("x" * 200, max_length=100, truncate_dim=5)], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body, status, kind, expected",
+    [
+        (b"{", 422, "Validation", "not valid JSON"),
+        ({}, 422, "Validation", "'inputs' must be a string"),
+        ({"inputs": []}, 400, "Empty", "'inputs' is empty"),
+        ({"inputs": ["a"] * 2049}, 413, "Validation", "at most 2048"),
+        ({"inputs": [[1, 2]]}, 422, "Validation", "token ids are not accepted"),
+        ({"inputs": "a", "dimensions": 0}, 422, "Validation", f"within 1 and {E}"),
+        ({"inputs": "a", "normalise": False}, 422, "Validation", "did you mean 'normalize'"),
+        ({"inputs": "a", "prompt_name": "query"}, 422, "Validation", "this model has no prompts"),
+        ({"inputs": "a", "truncation_direction": "left"}, 422, "Validation", "must be right, not 'left'"),
+        ({"inputs": ["a", "x" * 200], "truncate": False}, 422, "Validation", "input 1 is longer than the 96 tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors_have_the_form_of_tei(server, body, status, kind, expected):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(f"{server.url}/embed", content=content, headers={"Authorization": f"Bearer {KEY}"})
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error", "error_type"} and response.json()["error_type"] == kind
+    assert expected in response.json()["error"]
+
+
+def test_info(server):
+    found = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {KEY}"}).json()
+    expected = {"model_id": "tiny", "model_dtype": "float32", "model_type": {"embedding": {"pooling": "mean"}}}
+    expected |= {"max_input_length": 96, "max_batch_tokens": 512, "max_client_batch_size": 2048, "auto_truncate": True}
+    assert expected.items() <= found.items()
 
 
 # Decoding

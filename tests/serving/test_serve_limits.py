@@ -63,7 +63,7 @@ def test_bad_requests_are_rejected(strict, body, status, expected):
 def wide(model_folder):
     """A server with the default limits."""
     with running(model_folder, "warmup=false", "max_wait_ms=0") as started:
-        yield started.ready()
+        yield started.ready_to_decode()
 
 
 MANY = b",[1]" * 1_000_000
