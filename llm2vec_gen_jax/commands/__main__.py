@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 from llm2vec_gen_jax import __version__
+from llm2vec_gen_jax.common import huge_pages
 from llm2vec_gen_jax.common.errors import nearest
 
 
@@ -21,6 +22,7 @@ def commands() -> dict[str, str]:
 
 def main() -> None:
     """Runs the command named by the first argument. Exit codes: those of cli.run, 2 for an unknown command."""
+    huge_pages.request()
     known = commands()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in known:

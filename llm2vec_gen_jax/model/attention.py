@@ -5,6 +5,7 @@ bidirectional pass needs the lengths, a row with several texts the segments, and
 the valid slots of the cache.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax import struct
 
 from llm2vec_gen_jax.model import fused_attention
 from llm2vec_gen_jax.model.execution import Execution
-from llm2vec_gen_jax.model.layers import apply_dropout, product
+from llm2vec_gen_jax.model.layers import apply_dropout, product, store
 
 
 @struct.dataclass
@@ -88,8 +89,9 @@ def attend(
 def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
     """Reference implementation for every platform."""
     T = q_BTNH.shape[1]
-    # In a causal pass a block of queries needs no keys after it, which avoids nearly half of the scores.
-    blocked = mask.causal and cache is None and key is None
+    # The scores of a block of queries fit in the cache of a CPU. In a causal pass it needs no keys after it, which
+    # avoids nearly half of the scores.
+    blocked = cache is None and key is None
     size = max(_LEAST_BLOCK, -(-T // _MOST_BLOCKS)) if blocked else T
     sizes = [min(size, T - first) for first in range(0, T, size)]
     # Heads first: otherwise XLA's CPU compiler transposes the weights, the largest arrays of all.
@@ -100,7 +102,7 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
     for number, queries in enumerate(jax.lax.split(q_BTNH, sizes, axis=1), start=1):
         first, last = last, last + queries.shape[1]
         seen = _seen(mask, first, last, last if mask.causal else T)
-        own = (jnp.concatenate(blocks[:number], axis=2) for blocks in (keys, values))
+        own = (jnp.concatenate(blocks[: number if mask.causal else None], axis=2) for blocks in (keys, values))
         mixed.append(_mix(queries, *own, seen, mask.cache_BS, cache, execution, key, dropout))
     return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
@@ -113,16 +115,16 @@ def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout)
     q_BGMH = jnp.moveaxis(q_BTNH.reshape(B, T, G, -1, H), 1, 3).reshape(B, G, -1, H)
 
     def score(q_BGMH, k_BGSH, seen):
-        scores_BGMS = product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * scale
-        scores_BGRTS = scores_BGMS.reshape(B, G, -1, T, scores_BGMS.shape[-1])
-        return jnp.where(seen, scores_BGRTS, -jnp.inf).reshape(scores_BGMS.shape)
+        return _scores(q_BGMH, k_BGSH, _of_rows(seen, q_BGMH.shape[2] // T), scale)
 
-    scores_BGMS = score(q_BGMH, k_BGSH, seen)
-    if cache is None:
-        weights_BGMS = apply_dropout(jax.nn.softmax(scores_BGMS, axis=-1), key, dropout).astype(q_BTNH.dtype)
-        mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH)
+    if cache is None and key is None:
+        mixed_BGMH = _softmax_mix(q_BGMH, k_BGSH, v_BGSH, _of_rows(seen, q_BGMH.shape[2] // T), execution)
+    elif cache is None:
+        weights_BGMS = apply_dropout(jax.nn.softmax(score(q_BGMH, k_BGSH, seen), axis=-1), key, dropout)
+        mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS.astype(q_BTNH.dtype), v_BGSH)
     else:
         # Separate scores for the pass and the cache, one softmax: the cache is read once and never copied.
+        scores_BGMS = score(q_BGMH, k_BGSH, seen)
         cached_BGMS = score(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, None, :])
         weights_BGMS = jax.nn.softmax(jnp.concatenate([cached_BGMS, scores_BGMS], axis=-1), axis=-1)
         weights_BGMS = apply_dropout(weights_BGMS, key, dropout).astype(q_BTNH.dtype)
@@ -131,6 +133,58 @@ def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout)
         mixed_BGMH += product("bgms,bgsh->bgmh", own_BGMS, v_BGSH)
     mixed_BTGRH = jnp.moveaxis(mixed_BGMH.astype(q_BTNH.dtype).reshape(B, G, -1, T, H), 3, 1)
     return mixed_BTGRH.reshape(B, T, N, H)
+
+
+def _of_rows(seen, heads):
+    """Returns a mask broadcastable to (B, G, R, T, S) as one broadcastable to (B, G, M, S). heads: R."""
+    seen = seen.reshape((1,) * (5 - seen.ndim) + seen.shape)
+    B, G, _, T, S = seen.shape
+    heads = heads if T > 1 else 1
+    return jnp.broadcast_to(seen, (B, G, heads, T, S)).reshape(B, G, heads * T, S)
+
+
+def _scores(q_BGMH, k_BGSH, seen_BGMS, scale):
+    return jnp.where(seen_BGMS, product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * scale, -jnp.inf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _softmax_mix(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution):
+    """Softmax attention. Returns (B, G, M, H) in q's dtype.
+
+    As in FlashAttention (Dao et al. 2022), weights are normalized after the product with the values, and the backward
+    pass recomputes them from the stored log-sum-exp: fewer passes over the scores, the largest arrays of all.
+    """
+    return _softmax_mix_forward(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution)[0]
+
+
+def _softmax_mix_forward(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution):
+    scores_BGMS = _scores(q_BGMH, k_BGSH, seen_BGMS, q_BGMH.shape[-1] ** -0.5)
+    top_BGM1 = scores_BGMS.max(axis=-1, keepdims=True)
+    weights_BGMS = jnp.exp(scores_BGMS - top_BGM1).astype(q_BGMH.dtype)
+    norm_BGM1 = weights_BGMS.astype(jnp.float32).sum(axis=-1, keepdims=True)
+    mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS, v_BGSH) / norm_BGM1
+    mixed_BGMH = store(mixed_BGMH.astype(q_BGMH.dtype), execution)
+    logsumexp_BGM1 = store(top_BGM1 + jnp.log(norm_BGM1), execution)
+    return mixed_BGMH, (q_BGMH, k_BGSH, v_BGSH, seen_BGMS, mixed_BGMH, logsumexp_BGM1)
+
+
+def _softmax_mix_backward(execution, stored, gradient_BGMH):
+    q_BGMH, k_BGSH, v_BGSH, seen_BGMS, mixed_BGMH, logsumexp_BGM1 = stored
+    dtype, scale = q_BGMH.dtype, q_BGMH.shape[-1] ** -0.5
+    mean_BGM1 = jnp.sum(gradient_BGMH.astype(jnp.float32) * mixed_BGMH.astype(jnp.float32), axis=-1, keepdims=True)
+    # Keys first: in this order, XLA's CPU compiler has fast kernels for all products but the last.
+    seen_BGSM, logsumexp_BG1M, mean_BG1M = (jnp.swapaxes(x, 2, 3) for x in (seen_BGMS, logsumexp_BGM1, mean_BGM1))
+    weights_BGSM = jnp.exp(_scores(k_BGSH, q_BGMH, seen_BGSM, scale) - logsumexp_BG1M).astype(dtype)
+    v_gradient_BGSH = product("bgsm,bgmh->bgsh", weights_BGSM, gradient_BGMH)
+    weight_gradient_BGSM = product("bgsh,bgmh->bgsm", v_BGSH, gradient_BGMH)
+    score_gradient_BGSM = weights_BGSM.astype(jnp.float32) * (weight_gradient_BGSM - mean_BG1M) * scale
+    score_gradient_BGSM = score_gradient_BGSM.astype(dtype)
+    k_gradient_BGSH = product("bgsm,bgmh->bgsh", score_gradient_BGSM, q_BGMH)
+    q_gradient_BGMH = product("bgsm,bgsh->bgmh", score_gradient_BGSM, k_BGSH)
+    return *(x.astype(dtype) for x in (q_gradient_BGMH, k_gradient_BGSH, v_gradient_BGSH)), None
+
+
+_softmax_mix.defvjp(_softmax_mix_forward, _softmax_mix_backward)
 
 
 def _weigh(weights_BGMS, v_BGSH, tokens, execution):

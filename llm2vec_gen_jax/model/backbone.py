@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from llm2vec_gen_jax.model import layers
 from llm2vec_gen_jax.model.architecture import Architecture
@@ -17,8 +16,7 @@ from llm2vec_gen_jax.parallel.sharding import constrain_batch, constrain_vocab
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # that a LoRA may update
 
-KEPT = "kept"  # checkpoint name of arrays stored for the backward pass
-_keep_products = jax.checkpoint_policies.save_only_these_names(KEPT)
+_keep_products = jax.checkpoint_policies.save_only_these_names(layers.KEPT)
 
 
 class Block(nn.Module):
@@ -47,8 +45,8 @@ class Block(nn.Module):
         sums, rate = self.execution.reduction_dtype(self.dtype), dropout.attention if dropout else 0.0
         *lora_keys, attention_key = jax.random.split(dropout.keys_L, 8) if dropout else [None] * 8
 
-        def kept(x):  # marks an array that is stored for the backward pass
-            return checkpoint_name(x.astype(stacked), KEPT).astype(x.dtype)
+        def kept(x):
+            return layers.keep(x, self.execution)
 
         def project(name, x, equation, shape, axes, bias_dims=()):
             y = layers.Linear(equation, shape, axes, bias_dims, sums, name=name)(x)

@@ -13,6 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from llm2vec_gen_jax.model.execution import Execution
 
 
 def einsum_f32(equation: str, *operands: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -40,6 +43,31 @@ def product(equation: str, x: jax.Array, y: jax.Array, sums: Any = jnp.float32) 
     x, y = _merge_heads(x_dims, x), _merge_heads(y_dims, y.astype(x.dtype))
     result = einsum_f32(equation.replace("nh", "n"), x, y, dtype=sums)
     return result.reshape([sizes[dim] for dim in out])
+
+
+KEPT = "kept"  # checkpoint name of arrays that train.remat=dots stores for the backward pass
+
+
+def store(x: jax.Array, execution: Execution) -> jax.Array:
+    """Returns x, which `train.remat=dots` stores for the backward pass. For the rules of a custom_vjp: no gradient.
+
+    On a CPU half precision is stored as bits: XLA would make a float32 copy of all layers to slice or update it.
+    """
+    if execution.target != "cpu" or x.dtype.itemsize != 2:
+        return checkpoint_name(x, KEPT)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), KEPT)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def keep(x: jax.Array, execution: Execution) -> jax.Array:
+    """`store` with the gradient of the identity."""
+    return store(x, execution)
+
+
+@keep.defjvp
+def _(execution, primals, tangents):
+    return store(*primals, execution), tangents[0]
 
 
 def _merge_heads(dims, x):

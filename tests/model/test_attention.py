@@ -15,6 +15,7 @@ from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache, attend
 from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.model.layers import KEPT
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from tests.conftest import one_device_mesh
@@ -24,7 +25,7 @@ MASKS = ("causal", "lengths", "prefix", "packed")
 ON_GPU = jax.default_backend() == "gpu"
 
 
-def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32):
+def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32, T=T):
     """Returns (arrays to differentiate, Visibility, number of real queries in every row)."""
     random = np.random.default_rng(groups + head_dim)
 
@@ -45,7 +46,20 @@ def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32):
     return arrays, CAUSAL, T
 
 
-def outcome(arrays, visibility, real, execution):
+def softmax_attention(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution):
+    """Attention by its definition, differentiated by JAX."""
+    B, T, N, H = q_BTNH.shape
+    k_BTNH, v_BTNH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BTGH, v_BTGH))
+    before = np.arange(T)[:, None] >= np.arange(T)
+    seen = before if mask.causal else (np.arange(T) < mask.lengths_B[:, None])[:, None, None]
+    if mask.segments_BT is not None:
+        seen = before & (mask.segments_BT[:, None, :, None] == mask.segments_BT[:, None, None, :])
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH, precision="highest") * H**-0.5
+    weights_BNTS = jax.nn.softmax(jnp.where(seen, scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BTNH, precision="highest")
+
+
+def outcome(arrays, visibility, real, execution, attend=attend):
     """Returns (mixed, gradients) of attention over arrays."""
 
     def mix(q, k, v, *cache):
@@ -72,6 +86,29 @@ def test_pallas_is_the_reference(mask, groups, head_dim):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for one, other in zip(found_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["causal", "lengths", "packed"])
+def test_blocks_of_queries_are_softmax_attention(mask):
+    arrays, arguments, real = inputs(mask, 3, 64, T=150)
+    expected, expected_gradients = outcome(arrays, arguments, real, Execution(), softmax_attention)
+    found, found_gradients = outcome(arrays, arguments, real, Execution(attention="xla"))
+    for one, other in zip([found, *found_gradients], [expected, *expected_gradients], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_backward_pass_uses_stored_results(dtype):
+    """With remat=dots it does not compute the outputs of attention again."""
+    (q, k, v), mask, _ = inputs("causal", 3, 64, dtype=dtype, T=150)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+    def loss(q, k, v):
+        return attend(q, k, v, mask, None, Execution(attention="xla")).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy))).lower(q, k, v).as_text()
+    blocks = -(-150 // 64)
+    assert text.count("stablehlo.maximum") == blocks  # of the forward pass
 
 
 @pytest.mark.parametrize("mask", MASKS)
