@@ -209,10 +209,10 @@ class Encoding:
         seconds = time.perf_counter() - started
         if "vectors" in self.spec:
             np.save(self.spec["vectors"], vectors)
-        lengths = [len(ids) + self.embedder.model.num_appended for ids in self.ids]
+        model, backbone = self.embedder.model, self.embedder.backbone
         plans = (
-            encode.pack_batches(lengths[start : start + encode.WINDOW], batch_size, 1)
-            for start in range(0, len(lengths), encode.WINDOW)
+            encode.plan_window(model, backbone, self.ids[start : start + encode.WINDOW], batch_size)
+            for start in range(0, len(self.ids), encode.WINDOW)
         )
         computed = sum(map(encode.computed_tokens, plans))
         return {"seconds": seconds, "computed_tokens": computed}

@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache, attend
+from llm2vec_gen_jax.model.attention import CAUSAL, SHARED, AttentionMask, KVCache, attend
 from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
@@ -21,6 +21,7 @@ from tests.conftest import one_device_mesh
 
 B, T, S = 2, 50, 33  # of no power of two, so that all of it is padded
 MASKS = ("causal", "lengths", "prefix", "packed")
+ALL_MASKS = (*MASKS, "shared")  # splash attention does not support the last
 ON_GPU = jax.default_backend() == "gpu"
 
 
@@ -36,8 +37,10 @@ def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32):
         arrays += [normal(batch, G, S, head_dim), normal(batch, G, S, head_dim)]
         lengths_B = jnp.asarray(random.integers(0, S + 1, batch))
         return arrays, AttentionMask(causal=True, cache_BS=jnp.arange(S) < lengths_B[:, None]), T
-    if mask == "packed":
+    if mask in ("packed", "shared"):
         segments_BT = jnp.asarray(np.sort(random.integers(1, 5, (batch, T))), jnp.int32)
+        if mask == "shared":
+            segments_BT = segments_BT.at[:, :9].set(SHARED)
         return arrays, AttentionMask(causal=True, segments_BT=segments_BT), T
     if mask == "lengths":
         lengths_B = jnp.asarray([17, T] * (batch // 2), jnp.int32)
@@ -74,7 +77,7 @@ def test_pallas_is_the_reference(mask, groups, head_dim):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ALL_MASKS)
 def test_half_precision_is_near_the_reference(mask):
     arguments = inputs(mask, 3, 64)
     halves = inputs(mask, 3, 64, dtype=jnp.bfloat16)
@@ -96,7 +99,7 @@ def test_pallas_runs_on_shards(mask):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ALL_MASKS)
 def test_cudnn_is_the_reference(mask, monkeypatch):
     """On a GPU in values and gradients; elsewhere both passes are lowered for one."""
     *arguments, real = inputs(mask, 3, 64, dtype=jnp.bfloat16)
