@@ -177,10 +177,15 @@ class Training:
 
 
 class Encoding:
-    """spec: lengths of the texts; or folder (a model directory), texts and vectors (the .npy to write)."""
+    """spec: lengths of the texts; or folder (a model directory), texts and vectors (the .npy to write).
+
+    shared: false to compute the common prefix of the texts for every text.
+    """
 
     def __init__(self, spec):
         self.spec = spec
+        if not spec.get("shared", True):
+            encode.shared_prefix = lambda ids: 0
         if "folder" in spec:
             mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
             self.embedder = LLM2VecGen.from_pretrained(spec["folder"], dtype=spec["dtype"], mesh=mesh)
