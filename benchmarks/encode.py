@@ -1,13 +1,13 @@
 """Encoding, compared with the published PyTorch package.
 
     python -m benchmarks.encode [--preset cpu|gpu] [--model NAME ...] [--queries FILE]
-    python -m benchmarks.encode --task FOLDER [--questions 400] [--paragraphs 200]
+    python -m benchmarks.encode --task FOLDER [--questions 400] [--paragraphs 200] [--instruction TEXT]
 
 By default: random weights of real shapes, on a mixed corpus of queries and passages, passed as token ids (tokenization
 is excluded). With --task: the weights of the default backbone and real texts of FOLDER (queries.jsonl and corpus.jsonl
-with a `text` key, BEIR's layout); tokenization is included in the time of both sides, and the vectors are compared.
-The published package encodes batches sorted by length, as in its evaluation. Both run in separate processes,
-alternately.
+with a `text` key, BEIR's layout, or test.jsonl with pairs); tokenization is included in the time of both sides, and the
+vectors are compared. With --instruction, which stands before every text, this package also runs without sharing it. The
+published package encodes batches sorted by length, as in its evaluation. All run in separate processes, alternately.
 
 --preset cpu (the default): SmolLM2-135M, 32 texts in batches of 8 (so that few sorted texts have as little padding as
 many), float32 and bfloat16. --preset gpu: Qwen3-8B, 8,192 texts in batches of 64, bfloat16.
@@ -37,6 +37,7 @@ def add_options(parser):
     parser.add_argument("--task", type=pathlib.Path, help="task folder, for real weights and texts")
     parser.add_argument("--questions", type=int, default=200, help="number of questions of the task")
     parser.add_argument("--paragraphs", type=int, default=100, help="number of paragraphs of the task")
+    parser.add_argument("--instruction", default="", help="text before every text of the task")
 
 
 def main():
@@ -63,25 +64,32 @@ def encode_task(arguments):
         real = np.array([len(row) + side.NUM_TOKENS for row in ids])
         for dtype in arguments.dtypes:
             spec = {"folder": str(folder / "model"), "texts": texts, "batch_size": 32, "dtype": dtype}
-            ours, theirs = (spec | {"vectors": str(folder / f"{name}.npy")} for name in ("ours", "theirs"))
-            where = [f"the first {arguments.questions} queries and {arguments.paragraphs} documents of the task"]
+            names = "ours", "theirs", "not shared"
+            ours, theirs, unshared = (spec | {"vectors": str(folder / f"{name}.npy")} for name in names)
+            others = [unshared | {"shared": False}] if arguments.instruction else []
+            compared = others + ([] if arguments.no_peer else [theirs])
 
             def differ():
-                if arguments.no_peer:
-                    return []
-                a, b = (np.load(spec["vectors"]) for spec in (ours, theirs))  # noqa: B023
-                cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-                return [f"vectors: least cosine {cosine.min():.6f}, largest difference {np.abs(a - b).max():.1e}"]
+                for spec in compared:  # noqa: B023
+                    a, b = (np.load(each["vectors"]) for each in (ours, spec))  # noqa: B023
+                    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+                    least, largest = f"least cosine {cosine.min():.6f}", f"largest difference {np.abs(a - b).max():.1e}"
+                    yield f"ours and {pathlib.Path(spec['vectors']).stem}: {least}, {largest}"
 
             title = f"smollm2-135m, {arguments.task.name}, {dtype}"
-            compare(title, backbone.architecture, ours, theirs, real, where, arguments, differ)
+            compare(title, backbone.architecture, ours, theirs, real, [], arguments, differ, others)
 
 
-def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, more_notes=list):
-    """Runs both packages alternately and prints a table. real: lengths, including the compression tokens."""
+def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, more_notes=list, other_specs=()):
+    """Runs both packages alternately and prints a table. real: lengths, including the compression tokens.
+
+    other_specs: of this package without sharing prefixes.
+    """
     dtype = ours_spec["dtype"]
     ours = side.Side(f"ours, {dtype}", ours_spec | {"kind": "encode"}, {}, arguments, ours=True)
     sides = [ours]
+    for spec in other_specs:
+        sides.append(side.Side(f"ours, not shared, {dtype}", spec | {"kind": "encode"}, {}, arguments, ours=True))
     if not arguments.no_peer:
         extra = {"kind": "encode"} | side.of_peer(arguments)
         sides.append(side.Side(f"published, {dtype}", peer_spec | extra, {}, arguments))
@@ -106,11 +114,15 @@ def compare(title, architecture, ours_spec, peer_spec, real, notes, arguments, m
 
 
 def read_texts(arguments):
-    """Returns the first questions and paragraphs of the task, shuffled."""
-    questions = [row["text"] for _, row in read_jsonl(arguments.task / "queries.jsonl")][: arguments.questions]
-    paragraphs = [row["text"] for _, row in read_jsonl(arguments.task / "corpus.jsonl")][: arguments.paragraphs]
-    order = np.random.default_rng(0).permutation(len(questions) + len(paragraphs))
-    return [(questions + paragraphs)[row] for row in order]
+    """Returns the first questions and paragraphs of the task, or texts of pairs, shuffled, after the instruction."""
+    pairs = arguments.task / "test.jsonl"
+    if pairs.exists():
+        texts = [row[key] for _, row in read_jsonl(pairs) for key in ("sentence1", "sentence2")][: arguments.questions]
+    else:
+        texts = [row["text"] for _, row in read_jsonl(arguments.task / "queries.jsonl")][: arguments.questions]
+        texts += [row["text"] for _, row in read_jsonl(arguments.task / "corpus.jsonl")][: arguments.paragraphs]
+    order = np.random.default_rng(0).permutation(len(texts))
+    return [f"{arguments.instruction} {texts[row]}".lstrip() for row in order]
 
 
 def write_model(folder):

@@ -177,10 +177,15 @@ class Training:
 
 
 class Encoding:
-    """spec: lengths of the texts; or folder (a model directory), texts and vectors (the .npy to write)."""
+    """spec: lengths of the texts; or folder (a model directory), texts and vectors (the .npy to write).
+
+    shared: false to compute the common prefix of the texts for every text.
+    """
 
     def __init__(self, spec):
         self.spec = spec
+        if not spec.get("shared", True):
+            encode.shared_prefix = lambda ids: 0
         if "folder" in spec:
             mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
             self.embedder = LLM2VecGen.from_pretrained(spec["folder"], dtype=spec["dtype"], mesh=mesh)
@@ -209,10 +214,10 @@ class Encoding:
         seconds = time.perf_counter() - started
         if "vectors" in self.spec:
             np.save(self.spec["vectors"], vectors)
-        lengths = [len(ids) + self.embedder.model.num_appended for ids in self.ids]
+        model, backbone = self.embedder.model, self.embedder.backbone
         plans = (
-            encode.pack_batches(lengths[start : start + encode.WINDOW], batch_size, 1)
-            for start in range(0, len(lengths), encode.WINDOW)
+            encode.plan_window(model, backbone, self.ids[start : start + encode.WINDOW], batch_size)
+            for start in range(0, len(self.ids), encode.WINDOW)
         )
         computed = sum(map(encode.computed_tokens, plans))
         return {"seconds": seconds, "computed_tokens": computed}

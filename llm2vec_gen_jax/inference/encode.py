@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
 from llm2vec_gen_jax.data.buckets import row_length
+from llm2vec_gen_jax.model.attention import SHARED
 from llm2vec_gen_jax.model.execution import platform_jit
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel, Packed
 from llm2vec_gen_jax.parallel import sharding
@@ -41,53 +42,79 @@ def _encode(
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One forward pass over `height` rows of `width` tokens; rows: indices of the texts in each row."""
+    """One forward pass over `height` rows of `width` tokens; rows: indices of the texts in each row.
+
+    shared: tokens that all texts start with, which are computed once per row.
+    """
 
     height: int
     width: int
     rows: list[list[int]]
+    shared: int = 0
 
 
-def pack(lengths: Sequence[int], base: int) -> list[tuple[int, list[int]]]:
+def shared_prefix(ids: IdLists) -> int:
+    """Returns the number of tokens that all texts start with."""
+    shortest = min(map(len, ids), default=0)
+    starts = np.array([row[:shortest] for row in ids]).reshape(len(ids), shortest)
+    equal = (starts == starts[:1]).all(axis=0)
+    return int(np.argmin(np.append(equal, False)))
+
+
+def pack(lengths: Sequence[int], base: int, shared: int = 0) -> list[tuple[int, list[int]]]:
     """Returns rows [(width, texts)], by best-fit decreasing bin packing.
 
-    A text that fits into no row starts one of `row_length`.
+    A text that fits into no row starts one of `row_length`. shared: see Batch.
     """
     rows: list[tuple[int, list[int]]] = []
     gaps: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    shortest = min(lengths, default=0)
+    own = [length - shared for length in lengths]
+    shortest = min(own, default=0)
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        index = bisect.bisect_left(gaps, (lengths[text],))
+        index = bisect.bisect_left(gaps, (own[text],))
         if index < len(gaps):
             free, row = gaps.pop(index)
         else:
-            free, row = row_length(lengths[text], base), len(rows)
-            rows.append((free, []))
+            width, row = row_length(lengths[text], base), len(rows)
+            free = width - shared
+            rows.append((width, []))
         rows[row][1].append(text)
-        if free - lengths[text] >= shortest:
-            bisect.insort(gaps, (free - lengths[text], row))
+        if free - own[text] >= shortest:
+            bisect.insort(gaps, (free - own[text], row))
     return rows
 
 
-def pack_batches(lengths: Sequence[int], batch_size: int, shards: int) -> list[Batch]:
+def pack_batches(lengths: Sequence[int], batch_size: int, shards: int, shared: int = 0) -> list[Batch]:
     """Returns the Batches for texts of `lengths` tokens, including the appended tokens. Deterministic.
 
     batch_size: rows of 256 tokens per pass, fewer if they are longer. shards: devices over which a batch is split.
+    shared: see Batch.
     """
-    total = sum(lengths)
+    total = sum(lengths) - shared * max(len(lengths) - 1, 0)
     if 0 < total <= _SHORT[-1]:
         width = next(width for width in _SHORT if width >= total)
-        return [Batch(shards, width, [list(range(len(lengths)))])]
-    packings = [pack(lengths, base) for base in _BASES]
+        return [Batch(shards, width, [list(range(len(lengths)))], shared)]
+    packings = [pack(lengths, base, shared) for base in _BASES]
     rows = min(packings, key=lambda rows: sum(width * (1 + width / _QUADRATIC) for width, _ in rows))
     batches = []
     for width in sorted({width for width, _ in rows}, reverse=True):
         remaining = [texts for row_width, texts in rows if row_width == width]
         for height in heights(width, batch_size, shards):
             while len(remaining) >= height or (remaining and height == shards):
-                batches.append(Batch(height, width, remaining[:height]))
+                batches.append(Batch(height, width, remaining[:height], shared))
                 remaining = remaining[height:]
     return batches
+
+
+def plan_window(model: LLM2VecGenModel, backbone: LoadedBackbone, ids: IdLists, batch_size: int) -> list[Batch]:
+    """Returns the Batches for texts that are packed together, with their common prefix, such as an instruction, shared.
+
+    The prefix is that of the ids, because a tokenizer may merge the end of an instruction with the text.
+    """
+    dtype, head_dim = backbone.frozen["embedding"].dtype, model.architecture.head_dim
+    shared = shared_prefix(ids) if model.execution.shares_prefix(head_dim, dtype) else 0
+    lengths = [len(row) + model.num_appended for row in ids]
+    return pack_batches(lengths, batch_size, sharding.batch_shards(backbone.mesh), shared)
 
 
 def heights(width: int, batch_size: int, shards: int) -> list[int]:
@@ -119,16 +146,19 @@ def arrange(
     ids_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
     first_BS = np.zeros((batch.height, batch.width // num_appended), np.int32)
     appended = -1 - np.arange(num_appended)
-    positions = []
+    positions, shared = [], batch.shared
     for row, texts in enumerate(batch.rows):
-        start = 0
+        start = shared
+        ids_BT[row, :start] = ids[texts[0]][:shared]
+        segments_BT[row, :start] = SHARED
+        positions_BT[row, :start] = np.arange(shared)
         for slot, text in enumerate(texts):
-            end = start + len(ids[text])
+            end = start + len(ids[text]) - shared
             last = end + num_appended
-            ids_BT[row, start:end] = ids[text]
+            ids_BT[row, start:end] = ids[text][shared:]
             ids_BT[row, end:last] = appended
             segments_BT[row, start:last] = slot + 1
-            positions_BT[row, start:last] = np.arange(last - start)
+            positions_BT[row, start:last] = np.arange(shared, shared + last - start)
             first_BS[row, slot] = end + num_thought_tokens
             positions.append((text, row, slot))
             start = last
@@ -207,19 +237,17 @@ def encode_windows(
     """Yields (tag, embeddings (n, E), soft prompts (n, K, D) or None) for each (tag, n id lists).
 
     A pass is dispatched before the results of the previous one are fetched, across windows; a thread reads `windows`
-    and arranges the passes. bar: a tqdm bar, updated by texts. on_not_finite(tag, index): called for a text with NaN
-    or infinite results, default raises InputError; if it returns, the results are yielded unchanged.
+    and arranges the passes (see plan_window). bar: a tqdm bar, updated by texts. on_not_finite(tag, index): called for
+    a text with NaN or infinite results, default raises InputError; if it returns, the results are yielded unchanged.
     """
     on_not_finite = on_not_finite or _raise_not_finite(backbone)
     mesh, K, D = backbone.mesh, model.num_tokens, model.architecture.hidden_size
-    shards = sharding.batch_shards(mesh)
 
     def passes():
         for tag, ids in windows:
             embeddings = np.zeros((len(ids), model.embedding_size), np.float32)
             window = _Window(tag, ids, embeddings, np.zeros((len(ids), K, D), np.float32) if soft_prompts else None)
-            lengths = [len(row) + model.num_appended for row in ids]
-            for batch in pack_batches(lengths, batch_size, shards):
+            for batch in plan_window(model, backbone, ids, batch_size):
                 packed, *where = arrange(batch, ids, model.num_thought_tokens, model.num_appended)
                 yield window, packed, where
             yield window, None, None
@@ -235,7 +263,7 @@ def encode_windows(
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
 
     def alone(ids):
-        [batch] = pack_batches([len(ids) + model.num_appended], batch_size, shards)
+        [batch] = plan_window(model, backbone, [ids], batch_size)
         packed, _, *where = arrange(batch, [ids], model.num_thought_tokens, model.num_appended)
         packed = sharding.put_batch(packed, mesh)
         return unpack(_encode(model, soft_prompts, trainable, backbone.frozen, packed), *where)

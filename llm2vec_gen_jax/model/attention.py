@@ -2,7 +2,7 @@
 
 Rows are right-padded. A causal pass needs no padding mask, because no token attends to the padding after it. A
 bidirectional pass needs the lengths, a row with several texts the segments, and a pass that continues a cached prefix
-the valid slots of the cache.
+the valid slots of the cache. Texts of a row with a common prefix share its tokens, as a segment that all attend to.
 """
 
 import functools
@@ -14,6 +14,7 @@ from flax import struct
 
 from llm2vec_gen_jax.model import fused_attention
 from llm2vec_gen_jax.model.execution import Execution
+from llm2vec_gen_jax.model.fused_attention import SHARED
 from llm2vec_gen_jax.model.layers import apply_dropout, product, store
 
 
@@ -34,7 +35,8 @@ class AttentionMask:
 
     causal: a token attends to itself and previous tokens of the pass; otherwise to all tokens of its row.
     lengths_B: tokens of each row without padding; needed if not causal.
-    segments_BT: index of the text of each token; a token attends only to its text. None: one text per row.
+    segments_BT: index of the text of each token; a token attends only to its text and to tokens of the segment SHARED
+    (if Execution.shares_prefix). None: one text per row.
     cache_BS: slots of the KVCache that all tokens of the row attend to; None without a cache.
     """
 
@@ -204,4 +206,5 @@ def _seen(mask, first, last, end):
     if mask.segments_BT is None:
         return seen
     segments_BT = mask.segments_BT[:, None, None, :]
-    return seen & (segments_BT[..., first:last, None] == segments_BT[..., None, :end])
+    keys = segments_BT[..., None, :end]
+    return seen & ((segments_BT[..., first:last, None] == keys) | (keys == SHARED))

@@ -85,6 +85,13 @@ class Execution:
             return "xla"
         return kernel
 
+    def shares_prefix(self, head_dim: int, dtype: jnp.dtype) -> bool:
+        """Returns whether texts of a packed row can attend to a common prefix.
+
+        Splash attention cannot: it only compares segments.
+        """
+        return self.attention_kernel(_MIN_FUSED_TOKENS, head_dim, dtype, False, False) != "pallas"
+
     def storage_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """Returns the dtype of arrays of `dtype` that are stacked over layers or cache slots.
 

@@ -5,7 +5,8 @@ float32 scores that are not stored. Three arguments define the attention mask:
 
 causal: query t attends to keys up to t + S - T, so that the last query attends to the last key.
 lengths_B: number of valid keys of each row. None: all.
-segments: int32 ids (of queries (B, T), of keys (B, S)); a query attends to keys with the same id. None: all.
+segments: int32 ids (of queries (B, T), of keys (B, S)); a query attends to keys with the same id, and with cuDNN to
+those of the segment SHARED. None: all.
 
 The result of a query that attends to no key is unspecified.
 """
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 
 from llm2vec_gen_jax.parallel import sharding
 
+SHARED = -1  # segment id
 _LANES = 128  # of a TPU vector register: splash attention needs lengths that are multiples of it
-_PADDING = -1  # segment id
+_PADDING = -2  # segment id
 
 
 def cudnn(
@@ -32,7 +34,8 @@ def cudnn(
     T, S = q_BTNH.shape[1], k_BSGH.shape[1]
     mask = None
     if segments is not None:
-        mask = segments[0][:, None, :, None] == segments[1][:, None, None, :]
+        keys = segments[1][:, None, None, :]
+        mask = (segments[0][:, None, :, None] == keys) | (keys == SHARED)
     if causal and S != T:  # cuDNN's causal mask aligns the first query with the first key
         causal, ahead = False, (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None, None]
         mask = ahead if mask is None else mask & ahead

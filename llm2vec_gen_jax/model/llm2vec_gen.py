@@ -22,8 +22,8 @@ class Packed:
     """Texts packed into rows, each followed by its appended tokens. S is the maximum number of texts per row.
 
     ids_BT: token ids, -1 - m for the appended token m, 0 in padding. segments_BT: index of a token's text in its row,
-    from 1; 0 in padding. positions_BT: position of a token in its text. first_BS: index of the first compression token
-    of each text; 0 if there is no text.
+    from 1; SHARED for the tokens at the start of a row that all its texts start with; 0 in padding. positions_BT:
+    position of a token in its text. first_BS: index of the first compression token of each text; 0 if there is no text.
     """
 
     ids_BT: jax.Array
@@ -138,7 +138,7 @@ class LLM2VecGenModel:
         token_BTD = self._embed(frozen, jnp.maximum(packed.ids_BT, 0))
         appended_BTD = trainable["tokens"].astype(token_BTD.dtype)[jnp.maximum(-1 - packed.ids_BT, 0)]
         x_BTD = jnp.where((packed.ids_BT < 0)[..., None], appended_BTD, token_BTD)
-        x_BTD = jnp.where((packed.segments_BT > 0)[..., None], x_BTD, 0)  # as in `_embed_real`
+        x_BTD = jnp.where((packed.segments_BT != 0)[..., None], x_BTD, 0)  # as in `_embed_real`
         index_BSK = packed.first_BS[..., None] + jnp.arange(self.num_tokens)
         mask = AttentionMask(causal=True, segments_BT=packed.segments_BT)
         return x_BTD, mask, index_BSK.reshape(len(index_BSK), -1)

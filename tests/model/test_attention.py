@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask, KVCache, attend
+from llm2vec_gen_jax.model.attention import CAUSAL, SHARED, AttentionMask, KVCache, attend
 from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.model.layers import KEPT
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
@@ -22,6 +22,7 @@ from tests.conftest import one_device_mesh
 
 B, T, S = 2, 50, 33  # of no power of two, so that all of it is padded
 MASKS = ("causal", "lengths", "prefix", "packed")
+ALL_MASKS = (*MASKS, "shared")  # splash attention does not support the last
 ON_GPU = jax.default_backend() == "gpu"
 
 
@@ -37,8 +38,10 @@ def inputs(mask, groups, head_dim, batch=B, G=2, dtype=np.float32, T=T):
         arrays += [normal(batch, G, S, head_dim), normal(batch, G, S, head_dim)]
         lengths_B = jnp.asarray(random.integers(0, S + 1, batch))
         return arrays, AttentionMask(causal=True, cache_BS=jnp.arange(S) < lengths_B[:, None]), T
-    if mask == "packed":
+    if mask in ("packed", "shared"):
         segments_BT = jnp.asarray(np.sort(random.integers(1, 5, (batch, T))), jnp.int32)
+        if mask == "shared":
+            segments_BT = segments_BT.at[:, :9].set(SHARED)
         return arrays, AttentionMask(causal=True, segments_BT=segments_BT), T
     if mask == "lengths":
         lengths_B = jnp.asarray([17, T] * (batch // 2), jnp.int32)
@@ -53,7 +56,8 @@ def softmax_attention(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution):
     before = np.arange(T)[:, None] >= np.arange(T)
     seen = before if mask.causal else (np.arange(T) < mask.lengths_B[:, None])[:, None, None]
     if mask.segments_BT is not None:
-        seen = before & (mask.segments_BT[:, None, :, None] == mask.segments_BT[:, None, None, :])
+        segments_B11S = mask.segments_BT[:, None, None, :]
+        seen = before & ((mask.segments_BT[:, None, :, None] == segments_B11S) | (segments_B11S == SHARED))
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH, precision="highest") * H**-0.5
     weights_BNTS = jax.nn.softmax(jnp.where(seen, scores_BNTS, -jnp.inf), axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BTNH, precision="highest")
@@ -88,7 +92,7 @@ def test_pallas_is_the_reference(mask, groups, head_dim):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["causal", "lengths", "packed"])
+@pytest.mark.parametrize("mask", ["causal", "lengths", "packed", "shared"])
 def test_blocks_of_queries_are_softmax_attention(mask):
     arrays, arguments, real = inputs(mask, 3, 64, T=150)
     expected, expected_gradients = outcome(arrays, arguments, real, Execution(), softmax_attention)
@@ -111,7 +115,7 @@ def test_the_backward_pass_uses_stored_results(dtype):
     assert text.count("stablehlo.maximum") == blocks  # of the forward pass
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ALL_MASKS)
 def test_half_precision_is_near_the_reference(mask):
     arguments = inputs(mask, 3, 64)
     halves = inputs(mask, 3, 64, dtype=jnp.bfloat16)
@@ -133,7 +137,7 @@ def test_pallas_runs_on_shards(mask):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ALL_MASKS)
 def test_cudnn_is_the_reference(mask, monkeypatch):
     """On a GPU in values and gradients; elsewhere both passes are lowered for one."""
     *arguments, real = inputs(mask, 3, 64, dtype=jnp.bfloat16)
