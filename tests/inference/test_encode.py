@@ -122,7 +122,7 @@ def test_splash_attention_shares_no_prefix(embedder):
 def test_bfloat16_depends_little_on_the_batch(tiny_folder):
     embedder = embedder_on(load_backbone(str(tiny_folder("llama")), "bfloat16", one_device_mesh()))
     together, alone = embedder.encode(TEXTS[:6]), np.stack([embedder.encode(text) for text in TEXTS[:6]])
-    assert (np.abs(together - alone).max(axis=1) <= 5e-3 * np.abs(alone).max(axis=1)).all()
+    assert (np.abs(together - alone).max(axis=1) <= 2e-2 * np.abs(alone).max(axis=1)).all()
 
 
 def test_no_text_of_a_row_sees_another(embedder):
