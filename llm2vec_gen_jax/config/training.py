@@ -158,6 +158,12 @@ class TrainSettings(RunSettings):
     checkpoint_every: int = setting(500, "steps between checkpoints", least=1)
     steps: int = setting(5_000, "number of optimizer steps; 0: only solve the alignment head (ridge_examples)")
     batch_size: int = setting(32, "global batch size", least=1)
+    microbatches: int = setting(
+        1,
+        "parts of a batch that are computed one after the other (gradient accumulation): less memory, and the same "
+        "result up to rounding",
+        least=1,
+    )
     seed: int = setting(42, "seed for initializing the trainable parameters")
     init_from: str | None = setting(None, "model directory from which to initialize tokens and heads", path=True)
     ridge_examples: int = setting(

@@ -136,7 +136,8 @@ def _candidates(
     for pieces in (pieces for pieces in range(1, count + 1) if count % pieces == 0):
         for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
             fsdp, data = pieces // tensor, count // pieces
-            divides = config.train.batch_size % (data * fsdp) == 0 and architecture.num_kv_heads % tensor == 0
+            shards = data * fsdp * config.train.microbatches
+            divides = config.train.batch_size % shards == 0 and architecture.num_kv_heads % tensor == 0
             if divides and (limit is None or weights / pieces < limit):
                 candidates += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
     if not candidates:

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import PlanConfig
 from llm2vec_gen_jax.inference.generate import Sampling, continue_prompts, unrolls
 from llm2vec_gen_jax.model import quantization
@@ -22,7 +21,7 @@ from llm2vec_gen_jax.planning.flops import forward_flops, training_flops
 from llm2vec_gen_jax.planning.hlo import moved_bytes
 from llm2vec_gen_jax.pretrained.backbone import resolve_dtype
 from llm2vec_gen_jax.training.optimizer import make_optimizer
-from llm2vec_gen_jax.training.step import abstract_cache, jit_prefill, jit_step, new_state
+from llm2vec_gen_jax.training.step import abstract_cache, check_batch_size, jit_prefill, jit_step, new_state
 
 
 @dataclasses.dataclass
@@ -61,8 +60,7 @@ def abstract_inputs(
     model = LLM2VecGenModel(
         a, compression.num_tokens, compression.num_thought_tokens, a.hidden_size, config.lora.rank, scale, execution
     )
-    if B % sharding.batch_shards(mesh):
-        raise InputError(f"train.batch_size={B} does not divide over {sharding.batch_shards(mesh)} data shards")
+    check_batch_size(config.train, sharding.batch_shards(mesh))
 
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.batch_sharding(mesh))

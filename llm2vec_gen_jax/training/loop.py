@@ -22,7 +22,7 @@ from llm2vec_gen_jax.parallel.watchdog import Watchdog
 from llm2vec_gen_jax.training.checkpoints import Checkpoints
 from llm2vec_gen_jax.training.metrics import MetricsWriter, read_validation
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
-from llm2vec_gen_jax.training.step import TrainState, new_state
+from llm2vec_gen_jax.training.step import TrainState, check_batch_size, new_state
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,7 @@ class Run:
     ) -> None:
         """config: complete configuration of the command, for the tracker."""
         shards = sharding.batch_shards(mesh)
-        if settings.batch_size % shards:
-            raise InputError(f"train.batch_size={settings.batch_size} does not divide over {shards} data shards")
+        check_batch_size(settings, shards)
         self.trainer, self.settings, self.mesh, self.output, self.config = trainer, settings, mesh, output, config
         # Computed before the loop: inside it, each value would wait for the running step.
         rates = make_schedule(optimizer)(jnp.arange(settings.steps))

@@ -86,16 +86,18 @@ def reconstruction(
     answer_BS: jax.Array,
     lengths_B: jax.Array,
     chunk_tokens: int,
+    tokens: jax.Array | None = None,
 ) -> jax.Array:
     """Mean next-token cross-entropy over all answer tokens of the batch, float32; 0 without answer tokens.
 
-    chunk_tokens: number of tokens whose logits are in memory at a time.
+    chunk_tokens: number of tokens whose logits are in memory at a time. tokens: divisor of the sum, default the number
+    of answer tokens.
     """
     B, S = answer_BS.shape
     hidden_BSD = model.predict_answer(frozen, soft_prompts_BKD, answer_BS, lengths_B)
     weights_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.float32)
     total = fused_cross_entropy(hidden_BSD, model.head_VD(frozen), answer_BS, weights_BS, -(-B * S // chunk_tokens))
-    return total / jnp.maximum(lengths_B.sum(), 1)
+    return total / (jnp.maximum(lengths_B.sum(), 1) if tokens is None else tokens)
 
 
 def alignment(embedding_BE: jax.Array, target_BE: jax.Array) -> jax.Array:
@@ -129,7 +131,8 @@ def loss_fn(
     """Weighted sum of reconstruction and alignment, and of the losses of supervised teachers where they are set.
 
     batch: query, a KVCache (`LLM2VecGenModel.prefill`), or with a LoRA ids (B, T); query_lengths (B,), answer (B, S),
-    answer_lengths (B,), target (B, E). loss_config: a LossConfig; a loss with weight 0 is not computed.
+    answer_lengths (B,), target (B, E); in a part of a batch answer_tokens, the divisor of the reconstruction loss.
+    loss_config: a LossConfig; a loss with weight 0 is not computed.
     Returns (loss, {"reconstruction_loss", "alignment_loss", ...}), float32.
     """
     embedding_BE, soft_prompts_BKD = model.embed(trainable, frozen, batch["query"], batch["query_lengths"], dropout)
@@ -143,6 +146,7 @@ def loss_fn(
             batch["answer"],
             batch["answer_lengths"],
             loss_config.chunk_tokens or CHUNK_TOKENS,
+            batch.get("answer_tokens"),
         )
     if loss_config.alignment:
         parts["alignment_loss"] = align(embedding_BE, batch["target"])

@@ -24,6 +24,7 @@ FREE_KEYS = {
         "overwrite",
         "watchdog",
         "remat",
+        "microbatches",
         "profile",
     ),
     "teacher": ("batch_size",),

@@ -20,6 +20,7 @@ from llm2vec_gen_jax.training.examples import TrainingData, load_training_data
 from llm2vec_gen_jax.training.loop import Run, TrainingCallback
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.run_directory import FREE_KEYS, prepare_run_directory
+from llm2vec_gen_jax.training.step import check_microbatches
 from llm2vec_gen_jax.training.validation import Validation, resolve_jobs
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def train_on(
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
     if not config.train.steps and not config.train.ridge_examples:
         raise InputError("train.steps=0: nothing to train. Set train.ridge_examples to solve the alignment head only")
+    check_microbatches(config)
     jobs = resolve_jobs(config, has_held_out or config.validation.responses is not None)
     with processes.locked(str(config.train.output), "train.output"):
         resuming = prepare_run_directory(pathlib.Path(str(config.train.output)), config)

@@ -241,4 +241,6 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout = Dropout(jax.random.split(key, model.architecture.num_layers), *rates)
-    return update(state, lambda t: (loss(model, lora.scaled(t, scale), frozen, batch, dropout=dropout), {}), optimizer)
+    gradient = jax.value_and_grad(lambda t: loss(model, lora.scaled(t, scale), frozen, batch, dropout=dropout))
+    value, gradients = gradient(state.trainable)
+    return update(state, value, {}, gradients, optimizer)

@@ -6,7 +6,7 @@ a folder of its own, because where JAX finds it installed it looks for the chips
     pip install -r requirements-gpu-compiler.txt
     pip install --target .cache/libtpu --no-deps libtpu==0.0.42.1
     python -m pytest -m slow tests/planning/test_figures.py
-    python -m tests.test_figures                            # writes accelerator_figures.json anew
+    python -m tests.planning.test_figures                     # writes accelerator_figures.json anew
 """
 
 import importlib.metadata

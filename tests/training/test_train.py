@@ -23,7 +23,7 @@ from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from llm2vec_gen_jax.training import loop
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
-from llm2vec_gen_jax.training.step import TrainState, train_step
+from llm2vec_gen_jax.training.step import TrainState, jit_step, new_state, train_step
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 
@@ -353,6 +353,64 @@ def test_training_starts_from_another_model(place, run):
     jax.tree.map(np.testing.assert_array_equal, trainable(run(*still), 1), trainable(first, 3))
     with pytest.raises(InputError, match="train.init_from=run/model: .*num_tokens: 4 -> 5"):
         run("train.steps=1", "train.init_from=run/model", "compression.num_tokens=5", "train.output=other")
+
+
+# Microbatches
+
+
+@pytest.mark.parametrize(
+    "words", [("loss.repeat=0.5",), pytest.param(("lora.rank=2", "lora.dropout=0"), marks=pytest.mark.slow)]
+)
+def test_microbatches_change_rounding_only(place, run, words):
+    words = "train.steps=2", "optimizer.learning_rate=0.01", *words
+    whole = read_metrics(run(*words))
+    parts = read_metrics(run(*words, "train.microbatches=4", "train.output=parts"))
+    for one, other in zip(whole, parts, strict=True):
+        for name in one.keys() - {"tokens_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_microbatches_keep_the_rows_of_a_device(place, run, tiny_folder):
+    """On two devices the result is the same, and the step exchanges gradients and metrics, no rows."""
+    mesh = sharding.make_mesh(config.MeshConfig(data=2), jax.devices()[:2])
+    backbone = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
+    alone = read_metrics(run("train.steps=2", "train.microbatches=2"))
+    on_two = read_metrics(run("train.steps=2", "train.microbatches=2", "train.output=two", backbone=backbone))
+    for one, other in zip(alone, on_two, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_microbatches_need_less_memory(tiny):
+    def temporary(microbatches):
+        backbone = tiny("qwen3")
+        model = LLM2VecGenModel(backbone.architecture, K, 0, 32, execution=backbone.execution)
+        settings = config.TrainConfig()
+        settings.train.microbatches = microbatches
+        state = jax.eval_shape(
+            lambda: new_state(model.init(jax.random.key(0), backbone.frozen), make_optimizer(settings.optimizer))
+        )
+        ids, lengths = jax.ShapeDtypeStruct((16, 64), np.int32), jax.ShapeDtypeStruct((16,), np.int32)
+        batch = {"answer": ids, "answer_lengths": lengths, "query_lengths": lengths}
+        batch |= {"target": jax.ShapeDtypeStruct((16, 32), np.float32)}
+        batch["query"] = jax.eval_shape(functools.partial(model.prefill, slots=64), backbone.frozen, ids, lengths)
+        program = jit_step(settings, model).lower(state, backbone.frozen, batch).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.microbatches=3"], "train.batch_size=8 does not divide over 1 data shards x train.microbatches=3"),
+        (["loss.margin=0.1"], "train.microbatches=2: loss.margin compares all rows of a batch; pass .*loss.margin=0"),
+        (["loss.contrastive=0.1"], "train.microbatches=2: loss.contrastive compares all rows"),
+        (["train.microbatches=0"], "train.microbatches"),
+    ],
+)
+def test_microbatches_that_cannot_be_are_named(place, run, words, message):
+    with pytest.raises(InputError, match=message):
+        run("train.steps=1", "train.microbatches=2", *words)
 
 
 # The model directory
