@@ -95,12 +95,13 @@ def check_batch_size(settings: TrainSettings, shards: int) -> None:
     """Raises InputError if a batch cannot be split over data shards and microbatches."""
     size, parts = settings.batch_size, settings.microbatches
     if size % (shards * parts):
-        times = f" x train.microbatches={parts}" if parts > 1 else ""
-        raise InputError(f"train.batch_size={size} does not divide over {shards} data shards{times}")
+        over = [f"{shards} data shards"] * (shards > 1) + [f"train.microbatches={parts}"] * (parts > 1)
+        raise InputError(f"train.batch_size={size} does not divide over {' x '.join(over)}")
 
 
 def check_microbatches(config: TrainConfig | PlanConfig) -> None:
-    """Raises InputError for microbatches with losses that compare all rows of a batch."""
+    """Raises InputError for microbatches that do not divide a batch, or with losses that compare all of its rows."""
+    check_batch_size(config.train, 1)
     for key in ("margin", "contrastive"):
         if config.train.microbatches > 1 and getattr(config.loss, key):
             raise InputError(

@@ -402,7 +402,7 @@ def test_microbatches_need_less_memory(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.microbatches=3"], "train.batch_size=8 does not divide over 1 data shards x train.microbatches=3"),
+        (["train.microbatches=3"], "train.batch_size=8 does not divide over train.microbatches=3"),
         (["loss.margin=0.1"], "train.microbatches=2: loss.margin compares all rows of a batch; pass .*loss.margin=0"),
         (["loss.contrastive=0.1"], "train.microbatches=2: loss.contrastive compares all rows"),
         (["train.microbatches=0"], "train.microbatches"),
