@@ -112,22 +112,20 @@ def _attend(q_BTNH, k_BTGH, v_BTGH, mask, cache, execution, key, dropout):
 def _mix(q_BTNH, k_BGSH, v_BGSH, seen, cache_BS, cache, execution, key, dropout):
     """`attend` for a block of queries and the keys allowed by `seen`, broadcastable to (B, G, R, T, S)."""
     B, T, N, H = q_BTNH.shape
-    G, scale = k_BGSH.shape[1], H**-0.5
+    G = k_BGSH.shape[1]
     # M = R * T: R query heads per key/value head, T tokens.
     q_BGMH = jnp.moveaxis(q_BTNH.reshape(B, T, G, -1, H), 1, 3).reshape(B, G, -1, H)
 
-    def score(q_BGMH, k_BGSH, seen):
-        return _scores(q_BGMH, k_BGSH, _of_rows(seen, q_BGMH.shape[2] // T), scale)
-
+    seen_BGMS = _of_rows(seen, N // G)
     if cache is None and key is None:
-        mixed_BGMH = _softmax_mix(q_BGMH, k_BGSH, v_BGSH, _of_rows(seen, q_BGMH.shape[2] // T), execution)
+        mixed_BGMH = _softmax_mix(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution)
     elif cache is None:
-        weights_BGMS = apply_dropout(jax.nn.softmax(score(q_BGMH, k_BGSH, seen), axis=-1), key, dropout)
+        weights_BGMS = apply_dropout(jax.nn.softmax(_scores(q_BGMH, k_BGSH, seen_BGMS), axis=-1), key, dropout)
         mixed_BGMH = product("bgms,bgsh->bgmh", weights_BGMS.astype(q_BTNH.dtype), v_BGSH)
     else:
         # Separate scores for the pass and the cache, one softmax: the cache is read once and never copied.
-        scores_BGMS = score(q_BGMH, k_BGSH, seen)
-        cached_BGMS = score(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, None, :])
+        scores_BGMS = _scores(q_BGMH, k_BGSH, seen_BGMS)
+        cached_BGMS = _scores(q_BGMH.astype(cache.k_LBGSH.dtype), cache.k_LBGSH, cache_BS[:, None, None, :])
         weights_BGMS = jax.nn.softmax(jnp.concatenate([cached_BGMS, scores_BGMS], axis=-1), axis=-1)
         weights_BGMS = apply_dropout(weights_BGMS, key, dropout).astype(q_BTNH.dtype)
         cached_BGMS, own_BGMS = jnp.split(weights_BGMS, [cached_BGMS.shape[-1]], axis=-1)
@@ -145,8 +143,8 @@ def _of_rows(seen, heads):
     return jnp.broadcast_to(seen, (B, G, heads, T, S)).reshape(B, G, heads * T, S)
 
 
-def _scores(q_BGMH, k_BGSH, seen_BGMS, scale):
-    return jnp.where(seen_BGMS, product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * scale, -jnp.inf)
+def _scores(q_BGMH, k_BGSH, seen_BGMS):
+    return jnp.where(seen_BGMS, product("bgmh,bgsh->bgms", q_BGMH, k_BGSH) * q_BGMH.shape[-1] ** -0.5, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -160,7 +158,7 @@ def _softmax_mix(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution):
 
 
 def _softmax_mix_forward(q_BGMH, k_BGSH, v_BGSH, seen_BGMS, execution):
-    scores_BGMS = _scores(q_BGMH, k_BGSH, seen_BGMS, q_BGMH.shape[-1] ** -0.5)
+    scores_BGMS = _scores(q_BGMH, k_BGSH, seen_BGMS)
     top_BGM1 = scores_BGMS.max(axis=-1, keepdims=True)
     weights_BGMS = jnp.exp(scores_BGMS - top_BGM1).astype(q_BGMH.dtype)
     norm_BGM1 = weights_BGMS.astype(jnp.float32).sum(axis=-1, keepdims=True)
@@ -176,7 +174,7 @@ def _softmax_mix_backward(execution, stored, gradient_BGMH):
     mean_BGM1 = jnp.sum(gradient_BGMH.astype(jnp.float32) * mixed_BGMH.astype(jnp.float32), axis=-1, keepdims=True)
     # Keys first: in this order, XLA's CPU compiler has fast kernels for all products but the last.
     seen_BGSM, logsumexp_BG1M, mean_BG1M = (jnp.swapaxes(x, 2, 3) for x in (seen_BGMS, logsumexp_BGM1, mean_BGM1))
-    weights_BGSM = jnp.exp(_scores(k_BGSH, q_BGMH, seen_BGSM, scale) - logsumexp_BG1M).astype(dtype)
+    weights_BGSM = jnp.exp(_scores(k_BGSH, q_BGMH, seen_BGSM) - logsumexp_BG1M).astype(dtype)
     v_gradient_BGSH = product("bgsm,bgmh->bgsh", weights_BGSM, gradient_BGMH)
     weight_gradient_BGSM = product("bgsh,bgmh->bgsm", v_BGSH, gradient_BGMH)
     score_gradient_BGSM = weights_BGSM.astype(jnp.float32) * (weight_gradient_BGSM - mean_BG1M) * scale
