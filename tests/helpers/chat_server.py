@@ -1,8 +1,8 @@
 """A server of OpenAI's chat completions in a process of its own: python -m tests.helpers.chat_server PORT LOG [SECONDS]
 
 Its only model is "echo". It answers a question with the question, is busy (429) or fails (503) at the first request for
-some of them, refuses those that say "too long", takes a minute for "slow" and half a second for "late", and appends
-every question that it answers to the file LOG.
+some of them, takes a minute for "slow" and half a second for "late", and appends every question that it answers to the
+file LOG. It refuses those that say "too long", after the questions named in them ("too long;first;second") were asked.
 """
 
 import http.server
@@ -36,6 +36,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         (message,) = request["messages"]
         question = message["content"]
         if "too long" in question:
+            while not self.asked.issuperset(question.split(";")[1:]):
+                time.sleep(0.01)
             return self.reply(400, {"error": {"message": "the prompt has 9999 tokens, 100 are possible"}})
         first = question not in self.asked
         self.asked.add(question)

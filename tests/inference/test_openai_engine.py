@@ -169,9 +169,9 @@ def test_ctrl_c_does_not_wait_for_requests_and_keeps_what_is_answered(tmp_path, 
 
 
 def test_answers_under_way_at_an_error_are_kept(server, tmp_path):
-    questions = ["too long", "late 1", "late 2", *(f"never asked {number}" for number in range(20))]
+    questions = ["too long;late 1;late 2", "late 1", "late 2", *(f"never asked {number}" for number in range(20))]
     write_jsonl(tmp_path / "queries.jsonl", [{"question": question} for question in questions])
-    with pytest.raises(InputError, match="question 0, 'too long'"):
+    with pytest.raises(InputError, match="question 0, 'too long;late 1;late 2'"):
         respond(settings(tmp_path, server, concurrency=3))
     assert {"late 1", "late 2"} <= {row["question"] for row in rows_of(tmp_path / "out.jsonl")}
     assert len(rows_of(tmp_path / "out.jsonl")) < 10, "nothing is asked after the error"
