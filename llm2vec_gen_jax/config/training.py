@@ -124,6 +124,9 @@ class OptimizerConfig:
     """AdamW, its learning rate schedule and gradient clipping."""
 
     learning_rate: float = setting(5e-4, "peak learning rate of AdamW")
+    head_learning_rate: float | None = setting(
+        None, "peak learning rate of the two heads; null: learning_rate; 0: the heads are not trained"
+    )
     schedule: str = setting("linear", "learning rate schedule after warm-up", ("linear", "constant", "cosine"))
     schedule_steps: int = setting(20_000, "steps after which a linear or cosine schedule reaches zero", least=1)
     warmup_steps: int = setting(100, "steps of linear warm-up")

@@ -33,12 +33,12 @@ from transformers import PreTrainedTokenizerFast
 from llm2vec_gen_jax.common import files, yaml_files
 from llm2vec_gen_jax.common.errors import InputError, quote
 from llm2vec_gen_jax.formats import torchzip
+from llm2vec_gen_jax.model.compressor import HEADS
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-HEADS = ("reconstruction", "alignment")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
 PROMPTS = "config_sentence_transformers.json"
 TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")

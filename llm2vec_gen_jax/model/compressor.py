@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+HEADS = ("reconstruction", "alignment")
+
 
 def _uniform(fan_in):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initialization of the published heads (torch.nn.Linear)."""

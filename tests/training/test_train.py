@@ -246,6 +246,22 @@ def test_metrics_and_config_are_what_the_contract_says(place, run):
     assert list((folder / "tensorboard").iterdir())
 
 
+def test_the_heads_can_have_a_learning_rate_of_their_own(place, run):
+    words = ["train.steps=3", "train.checkpoint_every=1", "optimizer.learning_rate=1e-3", "optimizer.weight_decay=0.1"]
+    usual = run(*words, "train.output=usual")
+    equal = run(*words, "train.output=equal", "optimizer.head_learning_rate=1e-3")
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, trainable(usual, 3), trainable(equal, 3))
+
+    fixed = run(*words, "train.output=fixed", "optimizer.head_learning_rate=0")
+    heads = run(*words, "train.output=heads", "optimizer.head_learning_rate=1e-3", "optimizer.learning_rate=0")
+    for name in ("tokens", *compressor.HEADS):
+        changed, unchanged = (fixed, heads) if name == "tokens" else (heads, fixed)
+        jax.tree.map(np.testing.assert_array_equal, *(trainable(unchanged, step)[name] for step in (2, 3)))
+        before, after = (jax.tree.leaves(trainable(changed, step)[name]) for step in (2, 3))
+        assert all((x != y).any() for x, y in zip(before, after))
+
+
 def test_the_loop_sends_nothing_to_the_device_but_batches(place, run, monkeypatch):
     """A learning rate worked out on the device for the log would wait there for the step under way."""
     add = loop._Window.add
