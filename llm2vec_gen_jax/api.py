@@ -1,6 +1,7 @@
 """`LLM2VecGen`: a trained embedder, with the encode conventions of sentence-transformers."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -25,7 +26,15 @@ from llm2vec_gen_jax.lens.logit import Candidate, logit_lens
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory
-from llm2vec_gen_jax.pretrained.backbone import HubOptions, LoadedBackbone, load_backbone, require_own_process
+from llm2vec_gen_jax.pretrained.backbone import (
+    DEFAULT_HUB,
+    HubOptions,
+    LoadedBackbone,
+    load_backbone,
+    require_own_process,
+)
+from llm2vec_gen_jax.teachers import documents
+from llm2vec_gen_jax.teachers.documents import DocumentEncoder
 
 _TOKENIZED = 512  # texts per call of the tokenizer, which keeps large objects for each of them
 
@@ -46,6 +55,7 @@ class EncodeOptions(TypedDict, total=False):
     normalize_embeddings: bool
     truncate_dim: int | None
     max_length: int | None
+    by_teacher: bool
 
 
 class LLM2VecGen:
@@ -68,6 +78,7 @@ class LLM2VecGen:
         self.model, self.trainable, self.backbone, self.record = model, trainable, backbone, record
         self.prompts = _checked_prompts(prompts)
         self.max_seq_length = max_seq_length
+        self._hub = DEFAULT_HUB
 
     @classmethod
     def from_pretrained(
@@ -106,7 +117,9 @@ class LLM2VecGen:
         hub = dataclasses.replace(hub, revision=None)
         loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
-        return cls(model, trainable, loaded, prompts, record=record)
+        embedder = cls(model, trainable, loaded, prompts, record=record)
+        embedder._hub = hub
+        return embedder
 
     @overload
     def encode(
@@ -152,6 +165,7 @@ class LLM2VecGen:
         truncate_dim: int | None = None,
         max_length: int | None = None,
         return_soft_prompts: bool = False,
+        by_teacher: bool = False,
     ) -> Any:
         """Returns embeddings (n, E) of a list of texts, or (E,) of one string, in input order.
 
@@ -160,7 +174,9 @@ class LLM2VecGen:
         steps over the range of each dimension in this call); binary, ubinary (signs, packed as by numpy.packbits), as
         in sentence-transformers. convert_to_numpy=False returns a jax.Array. truncate_dim: keep the first dimensions,
         before normalization. max_length: maximum tokens including the compression tokens, default self.max_seq_length.
-        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), the input of `decode`.
+        return_soft_prompts: return (embeddings, soft prompts (n, K, D)), the input of `decode`. by_teacher: encode with
+        the teacher in the model directory (`teacher.keep` in training), for documents that are searched with vectors of
+        this model; batch_size is then the number of texts. The first call loads it, a second backbone in memory.
         Raises InputError for an input that is not a string, an invalid option, and a text whose states overflow the
         dtype of the backbone.
 
@@ -175,11 +191,33 @@ class LLM2VecGen:
             "show_progress_bar": show_progress_bar,
             "convert_to_numpy": convert_to_numpy,
             "return_soft_prompts": return_soft_prompts,
+            "by_teacher": by_teacher,
         }.items():
             options.check_argument(config_lib.EncodeConfig, "normalize", value, name)
         if precision not in postprocess.PRECISIONS:
             raise InputError(f"precision {precision!r} is unknown{nearest(str(precision), postprocess.PRECISIONS)}")
         prefix, limit = self._prompt(prompt, prompt_name), self.text_length(max_length)
+        if by_teacher and return_soft_prompts:
+            raise InputError("return_soft_prompts: the teacher has none. Pass it without by_teacher")
+        embeddings: Any
+        soft_prompts: Any = None
+        if by_teacher:
+            embeddings = self._teacher_vectors(texts, prefix, batch_size, max_length, show_progress_bar)
+        else:
+            arguments = texts, prefix, limit, batch_size, return_soft_prompts, show_progress_bar
+            embeddings, soft_prompts = self._vectors(*arguments)
+        embeddings = postprocess.finish(embeddings, truncate_dim, normalize_embeddings)
+        result: Any = postprocess.quantize(embeddings, precision)
+        if not convert_to_numpy:
+            result = jnp.asarray(result)
+        if single:
+            result, soft_prompts = result[0], soft_prompts[0] if return_soft_prompts else None
+        return (result, soft_prompts) if return_soft_prompts else result
+
+    def _vectors(
+        self, texts: Sequence[str], prefix: str, limit: int, batch_size: int, return_soft_prompts: bool, show: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Returns (embeddings (n, E), soft prompts (n, K, D) or None) of texts of at most `limit` tokens."""
         windows = (
             (start, self.tokenize(texts[start : start + WINDOW], prefix, limit, start))
             for start in range(0, len(texts), WINDOW)
@@ -192,20 +230,34 @@ class LLM2VecGen:
         K, D, E = self.model.num_tokens, self.model.architecture.hidden_size, self.model.embedding_size
         embeddings = np.zeros((len(texts), E), np.float32)
         soft_prompts: Any = np.zeros((len(texts), K, D), np.float32) if return_soft_prompts else None
-        with progress.bar(len(texts), "text", "encode", enabled=show_progress_bar) as bar:
+        with progress.bar(len(texts), "text", "encode", enabled=show) as bar:
             arguments = windows, batch_size, return_soft_prompts, bar, on_not_finite
             for start, window_embeddings, window_soft_prompts in self.encode_windows(*arguments):
                 rows = slice(start, start + len(window_embeddings))
                 embeddings[rows] = window_embeddings
                 if return_soft_prompts:
                     soft_prompts[rows] = window_soft_prompts
-        embeddings = postprocess.finish(embeddings, truncate_dim, normalize_embeddings)
-        result: Any = postprocess.quantize(embeddings, precision)
-        if not convert_to_numpy:
-            result = jnp.asarray(result)
-        if single:
-            result, soft_prompts = result[0], soft_prompts[0] if return_soft_prompts else None
-        return (result, soft_prompts) if return_soft_prompts else result
+        return embeddings, soft_prompts
+
+    def _teacher_vectors(
+        self, texts: Sequence[str], prefix: str, batch_size: int, max_length: int | None, show: bool
+    ) -> NDArray[np.float32]:
+        """Returns the vectors (n, E) of texts by the teacher."""
+        encoder = self.document_encoder
+        limit = encoder.teacher.max_length if max_length is None else max_length
+        teacher = dataclasses.replace(encoder.teacher, batch_size=batch_size, max_length=limit, show_progress=show)
+        return dataclasses.replace(encoder, teacher=teacher).encode(texts, prefix)
+
+    @functools.cached_property
+    def document_encoder(self) -> DocumentEncoder:
+        """The teacher in the model directory, which encodes documents. Raises InputError if there is none."""
+        if not (self.record and self.record.teacher):
+            raise InputError(
+                "by_teacher: the model directory has no teacher. Train with teacher.keep=true, or encode documents "
+                "without by_teacher"
+            )
+        require_own_process()
+        return documents.load(self.record.teacher, self.backbone, self._hub)
 
     def tokenize(
         self, texts: Sequence[str], prefix: str = "", limit: int | None = None, first: int = 0
@@ -288,8 +340,9 @@ class LLM2VecGen:
     def encode_document(self, inputs: Texts, **options: Any) -> Any: ...
 
     def encode_document(self, inputs: Texts, **options: Any) -> Any:
-        """`encode` with the first existing prompt of "document", "passage" and "corpus"."""
-        return self.encode(inputs, **self._default_prompt(options, "document", "passage", "corpus"))
+        """`encode` with the first existing prompt of "document", "passage" and "corpus"; none with by_teacher."""
+        names = () if options.get("by_teacher") else ("document", "passage", "corpus")
+        return self.encode(inputs, **self._default_prompt(options, *names))
 
     def decode(
         self,

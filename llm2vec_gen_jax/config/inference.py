@@ -142,7 +142,12 @@ class EncodeConfig(DistributedConfig):
     id_field: str | None = setting(None, "key or column of the id, for format=parquet; null: row number")
     stdin: str = setting("txt", "format of standard input", ("txt", "jsonl", "csv"))
     instruction: str = setting("", "instruction prepended to every text, separated by a space")
-    batch_size: int = setting(32, "rows of 256 tokens per batch; short texts share a row", least=1)
+    by_teacher: bool = setting(
+        False, "encode by the teacher in the model directory (teacher.keep): for documents, without an instruction"
+    )
+    batch_size: int = setting(
+        32, "rows of 256 tokens per batch; short texts share a row. With by_teacher texts per batch", least=1
+    )
     max_length: int = setting(512, "maximum tokens per text, including the compression tokens", least=1)
     truncate_dim: int | None = setting(None, "number of leading dimensions to keep; null: all", least=1)
     normalize: bool = setting(False, "L2-normalize embeddings, after truncate_dim")
@@ -209,6 +214,12 @@ class EvaluateConfig:
         ("auto", "causal", "bidirectional"),
     )
     max_new_tokens: int = setting(256, "kind=hyde: maximum tokens per answer, decoded greedily", least=1)
+    documents: str = setting(
+        "model",
+        "encoder of documents; model: MODEL; teacher: kind=student: the teacher in the model directory (teacher.keep), "
+        "without an instruction",
+        ("model", "teacher"),
+    )
     limit: int | None = setting(None, "maximum number of queries or test rows per task folder; null: all", least=1)
     query_instruction: str | None = setting(
         None, "query instruction for all tasks; null: each task's instruction (kind=teacher: none)"

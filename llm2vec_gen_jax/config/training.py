@@ -67,6 +67,11 @@ class TeacherConfig:
         0.0, "degree of whitening of the targets, which also centers them; 0: none, 1: full whitening", most=1
     )
     batch_size: int = setting(32, "responses per teacher batch", least=1)
+    keep: bool = setting(
+        False,
+        "kind=llm2vec: copy adapters and whitening to the model directory, so that documents can be encoded by "
+        "the teacher",
+    )
 
 
 @dataclasses.dataclass

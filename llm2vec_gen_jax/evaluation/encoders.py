@@ -23,12 +23,16 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A trained model as an Encoder. max_length: tokens per text, including the compression tokens."""
+    """A trained model as an Encoder, or the teacher in its directory.
+
+    max_length: tokens per text, including the compression tokens.
+    """
 
     model: LLM2VecGen
     batch_size: int = 32
     max_length: int = 512
     show_progress: bool = False
+    by_teacher: bool = False
 
     def encode(self, texts: Sequence[str], instruction: str = "") -> np.ndarray:
         """Returns the embeddings (n, E) of texts."""
@@ -38,6 +42,7 @@ class Student:
             batch_size=self.batch_size,
             max_length=self.max_length,
             show_progress_bar=self.show_progress,
+            by_teacher=self.by_teacher,
         )
 
 
@@ -50,10 +55,19 @@ def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncode
     identity: a dict that depends on the weights and the settings, but not on their location.
     """
     if config.kind != "student":
+        if config.documents != "model":
+            raise InputError(
+                f"documents={config.documents} is for a trained model, not for kind={config.kind}: remove it"
+            )
         return hyde.load_baseline(path, config)
     if config.adapters:
         raise InputError("adapters= is for kind=teacher and kind=hyde: remove it for a trained model")
     mesh = sharding.make_mesh(config.mesh)
     model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
     student = Student(model, config.batch_size, show_progress=True)
-    return student, student, hyde.identity_of(config, model.backbone) | {"model": model.identity}
+    identity = hyde.identity_of(config, model.backbone) | {"model": model.identity}
+    if config.documents == "model":
+        return student, student, identity
+    encoder = model.document_encoder  # loaded before any text is encoded
+    identity["documents"] = encoder.identity
+    return student, dataclasses.replace(student, by_teacher=True), identity

@@ -148,7 +148,7 @@ def _make_job(
     config: EvaluateConfig, name: str, type: str, task: Any, pair: tuple[str, str], max_length: int, data: str
 ) -> Job:
     query = pair[0] if config.kind != "teacher" else ""
-    document = pair[1] if config.kind == "student" else ""
+    document = pair[1] if config.kind == "student" and config.documents == "model" else ""
     query = query if config.query_instruction is None else config.query_instruction
     document = document if config.document_instruction is None else config.document_instruction
     return Job(name, type, task, query.strip(), document.strip(), config.max_length or max_length, data)

@@ -21,6 +21,7 @@ from llm2vec_gen_jax.model import lora
 from llm2vec_gen_jax.model.architecture import Architecture
 
 # Values for which the adapter adds B A to the weights and changes nothing else.
+FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter
 _PLAIN_LORA = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -68,8 +69,7 @@ _MODULES = {
 
 def identity(folder: str | os.PathLike[str]) -> list[str]:
     """Returns 16 hex digits for each of the two files of an adapter."""
-    folder = pathlib.Path(folder)
-    return [sha256_file(folder / name)[:16] for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return [sha256_file(pathlib.Path(folder) / name)[:16] for name in FILES]
 
 
 def merge(frozen: Any, folder: str | os.PathLike[str], architecture: Architecture) -> Any:

@@ -19,7 +19,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +42,7 @@ FORMAT_VERSION = 1
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
 PROMPTS = "config_sentence_transformers.json"
+TEACHER = "teacher"
 TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")
 # peft also saves the backbone's embedding matrix if it detects that the vocabulary grew.
 IGNORED_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?base_layer\.weight")
@@ -61,6 +63,7 @@ class PublishedModel:
     alignment: dict[str, np.ndarray]  # kernel (D, E) [in, out], bias (E,)
     lora: dict | None = None  # {"config": adapter_config.json, "tensors": {key on disk: array}}
     extra: dict = dataclasses.field(default_factory=dict)  # metadata of this package, if any
+    teacher: pathlib.Path | None = None  # folder of the encoder of documents (teachers/documents.py), if any
 
 
 def read(directory: str | os.PathLike[str]) -> PublishedModel:
@@ -94,6 +97,7 @@ def read(directory: str | os.PathLike[str]) -> PublishedModel:
         **{name: _read_head(directory, f"{name}_mlp") for name in HEADS},
         lora=lora,
         extra=extra,
+        teacher=directory / TEACHER if _find(directory, f"{TEACHER}/teacher.json") else None,
     )
     _check(directory, model)
     return model
@@ -106,12 +110,14 @@ def write(
     backbone_config: dict[str, Any],
     card: str,
     others: Mapping[str, str] | None = None,
+    write_teacher: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes `model` atomically as a new directory that the published package loads.
 
     tokenizer: of the backbone, with or without the special tokens; not modified.
     backbone_config: config.json of the backbone, with the keys of transformers 4 or 5.
     card: the text of README.md. others: {name: text} of further files, which the published package ignores.
+    write_teacher: writes the encoder of documents to a new folder; default: model.teacher is copied, if there is one.
     Raises InputError if the directory exists or the parts of the model are inconsistent.
     """
     directory = pathlib.Path(directory)
@@ -139,6 +145,10 @@ def write(
         files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
         for name, text in {"README.md": card, **(others or {})}.items():
             files.write_text(folder / name, text)
+        if write_teacher:
+            write_teacher(folder / TEACHER)
+        elif model.teacher:
+            shutil.copytree(model.teacher, folder / TEACHER)
 
 
 def hf_config_v4(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +191,8 @@ def _find(directory, name, required=False):
     return directory / name if exists else None
 
 
-def _read_safetensors(path):
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns {key: array} of a safetensors file. Raises InputError naming a file that is none."""
     files.check_file(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -287,7 +298,7 @@ def _read_adapter(directory):
     _require(are_ids, path, f"{field} is {indices!r}, expected the ids of the special tokens")
 
     path = _find(directory, ADAPTER_WEIGHTS, required=True)
-    tensors = {key: value.astype(np.float32) for key, value in _read_safetensors(path).items()}
+    tensors = {key: value.astype(np.float32) for key, value in read_safetensors(path).items()}
     keys = [key for key in tensors if TOKENS_KEY.fullmatch(key)]
     _require(len(keys) == 1, path, f"found {len(keys)} tensors ...embed_tokens.trainable_tokens_delta, expected 1")
     rows_MD = tensors.pop(keys[0])
@@ -335,7 +346,7 @@ def _read_head(directory, name):
         value = config.get(field, supported)
         _require(value == supported, archive, f"{field} is {value!r}, expected {supported!r}")
     if copy:
-        rounded, tensors = tensors, _read_safetensors(copy)
+        rounded, tensors = tensors, read_safetensors(copy)
         # PyTorch saves only the torch file, so a copy that differs is out of date.
         for key, value in rounded.items():
             is_equal = key in tensors and tensors[key].astype(value.dtype).tobytes() == value.tobytes()

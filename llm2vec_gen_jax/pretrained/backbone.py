@@ -16,7 +16,7 @@ from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.config import BackboneConfig, options
-from llm2vec_gen_jax.formats import gguf, hf, weights
+from llm2vec_gen_jax.formats import gguf, hf, peft, weights
 from llm2vec_gen_jax.model import quantization
 from llm2vec_gen_jax.model.architecture import Architecture, from_hf_config
 from llm2vec_gen_jax.model.execution import AMPERE, Execution, compute_capability
@@ -217,8 +217,8 @@ def resolve_adapter(path: str | os.PathLike[str]) -> pathlib.Path:
     if not folder.exists() and str(path) in TEACHERS:
         return pathlib.Path(__file__).parent / "assets" / "teachers" / str(path)
     if is_hub_id(path):
-        folder = fetch_from_hub(path, ["adapter_config.json", "adapter_model.safetensors"])
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        folder = fetch_from_hub(path, list(peft.FILES))
+    for name in peft.FILES:
         if not (folder / name).is_file():
             raise InputError(f"{path}: not a PEFT adapter: no {name}")
     return folder

@@ -82,6 +82,7 @@ def save_pretrained(
         backbone,
         shown,
         embedder.prompts,
+        record.teacher if record else None,
     )
 
 

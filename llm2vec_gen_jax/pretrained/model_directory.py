@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ def save(
     name: str | os.PathLike[str] | None = None,
     shown: str | None = None,
     prompts: Mapping[str, str] | None = None,
+    teacher: pathlib.Path | Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a model directory atomically. The directory must not exist.
 
@@ -42,7 +43,8 @@ def save(
     extra: metadata of this package ("config", "data", "metrics"), shown in the model card. dtype: of PyTorch, default
     that of the backbone. special_tokens: texts of the trained tokens, default <question1>, ...
     name: of the backbone in the directory, default as loaded. shown: path or hub id in the examples of the model card,
-    default the directory. prompts: {name: text prepended to inputs, with a space}.
+    default the directory. prompts: {name: text prepended to inputs, with a space}. teacher: folder of the encoder of
+    documents, which is copied, or a function that writes it to a new folder.
     """
     dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
@@ -63,6 +65,7 @@ def save(
             "backbone_identity": backbone.identity,
             "tokenizer_identity": backbone.tokenizer.identity,
         },
+        teacher=teacher if isinstance(teacher, pathlib.Path) else None,
     )
     # The published package's generate() reads the end tokens from this config.
     backbone_config = to_hf_config(model.architecture) | {"eos_token_id": backbone.tokenizer.stop_ids}
@@ -70,7 +73,8 @@ def save(
     others = {published.PROMPTS: published.prompts_file(prompts)} if prompts else {}
     if not is_gguf(record.backbone):
         others = _sentence_transformer_files(prompts or {})
-    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card, others)
+    write_teacher = teacher if callable(teacher) else None
+    published.write(directory, record, backbone.tokenizer.hf, backbone_config, card, others, write_teacher)
 
 
 def _sentence_transformer_files(prompts):

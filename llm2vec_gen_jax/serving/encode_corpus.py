@@ -62,6 +62,10 @@ def _encode_corpus(path: str, config: EncodeConfig, files: "_Files", check: Call
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
+    if config.by_teacher:
+        for key in ("save_soft_prompts", "warmup"):
+            if getattr(config, key):
+                raise InputError(f"{key}=true is not for by_teacher=true: remove one of them")
     job = _Job(model, corpus, config, files, _run_record(model, identity, config), check)
     return job.finished_manifest() or job.run()
 
@@ -73,8 +77,11 @@ def _run_record(model: LLM2VecGen, identity: dict[str, Any], config: EncodeConfi
         del settings[key]
     settings["dtype"] = model.backbone.dtype
     settings["mesh"] = dict(model.backbone.mesh.shape)
+    identity_of_model: dict[str, Any] = {"identity": model.identity, "backbone": model.backbone.identity}
+    if config.by_teacher:
+        identity_of_model["teacher"] = model.document_encoder.identity
     return {
-        "model": {"identity": model.identity, "backbone": model.backbone.identity},
+        "model": identity_of_model,
         "input": identity,
         "config": settings,
         "shard": options.to_dict(config.shard),
@@ -249,8 +256,7 @@ class _Job:
         already_done = sum(row["rows"][1] - row["rows"][0] for row in self.done.values())
         parts: list[tuple[Any, ...]] = []
         with progress.bar(total, "text", "encode", initial=already_done) as bar:
-            arguments = config.batch_size, config.save_soft_prompts, bar, self._raise_not_finite
-            stream: Any = self.model.encode_windows(self._windows(texts), *arguments)
+            stream: Any = self._encode_windows(self._windows(texts), config.save_soft_prompts, bar)
             with contextlib.closing(stream):  # its thread ends even if this one is interrupted
                 for (rows, cut), embeddings, soft_prompts in stream:
                     self.check()
@@ -265,6 +271,12 @@ class _Job:
                         parts = []
             if parts:
                 self._write(journal, parts)
+
+    def _encode_windows(self, windows: Iterable[Any], soft_prompts: bool, bar: Any) -> Iterator[Any]:
+        size, on_not_finite = self.config.batch_size, self._raise_not_finite
+        if self.config.by_teacher:
+            return self.model.document_encoder.encode_windows(windows, size, bar, on_not_finite)
+        return self.model.encode_windows(windows, size, soft_prompts, bar, on_not_finite)
 
     def _windows(self, texts: Iterable[Row]) -> Iterator[tuple[Any, list[np.ndarray]]]:
         """Yields `_tokenize(rows)` for consecutive rows of each shard to be written."""
@@ -332,8 +344,7 @@ class _Job:
     def _write_ranges(self, rows: list[Row]) -> None:
         """Writes the int8 ranges (2, E) of the first texts, which are the same in all shares."""
         with progress.bar(len(rows), "text", "int8 ranges") as bar:
-            arguments = self.config.batch_size, False, bar, self._raise_not_finite
-            [(_, embeddings, _)] = self.model.encode_windows([self._tokenize(rows)], *arguments)
+            [(_, embeddings, _)] = self._encode_windows([self._tokenize(rows)], False, bar)
         ranges = postprocess.ranges_of(postprocess.finish(embeddings, self.config.truncate_dim, self.config.normalize))
         with atomic_path(self.files.ranges) as temporary:
             np.save(temporary, ranges)

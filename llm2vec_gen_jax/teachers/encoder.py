@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def pool_rows(
     architecture: Architecture,
     frozen: Any,
     causal: bool,
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | NDArray[np.int32]],
     shape: tuple[int, int],
     execution: Execution,
 ) -> NDArray[np.float32]:
@@ -60,20 +60,33 @@ class Teacher:
     def encode(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
         """Returns the mean-pooled last hidden states (n, D) of texts."""
         ids = self.backbone.tokenizer.encode([join_instruction(instruction, text) for text in texts], self.max_length)
+
+        def on_not_finite(row: int) -> None:
+            raise not_finite(f"text {row} (from 0), {quote(texts[row])}", self.backbone.dtype)
+
+        with progress.bar(len(ids), "text", "encode", enabled=self.show_progress) as bar:
+            return self.encode_ids(ids, bar, on_not_finite)
+
+    def encode_ids(
+        self, ids: Sequence[Sequence[int] | NDArray[np.int32]], bar: Any, on_not_finite: Callable[[int], None]
+    ) -> NDArray[np.float32]:
+        """`encode` for token ids. bar: updated by texts.
+
+        on_not_finite(index): called for a vector with NaN or infinity; if it returns, the vector is not changed.
+        """
         architecture, execution = self.backbone.architecture, self.backbone.execution
         shards = sharding.batch_shards(self.backbone.mesh)
         needed = shards << (-(-len(ids) // shards) - 1).bit_length()  # powers of two, so that few shapes compile
         height = min(-(-self.batch_size // shards) * shards, needed)
         embeddings = np.zeros((len(ids), architecture.hidden_size), np.float32)
-        with progress.bar(len(ids), "text", "encode", enabled=self.show_progress) as bar:
-            for rows in length_sorted_batches([len(row) for row in ids], height):
-                shape = (height, bucket_length(len(ids[rows[0]])))
-                batch = [ids[row] for row in rows]
-                pooled = pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
-                for row in rows[~finite([pooled])]:
-                    raise not_finite(f"text {row} (from 0), {quote(texts[row])}", self.backbone.dtype)
-                embeddings[rows] = pooled
-                bar.update(len(rows))
+        for rows in length_sorted_batches([len(row) for row in ids], height):
+            shape = (height, bucket_length(len(ids[rows[0]])))
+            batch = [ids[row] for row in rows]
+            pooled = pool_rows(architecture, self.frozen, self.causal, batch, shape, execution)
+            for row in rows[~finite([pooled])]:
+                on_not_finite(int(row))
+            embeddings[rows] = pooled
+            bar.update(len(rows))
         return embeddings
 
 

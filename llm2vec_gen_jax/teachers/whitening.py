@@ -1,5 +1,6 @@
 """Optional transforms of the alignment targets: averaging, centering, whitening. Not in the paper."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,29 +14,45 @@ from llm2vec_gen_jax.data.examples import Examples
 _MIN_VARIANCE = 1e-6
 
 
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Centering or whitening of vectors: (vectors - mean) @ matrix.
+
+    Both are None if vectors are not changed, the matrix if they are only centered.
+    """
+
+    mean_E: NDArray[np.float32] | None = None
+    matrix_EE: NDArray[np.float32] | None = None
+
+    def __call__(self, vectors_BE: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the transformed vectors (B, E)."""
+        if self.mean_E is None:
+            return vectors_BE
+        centered_BE: NDArray[np.float32] = vectors_BE - self.mean_E
+        return centered_BE if self.matrix_EE is None else centered_BE @ self.matrix_EE
+
+
 def transform_targets(
     examples: Examples, config: TeacherConfig, questions: Sequence[str], held_out: Examples | None = None
-) -> None:
+) -> Transform:
     """Transforms the targets of Examples in place, as set by a TeacherConfig: averaging, then centering or whitening.
 
     questions: the texts of the queries. Targets of negative answers and of held-out examples, which are not averaged,
-    get the same shift and scale.
+    get the same Transform, which is returned.
     """
     target_BE: Any = examples.target
     if config.average:
         target_BE = examples.target = average(target_BE, questions)
-    matrix_EE = None
+    transform = Transform()
     if config.whiten:
-        mean_E, matrix_EE = whitening(target_BE, config.whiten)
+        transform = Transform(*whitening(target_BE, config.whiten))
     elif config.centre:
-        mean_E = _mean(target_BE)
-    else:
-        return
+        transform = Transform(_mean(target_BE))
     for part in [examples] if held_out is None else [examples, held_out]:
         for name in ("target", "negative_target"):
             if (targets_BE := getattr(part, name)) is not None:
-                centered_BE = targets_BE - mean_E
-                setattr(part, name, centered_BE if matrix_EE is None else centered_BE @ matrix_EE)
+                setattr(part, name, transform(targets_BE))
+    return transform
 
 
 def average(targets_BE: np.ndarray, questions: Sequence[str]) -> NDArray[np.float32]:

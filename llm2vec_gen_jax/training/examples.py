@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class TrainingData:
-    """Examples and held-out examples, with targets, and the loaded backbone."""
+    """Examples and held-out examples, with targets, the loaded backbone, and the Transform of the targets."""
 
     examples: Examples
     held_out: Examples | None
     backbone: LoadedBackbone
+    transform: whitening.Transform
 
 
 def load_training_data(
@@ -51,10 +52,9 @@ def load_training_data(
             raise InputError("teacher.kind=file has no targets of validation.responses: use validation.tasks instead")
         key = "validation.responses" if held_out is None else "held_out"
         others, _ = _examples(config, description, held_out_source, key)
-    whitening.transform_targets(examples, config.teacher, questions, others)
-    return TrainingData(
-        examples, others, backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)
-    )
+    transform = whitening.transform_targets(examples, config.teacher, questions, others)
+    backbone = backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)
+    return TrainingData(examples, others, backbone, transform)
 
 
 def _examples(

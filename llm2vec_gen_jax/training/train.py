@@ -1,5 +1,6 @@
 """Training: data and targets, the training loop, and the finished model directory."""
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from llm2vec_gen_jax.evaluation.evaluate import Job
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+from llm2vec_gen_jax.teachers import documents
 from llm2vec_gen_jax.training.compression_trainer import CompressionTrainer
 from llm2vec_gen_jax.training.examples import TrainingData, load_training_data
 from llm2vec_gen_jax.training.loop import Run, TrainingCallback
@@ -53,6 +55,7 @@ def train_on(
     if not config.train.steps and not config.train.ridge_examples:
         raise InputError("train.steps=0: nothing to train. Set train.ridge_examples to solve the alignment head only")
     check_microbatches(config)
+    documents.check(config)
     jobs = resolve_jobs(config, has_held_out or config.validation.responses is not None)
     with processes.locked(str(config.train.output), "train.output"):
         resuming = prepare_run_directory(pathlib.Path(str(config.train.output)), config)
@@ -94,7 +97,8 @@ def _train(
         extra["validation"] = scores
     if final.exists() and jax.process_index() == 0:
         shutil.rmtree(final)  # of a shorter run that was resumed
-    model_directory.save(final, trainer.model, trainable, data.backbone, extra)
+    keep = functools.partial(documents.save, config=config, transform=data.transform) if config.teacher.keep else None
+    model_directory.save(final, trainer.model, trainable, data.backbone, extra, teacher=keep)
     processes.barrier("model directory")
     if jax.process_index() == 0:
         require_written(output / "config.yaml", *([output / "metrics.jsonl"] if config.train.steps else []), final)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "inference": "common config parallel model data pretrained",
     "teachers": "common config parallel model data formats pretrained inference",
     "lens": "common config parallel model data pretrained inference teachers",
-    "api": "common config parallel model formats pretrained inference lens",
+    "api": "common config parallel model formats pretrained inference teachers lens",
     "evaluation": "common config parallel data pretrained api teachers",
     "training": "common config parallel model data formats pretrained inference teachers api evaluation",
     "planning": "common config parallel model pretrained inference training",
