@@ -108,6 +108,9 @@ class LossConfig:
     repeat: float = setting(
         0.0, "weight, relative to loss.alignment, of aligning a request to repeat the answer with its target"
     )
+    repeat_instructions: str | None = setting(
+        None, "file of such requests, a line each, used in turn; null: the published one", path=True
+    )
     negative: float = setting(
         0.0, "weight, relative to loss.alignment, of aligning negative_question with negative_answer"
     )

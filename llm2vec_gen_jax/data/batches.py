@@ -101,14 +101,14 @@ class Batches:
         batch = self.schedule[step]
         rows = batch.rows[self.local]
         query = [self.examples.query[row] for row in rows]
-        answer = [self.examples.answer[row] for row in rows]
         arrays = {
             "query": pad(query, batch.T),
             "query_lengths": np.array([len(ids) for ids in query], np.int32),
-            "answer": pad(answer, batch.S),
-            "answer_lengths": np.array([len(ids) for ids in answer], np.int32),
             "target": np.asarray(self.examples.target[rows], np.float32),
         }
+        if self.examples.answer:
+            answer = [self.examples.answer[row] for row in rows]
+            arrays |= {"answer": pad(answer, batch.S), "answer_lengths": np.array(list(map(len, answer)), np.int32)}
         if self.examples.extra:
             extra = [[ids[row] for ids in self.examples.extra.values()] for row in rows]
             arrays["extra"] = np.stack([pad(texts, batch.extra) for texts in extra])

@@ -15,7 +15,8 @@ from llm2vec_gen_jax.common.errors import InputError
 class Examples:
     """Tokenized training data; ids are lists of int32 arrays.
 
-    row: indices of the records (n,). extra: {name: ids} of additional texts that are embedded like queries.
+    row: indices of the records (n,). answer: empty if no loss reads answers. extra: {name: ids} of additional texts
+    that are embedded like queries.
     target, negative_target: (n, E) float32.
     """
 
@@ -51,13 +52,14 @@ def tokenize(
     tokenizer: Any,
     config: Any,
     num_appended: int,
-    extra: Mapping[str, Callable[[Mapping[str, Any]], str]] | None = None,
+    extra: Mapping[str, Callable[[int, Mapping[str, Any]], str]] | None = None,
 ) -> Examples:
     """Returns Examples of {question, answer} records, both stripped.
 
     Omits records with an empty answer (or negative_answer), and with config.finished_only those whose `finish` is
     "length". Queries are truncated to max_query_length - num_appended tokens. tokenizer: a Tokenizer. config: a
-    DataConfig. extra: {name: record -> text} for additional texts that are tokenized like queries.
+    DataConfig. extra: {name: (number of the usable record, record) -> text} for additional texts that are tokenized
+    like queries.
     """
     if config.max_query_length <= num_appended:
         raise InputError(
@@ -79,7 +81,7 @@ def tokenize(
     query = tokenizer.encode(questions, max_length)
     answer = tokenizer.encode_answers(answers, config.max_answer_length, config.answer_suffix)
     extra_ids = {
-        name: arrays(tokenizer.encode([text(record) for record in chosen], max_length))
+        name: arrays(tokenizer.encode([text(*pair) for pair in enumerate(chosen)], max_length))
         for name, text in (extra or {}).items()
     }
     return Examples(arrays(query), arrays(answer), np.flatnonzero(usable), extra=extra_ids)

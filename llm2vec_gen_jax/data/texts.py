@@ -202,3 +202,18 @@ def _sha256(path):
     for file in visible(path):
         digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def read_instructions(path: str | os.PathLike[str], key: str) -> list[str]:
+    """Returns the stripped lines of a text file; a blank line is no instruction. key: the setting, for errors.
+
+    Raises InputError naming a line that is repeated, and for a file without lines.
+    """
+    instructions: list[str] = []
+    for number, line in read_lines(pathlib.Path(path)):
+        if line.strip() in instructions:
+            raise InputError(f"{key}={path}, line {number}: {line.strip()!r} is repeated")
+        instructions.append(line.strip())
+    if not instructions:
+        raise InputError(f"{key}={path}: no lines")
+    return instructions

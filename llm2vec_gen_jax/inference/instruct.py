@@ -1,6 +1,7 @@
 """Training records in the form of evaluation: an instruction before an unlabeled text, with the text as its response.
 
-The alignment target of such a record is the teacher's vector of the text itself, as in the published repeat loss.
+The alignment target of such a record is the teacher's vector of the text itself, as in the published repeat loss, which
+adds such a text to every record of a batch (`loss.repeat`).
 """
 
 import pathlib
@@ -11,9 +12,10 @@ from collections.abc import Collection, Iterator
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import fingerprint
-from llm2vec_gen_jax.common.jsonl import JsonlAppender, read_lines
+from llm2vec_gen_jax.common.jsonl import JsonlAppender
 from llm2vec_gen_jax.config import InstructConfig, ShardConfig, options
-from llm2vec_gen_jax.data.texts import Corpus, comparison_key
+from llm2vec_gen_jax.data.instructions import instructed
+from llm2vec_gen_jax.data.texts import Corpus, comparison_key, read_instructions
 from llm2vec_gen_jax.inference.respond import shard_path
 
 _MIN_WORDS = {"text": 1, "passage": 8, "sentence": 4}
@@ -38,7 +40,7 @@ def instruct(config: InstructConfig, excluded: Collection[str] = ()) -> pathlib.
         run |= {name: getattr(config, name) for name in ("field", "unit", "max_words", "count", "seed")}
         run["excluded"] = fingerprint(sorted(excluded))
         records = [
-            {"id": number, "question": f"{instructions[number % len(instructions)]} {text}".strip(), "answer": text}
+            {"id": number, "question": instructed(instructions, number, text), "answer": text}
             for number, text in enumerate(_texts(corpus, config, excluded))
         ]
         with JsonlAppender(path, run, config.overwrite) as output:
@@ -52,14 +54,7 @@ def _instructions(config: InstructConfig) -> list[str]:
         return [config.instruction.strip()]
     if config.instruction:
         raise InputError("instruction and instructions: pass only one of them")
-    instructions: list[str] = []
-    for number, line in read_lines(pathlib.Path(config.instructions)):
-        if line.strip() in instructions:
-            raise InputError(f"instructions={config.instructions}, line {number}: {line.strip()!r} is repeated")
-        instructions.append(line.strip())
-    if not instructions:
-        raise InputError(f"instructions={config.instructions}: no lines")
-    return instructions
+    return read_instructions(config.instructions, "instructions")
 
 
 def _texts(corpus: Corpus, config: InstructConfig, excluded: Collection[str]) -> list[str]:

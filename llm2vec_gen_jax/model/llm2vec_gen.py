@@ -143,15 +143,15 @@ class LLM2VecGenModel:
         mask = AttentionMask(causal=True, segments_BT=packed.segments_BT)
         return x_BTD, mask, index_BSK.reshape(len(index_BSK), -1)
 
-    def prefill(self, frozen: Any, ids: jax.Array, lengths: jax.Array, slots: int) -> KVCache:
-        """Returns the KVCache of texts (..., T) of `lengths` (...), padded to `slots`.
+    def prefill(self, frozen: Any, ids: jax.Array, lengths: jax.Array, slots: int | None = None) -> KVCache:
+        """Returns the KVCache of texts (..., T) of `lengths` (...), padded to `slots`, default T.
 
         Without a LoRA it does not depend on the trainable tree, so training computes it without gradients.
         """
         ids_BT = ids.reshape(-1, ids.shape[-1])
         B, T = ids_BT.shape
         _, cache = self._run(frozen, self._embed_real(frozen, ids_BT, lengths.ravel()), _positions(B, T), CAUSAL)
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))), cache)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, (slots or T) - T), (0, 0))), cache)
 
     def embed(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
@@ -38,19 +39,23 @@ class CompressionTrainer:
             config.lora.alpha / config.lora.rank if config.lora.rank else 0.0,
             dataclasses.replace(backbone.execution, remat=first_remat(config.train.remat)),
         )
+        reads_answers = config.loss.reconstruction > 0
+        read = examples if reads_answers else dataclasses.replace(examples, answer=[])
         self.schedule = BatchSchedule(
             [len(ids) for ids in examples.query],
-            [len(ids) for ids in examples.answer],
+            [len(ids) for ids in read.answer] or np.zeros(len(examples), int),
             config.train.batch_size,
             config.data.max_buckets,
             config.data.shuffle,
             config.data.seed,
             [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
-        self.batches = Batches(examples, self.schedule, jax.process_index(), jax.process_count())
+        self.batches = Batches(read, self.schedule, jax.process_index(), jax.process_count())
         # The keys and values of all batches are padded to the same number of slots: the step compiles once per answer
-        # length and the prefill once per query length, instead of once per pair.
-        slots = {"query": self.schedule.query_edges[-1], "extra": max(self.schedule.extra_edges, default=0)}
+        # length and the prefill once per query length, instead of once per pair. Without answers there are no pairs.
+        slots: dict[str, int | None] = {"query": None, "extra": None}
+        if reads_answers:
+            slots = {"query": self.schedule.query_edges[-1], "extra": max(self.schedule.extra_edges, default=0)}
         names = [] if self.model.lora_rank else ["query", *(["extra"] if examples.extra else [])]
         self.prefills = {name: CompiledCache(jit_prefill(self.model, slots[name])) for name in names}
         self.record = {

@@ -9,7 +9,9 @@ from typing import Any
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import TrainConfig, options
 from llm2vec_gen_jax.data.examples import Examples, tokenize
+from llm2vec_gen_jax.data.instructions import REPEAT
 from llm2vec_gen_jax.data.records import Source, read_records
+from llm2vec_gen_jax.data.texts import read_instructions
 from llm2vec_gen_jax.model.execution import Execution
 from llm2vec_gen_jax.parallel import processes, sharding
 from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, open_checkpoint
@@ -57,6 +59,16 @@ def load_training_data(
     return TrainingData(examples, others, backbone, transform)
 
 
+def _repeat_instructions(config: TrainConfig) -> list[str]:
+    """Returns the instructions of the extra texts that repeat an answer."""
+    path, texts = config.loss.repeat_instructions, supervised.texts(config.loss)
+    if path is None:
+        return [REPEAT]
+    if not {"repeat", "negative_repeat"} & texts.keys():
+        raise InputError(f"loss.repeat_instructions={path}: no loss uses them. Set loss.repeat, or remove them")
+    return read_instructions(path, "loss.repeat_instructions")
+
+
 def _examples(
     config: TrainConfig, description: LoadedBackbone, source: Any, key: str
 ) -> tuple[Examples, Sequence[str]]:
@@ -66,7 +78,8 @@ def _examples(
     name = str(source) if isinstance(source, str | os.PathLike) else key
     num_appended = config.compression.num_tokens + config.compression.num_thought_tokens
     data = dataclasses.replace(config.data, responses=name)
-    examples = tokenize(records, description.tokenizer, data, num_appended, supervised.texts(config.loss))
+    extra = supervised.texts(config.loss, _repeat_instructions(config))
+    examples = tokenize(records, description.tokenizer, data, num_appended, extra)
     processes.assert_equal_across_processes({"data": examples.digest_ids(), "backbone": description.identity})
     if len(examples) < len(records):
         reason = "their answer is empty" + ", or was cut" * config.data.finished_only

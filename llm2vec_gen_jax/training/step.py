@@ -128,6 +128,8 @@ def split_batch(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     for name, value in batch.items():
         axis = 1 if isinstance(value, KVCache) else 0  # after the layers
         parts[name] = jax.tree.map(functools.partial(split, axis=axis), value)
+    if "answer_lengths" not in batch:
+        return parts
     tokens = jnp.maximum(batch["answer_lengths"].sum(), 1) / count
     return parts | {"answer_tokens": jnp.broadcast_to(tokens, count)}
 
@@ -177,8 +179,8 @@ def jit_losses(config: TrainConfig, model: LLM2VecGenModel) -> Callable[..., Met
     )
 
 
-def jit_prefill(model: LLM2VecGenModel, slots: int) -> Callable[..., KVCache]:
-    """Returns `model.prefill`, padded to a number of slots, as a jitted function of (frozen, ids, lengths)."""
+def jit_prefill(model: LLM2VecGenModel, slots: int | None = None) -> Callable[..., KVCache]:
+    """Returns `model.prefill` as a jitted function of (frozen, ids, lengths). slots: default the padded length."""
     execution = model.execution
     return jax.jit(
         functools.partial(model.prefill, slots=slots),

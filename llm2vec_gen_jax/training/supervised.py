@@ -6,33 +6,37 @@ inserts the gather across devices. A text that no loss uses is not embedded.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llm2vec_gen_jax.data.instructions import REPEAT, instructed
 from llm2vec_gen_jax.model.layers import Dropout
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 
-REPEAT = "Repeat this text word by word. "  # before an answer, as published
 Record = Mapping[str, Any]
-_TEXTS: dict[str, Callable[[Record], str]] = {
-    "repeat": lambda record: REPEAT + record["answer"].strip(),
-    "negative": lambda record: record["negative_question"].strip(),
-    "negative_repeat": lambda record: REPEAT + record["negative_answer"].strip(),
-}
+ExtraText = Callable[[int, Record], str]  # of (number of the record, record)
 
 
-def texts(loss_config: Any) -> dict[str, Callable[[Record], str]]:
-    """Returns {name: record -> text} of the extra texts that the losses of a LossConfig use, in order."""
+def texts(loss_config: Any, instructions: Sequence[str] = (REPEAT,)) -> dict[str, ExtraText]:
+    """Returns {name: ExtraText} of the extra texts that the losses of a LossConfig use, in order.
+
+    instructions: requests to repeat an answer, used in turn.
+    """
+    every: dict[str, ExtraText] = {
+        "repeat": lambda number, record: instructed(instructions, number, record["answer"].strip()),
+        "negative": lambda _, record: record["negative_question"].strip(),
+        "negative_repeat": lambda number, record: instructed(instructions, number, record["negative_answer"].strip()),
+    }
     aligned = _aligned(loss_config)
     compared = {
         "repeat": loss_config.contrastive,
         "negative": loss_config.margin,
         "negative_repeat": loss_config.contrastive,
     }
-    return {name: text for name, text in _TEXTS.items() if aligned[name] or compared[name]}
+    return {name: text for name, text in every.items() if aligned[name] or compared[name]}
 
 
 def targets(loss_config: Any) -> dict[str, str]:

@@ -14,11 +14,13 @@ from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import LossConfig, options
 from llm2vec_gen_jax.data import batches
 from llm2vec_gen_jax.data.examples import tokenize
+from llm2vec_gen_jax.inference.instruct import instruct
 from llm2vec_gen_jax.model.layers import Dropout
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.tokenizer import Tokenizer
 from llm2vec_gen_jax.training import losses, supervised
+from llm2vec_gen_jax.training.examples import load_training_data
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import tiny_tokenizer, write_jsonl
@@ -165,6 +167,34 @@ def test_texts_and_columns_are_those_that_a_loss_reads(weights, texts, columns):
     assert list(supervised.texts(weights)) == texts
     assert sorted(supervised.columns(weights)) == sorted(["question", "answer", *columns])
     assert ("negative_target" in supervised.targets(weights)) == bool(weights.alignment and weights.negative)
+
+
+def test_repeat_instructions_are_those_of_instruct(tmp_path, tiny_folder):
+    """An answer after the lines of a file is the question that `instruct` writes for that text."""
+    lines, answers = ["Summarize:", "", "Find the topic of:"], [f"It is {letter}." for letter in "abcdefgh"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n")
+    write_jsonl(tmp_path / "records.jsonl", [{"question": f"{text}?", "answer": text} for text in answers])
+    words = [f"backbone.path={tiny_folder('llama')}", f"data.responses={tmp_path / 'records.jsonl'}"]
+    words += [f"loss.repeat_instructions={tmp_path / 'lines.txt'}"]
+
+    def examples(*more):
+        return load_training_data(options.load(config.TrainConfig, None, [*words, *more])).examples
+
+    data, tokenizer = examples("loss.repeat=1"), Tokenizer(tiny_tokenizer())
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in answers])
+    settings = config.InstructConfig(str(tmp_path / "texts.jsonl"), str(tmp_path / "instructed.jsonl"))
+    settings.instructions = str(tmp_path / "lines.txt")
+    rows = [json.loads(line) for line in instruct(settings).read_text().splitlines()]
+    assert [row["question"] for row in rows] == [
+        f"{lines[n % 3]} {row['answer']}".strip() for n, row in enumerate(rows)
+    ]
+    found = [tokenizer.decode(ids) for ids in data.extra["repeat"]]
+    assert found == [f"{lines[n % 3]} {answer}".strip() for n, answer in enumerate(answers)]
+    with pytest.raises(InputError, match="lines.txt: no loss uses them. Set loss.repeat"):
+        examples()
+    (tmp_path / "lines.txt").write_text("a\nb\na\n")
+    with pytest.raises(InputError, match="loss.repeat_instructions=.*, line 3: 'a' is repeated"):
+        examples("loss.repeat=1")
 
 
 def examples_of(weights, records=RECORDS):

@@ -262,6 +262,20 @@ def test_the_heads_can_have_a_learning_rate_of_their_own(place, run):
         assert all((x != y).any() for x, y in zip(before, after))
 
 
+def test_answers_matter_only_through_the_targets_without_reconstruction(place, run):
+    folder = place()
+    np.save(folder / "targets.npy", np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32))
+    words = ["teacher.kind=file", "teacher.path=targets.npy", "data.max_buckets=4", "loss.reconstruction=0"]
+    found = []
+    for name, times in (("long", 9), ("short", 1)):
+        records = [{**record, "answer": record["answer"] * times} for record in RECORDS]
+        write_jsonl(folder / f"{name}.jsonl", records)
+        path = run(*words, f"data.responses={name}.jsonl", "train.steps=4", f"train.output={name}")
+        found.append((trainable(path, 4), records_of(path)))
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
+    assert found[0][1] == found[1][1], "answers do not count as tokens"
+
+
 def test_the_loop_sends_nothing_to_the_device_but_batches(place, run, monkeypatch):
     """A learning rate worked out on the device for the log would wait there for the step under way."""
     add = loop._Window.add
