@@ -214,11 +214,11 @@ class EvaluateConfig:
         ("auto", "causal", "bidirectional"),
     )
     max_new_tokens: int = setting(256, "kind=hyde: maximum tokens per answer, decoded greedily", least=1)
-    documents: str = setting(
-        "model",
-        "encoder of documents; model: MODEL; teacher: kind=student: the teacher in the model directory (teacher.keep), "
-        "without an instruction",
-        ("model", "teacher"),
+    by_teacher: str = setting(
+        "none",
+        "kind=student: texts that the teacher in the model directory (teacher.keep) encodes, without an instruction; "
+        "all: queries too",
+        ("none", "documents", "all"),
     )
     limit: int | None = setting(None, "maximum number of queries or test rows per task folder; null: all", least=1)
     query_instruction: str | None = setting(

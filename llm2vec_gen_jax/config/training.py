@@ -182,6 +182,7 @@ class TrainSettings(RunSettings):
         "number of examples on which the alignment head is solved by ridge regression before the first step; 0: off, "
         "as published",
     )
+    ridge_every: int = setting(0, "steps after each of which the alignment head is solved again; 0: never")
     profile: str | None = setting(None, "START:STOP: steps to profile; the TensorBoard trace is written to profile/")
 
 

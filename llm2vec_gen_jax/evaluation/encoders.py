@@ -55,9 +55,9 @@ def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncode
     identity: a dict that depends on the weights and the settings, but not on their location.
     """
     if config.kind != "student":
-        if config.documents != "model":
+        if config.by_teacher != "none":
             raise InputError(
-                f"documents={config.documents} is for a trained model, not for kind={config.kind}: remove it"
+                f"by_teacher={config.by_teacher} is for kind=student, not for kind={config.kind}: remove it"
             )
         return hyde.load_baseline(path, config)
     if config.adapters:
@@ -66,8 +66,8 @@ def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncode
     model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
     student = Student(model, config.batch_size, show_progress=True)
     identity = hyde.identity_of(config, model.backbone) | {"model": model.identity}
-    if config.documents == "model":
+    if config.by_teacher == "none":
         return student, student, identity
-    encoder = model.document_encoder  # loaded before any text is encoded
-    identity["documents"] = encoder.identity
-    return student, dataclasses.replace(student, by_teacher=True), identity
+    identity["teacher"] = model.document_encoder.identity
+    teacher = dataclasses.replace(student, by_teacher=True)
+    return teacher if config.by_teacher == "all" else student, teacher, identity

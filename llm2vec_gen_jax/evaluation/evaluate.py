@@ -132,8 +132,7 @@ def _hub_jobs(config: EvaluateConfig, name: str, known: instructions.Instruction
     jobs = []
     for task in hub_tasks:
         title = task.metadata.name
-        # The teacher uses no instruction.
-        if title not in known.query and config.query_instruction is None and config.kind != "teacher":
+        if title not in known.query and config.query_instruction is None and not _asks_teacher(config):
             raise InputError(
                 f"task {title} has no published instruction: add one to instructions=FILE "
                 f"(query: {{{title}: ...}}), or pass query_instruction=... (may be empty)"
@@ -144,11 +143,16 @@ def _hub_jobs(config: EvaluateConfig, name: str, known: instructions.Instruction
     return jobs
 
 
+def _asks_teacher(config: EvaluateConfig) -> bool:
+    """Returns whether queries are encoded by a teacher, which gets no instruction."""
+    return config.kind == "teacher" or config.by_teacher == "all"
+
+
 def _make_job(
     config: EvaluateConfig, name: str, type: str, task: Any, pair: tuple[str, str], max_length: int, data: str
 ) -> Job:
-    query = pair[0] if config.kind != "teacher" else ""
-    document = pair[1] if config.kind == "student" and config.documents == "model" else ""
+    query = "" if _asks_teacher(config) else pair[0]
+    document = pair[1] if config.kind == "student" and config.by_teacher == "none" else ""
     query = query if config.query_instruction is None else config.query_instruction
     document = document if config.document_instruction is None else config.document_instruction
     return Job(name, type, task, query.strip(), document.strip(), config.max_length or max_length, data)

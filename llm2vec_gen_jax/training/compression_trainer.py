@@ -87,6 +87,15 @@ class CompressionTrainer:
         count = self.config.train.ridge_examples
         return ridge.solve_alignment_head(self, trainable, count) if count else trainable
 
+    def is_revised(self, step: int) -> bool:
+        """Whether the alignment head is solved after a step (from 1)."""
+        every = self.config.train.ridge_every
+        return every > 0 and step % every == 0
+
+    def revise(self, trainable: Any, beat: Callable[[str], None]) -> Any:
+        """Returns the tree with the alignment head solved again."""
+        return ridge.solve_alignment_head(self, trainable, self.config.train.ridge_examples, beat)
+
     def prefill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a batch with the ids of `query` and `extra` replaced by their keys and values.
 

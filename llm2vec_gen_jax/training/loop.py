@@ -58,6 +58,12 @@ class Trainer(Protocol):
     def begin(self, trainable: Any) -> Any:
         """Returns the tree of the first step, computed from that of `init`."""
 
+    def is_revised(self, step: int) -> bool:
+        """Whether the tree is changed after a step (from 1)."""
+
+    def revise(self, trainable: Any, beat: Callable[[str], None]) -> Any:
+        """Returns the changed tree. beat: called with a description before each part."""
+
     def compile(
         self, state: TrainState, steps: range, show_progress: bool, heartbeat: Callable[[str], None]
     ) -> StepFunction:
@@ -249,6 +255,7 @@ class Run:
                 profile.before(number)
                 evaluates = self._is_evaluated(number)
                 due = number % settings.checkpoint_every == 0 or number == settings.steps or evaluates
+                due = due or self.trainer.is_revised(number)
                 real, computed = count_tokens(on_mesh if jax.process_count() > 1 else batch)
                 request: Any = self._request_of_any()
                 # An implicit transfer would wait for the running step and block the host.
@@ -260,6 +267,8 @@ class Run:
                         action = max(action, self._finish(pending, window, writer, bar))
                         pending = None
                 profile.after(number)
+                if self.trainer.is_revised(number):
+                    state = state.replace(trainable=self.trainer.revise(state.trainable, beat))
                 self.state, self.step = state, number
                 if due or action:
                     self.checkpoints.save(number, state)

@@ -5,7 +5,7 @@ Not in the paper, whose randomly initialized head takes thousands of steps for t
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -41,11 +41,13 @@ class RidgeTrainer(Protocol):
         """See CompressionTrainer.prefill."""
 
 
-def solve_alignment_head(trainer: RidgeTrainer, trainable: dict[str, Any], examples: int) -> dict[str, Any]:
+def solve_alignment_head(
+    trainer: RidgeTrainer, trainable: dict[str, Any], examples: int, beat: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Returns a trainable tree with the alignment head solved on the first batches of the trainer's schedule.
 
     examples: number of examples, at most one epoch. The penalty minimizes the error on held-out batches; the solution
-    uses all batches. All processes call it and get the same result.
+    uses all batches. beat: called with a description before each batch. All processes call it and get the same result.
     Raises InputError for too few examples, and for a query whose states are not finite.
     """
     schedule, mesh, frozen = trainer.schedule, trainer.backbone.mesh, trainer.backbone.frozen
@@ -60,8 +62,9 @@ def solve_alignment_head(trainer: RidgeTrainer, trainable: dict[str, Any], examp
     origin: Any = None
     with progress.bar(count * schedule.batch_size, "example", "ridge") as bar:
         for number, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
+            beat("the ridge regression")
             if processes.stop_requested():
-                raise preemption.Stopped("stopped as asked, before the first step")
+                raise preemption.Stopped("stopped as asked, while the alignment head was being solved")
             batch = _prefill(trainer, batch)
             if origin is None:  # centers the values, because their squares are summed in float32
                 origin = means(trainable, frozen, batch)

@@ -54,6 +54,10 @@ def train_on(
         raise InputError(f"teacher.adapters are for teacher.kind=llm2vec, not for {config.teacher.kind}: remove them")
     if not config.train.steps and not config.train.ridge_examples:
         raise InputError("train.steps=0: nothing to train. Set train.ridge_examples to solve the alignment head only")
+    if config.train.ridge_every and not config.train.ridge_examples:
+        raise InputError(
+            f"train.ridge_every={config.train.ridge_every}: set train.ridge_examples, the number of examples"
+        )
     check_microbatches(config)
     documents.check(config)
     jobs = resolve_jobs(config, has_held_out or config.validation.responses is not None)

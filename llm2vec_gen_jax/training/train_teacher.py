@@ -183,6 +183,14 @@ class AdapterTrainer:
         """Returns the tree unchanged."""
         return trainable
 
+    def is_revised(self, step: int) -> bool:
+        """Returns False."""
+        return False
+
+    def revise(self, trainable: Any, beat: Callable[[str], None]) -> Any:
+        """Returns the tree unchanged."""
+        return trainable
+
     def describe(self, step: int) -> str:
         """Returns a description of the rows of the corpus that a step (from 0) reads."""
         return f"rows {self.batches.rows(step).tolist()} (from 0) of the corpus"

@@ -89,15 +89,19 @@ def test_queries_are_evaluated_on_documents_of_the_teacher(trained, model, tmp_p
     path, expected = trained
     (tmp_path / "tasks").mkdir()
     write_task(tmp_path / "tasks/Small")
-    settings = config.EvaluateConfig(tasks=str(tmp_path / "tasks"), output=str(tmp_path / "out"), documents="teacher")
+    settings = config.EvaluateConfig(
+        tasks=str(tmp_path / "tasks"), output=str(tmp_path / "out"), by_teacher="documents"
+    )
     query, document, _ = encoders.load(str(path), settings)
     np.testing.assert_allclose(query.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(document.encode(TEXTS), expected, atol=1e-5 * np.abs(expected).max())
     evaluate(str(path), settings)
     assert 0 <= json.loads((tmp_path / "out/results.json").read_text())["Small"]["main_score"] <= 1
-    with pytest.raises(InputError, match="other settings|documents"):
-        evaluate(str(path), dataclasses.replace(settings, documents="model"))
-    with pytest.raises(InputError, match="documents=teacher is for a trained model, not for kind=teacher"):
+    with pytest.raises(InputError, match="holds another run"):
+        evaluate(str(path), dataclasses.replace(settings, by_teacher="none"))
+    query, _, _ = encoders.load(str(path), dataclasses.replace(settings, by_teacher="all"))
+    np.testing.assert_allclose(query.encode(TEXTS), document.encode(TEXTS), atol=1e-5)
+    with pytest.raises(InputError, match="by_teacher=documents is for kind=student, not for kind=teacher"):
         evaluate(str(path), dataclasses.replace(settings, output=str(tmp_path / "x"), kind="teacher"))
 
 

@@ -119,6 +119,30 @@ def test_a_run_starts_from_it_and_resumes_without_it(tiny_folder, questions, tmp
         run("solved", "train.steps=3")
 
 
+def test_the_head_is_solved_again_every_few_steps(tiny_folder, questions, tmp_path, messages):
+    path, texts = questions
+    np.save(tmp_path / "targets.npy", np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32))
+    words = (*WORDS, f"data.responses={path}", "teacher.kind=file", f"teacher.path={tmp_path / 'targets.npy'}")
+    words += ("train.ridge_examples=96", "optimizer.head_learning_rate=0", "optimizer.learning_rate=0.1")
+
+    def run(name, *more):
+        settings = settings_of(tiny_folder, *words, f"train.output={tmp_path / name}", *more)
+        return read_model_directory(train(settings, show_progress=False))
+
+    start, fixed = run("start", "train.steps=0"), run("fixed", "train.steps=3")
+    np.testing.assert_array_equal(start.alignment["kernel"], fixed.alignment["kernel"])
+    assert messages().count("alignment head: solved") == 2
+    again = run("again", "train.steps=3", "train.ridge_every=2")
+    assert messages().count("alignment head: solved") == 2
+    assert np.abs(again.alignment["kernel"] - start.alignment["kernel"]).max() > 1e-3
+    run("parts", "train.steps=2", "train.ridge_every=2")
+    resumed = run("parts", "train.steps=3", "train.ridge_every=2")
+    for head in ("tokens_MD", "alignment", "reconstruction"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(again, head), getattr(resumed, head))
+    with pytest.raises(InputError, match="train.ridge_every=2: set train.ridge_examples"):
+        run("none", "train.ridge_every=2", "train.ridge_examples=0")
+
+
 def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder, questions, tmp_path, messages):
     path, texts = questions
     np.save(tmp_path / "targets.npy", np.stack([[len(text), text.count("w")] for text in texts]).astype(np.float32))
