@@ -15,8 +15,10 @@ SHARED = {  # groups of most commands, described once
     common.KernelsConfig: "kernels",
     common.MeshConfig: "mesh",
     common.ShardConfig: "shard",
+    common.HubConfig: "Hub",
     common.DistributedConfig: "Processes",
 }
+INHERITED = (common.HubConfig, common.DistributedConfig)  # groups of keys without a section
 HEAD = """\
 # Configuration
 
@@ -59,7 +61,7 @@ def page() -> str:
     places = {group: _anchor(name) for group, name in SHARED.items()}
     parts = [HEAD, "## Shared groups\n"]
     for group, name in SHARED.items():
-        prefix = "" if group is common.DistributedConfig else f"{name}."
+        prefix = "" if group in INHERITED else f"{name}."
         parts += [f"### {name}\n", f"{_paragraphs(group.__doc__)}\n", _table(_rows(group, prefix, group(), {}))]
     for name, schema in commands().items():
         about, *more = _paragraphs(schema.__doc__).split("\n", 1)
@@ -75,8 +77,10 @@ def page() -> str:
 
 def _rows(schema, prefix, defaults, places):
     """Yields (key, default, help) for every key of a schema; a group described earlier is one row with a link."""
-    if schema is not common.DistributedConfig and issubclass(schema, common.DistributedConfig):
-        yield "`distributed`, ...", "", f"see [Processes](#{places[common.DistributedConfig]})"
+    inherited = [group for group in INHERITED if schema is not group and issubclass(schema, group)]
+    for group in inherited:
+        first = dataclasses.fields(group)[0].name
+        yield f"`{first}`, ...", "", f"see [{SHARED[group]}](#{places[group]})"
     for field in dataclasses.fields(schema):
         key, value = f"{prefix}{field.name}", getattr(defaults, field.name)
         if dataclasses.is_dataclass(field.type):
@@ -86,7 +90,7 @@ def _rows(schema, prefix, defaults, places):
                 yield f"`{key}.*`", "", f"see [{places[field.type]}](#{places[field.type]}){but}"
             else:
                 yield from _rows(field.type, f"{key}.", value, places)
-        elif prefix or schema is common.DistributedConfig or field.name not in _names(common.DistributedConfig):
+        elif prefix or not any(field.name in _names(group) for group in inherited):
             choices = field.metadata["choices"]
             more = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
             yield f"`{key}`", f"`{_shown(value)}`", _escaped(field.metadata["help"]) + more + _kind(field.type)

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite, quote
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.formats import published
 from llm2vec_gen_jax.formats.published import PublishedModel
@@ -26,13 +27,7 @@ from llm2vec_gen_jax.lens.logit import Candidate, logit_lens
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained import export, model_directory
-from llm2vec_gen_jax.pretrained.backbone import (
-    DEFAULT_HUB,
-    HubOptions,
-    LoadedBackbone,
-    load_backbone,
-    require_own_process,
-)
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, load_backbone, require_own_process
 from llm2vec_gen_jax.teachers import documents
 from llm2vec_gen_jax.teachers.documents import DocumentEncoder
 
@@ -99,8 +94,9 @@ class LLM2VecGen:
         dtype: backbone dtype (auto | float32 | bfloat16 | float16 | int8). backbone: path or hub id, default the one
         named in the directory. mesh: a Mesh, or a MeshConfig over the devices of all processes; default: the local
         devices on the data axis. attention: kernel (auto | xla | cudnn | pallas). revision, token, cache_dir,
-        local_files_only: as in huggingface_hub; all but the revision apply to the backbone too. prompts: default those
-        that `save_pretrained`, or a SentenceTransformer, saved in the directory.
+        local_files_only: as in huggingface_hub; all but the revision apply to the backbone too, whose revision is the
+        one that the directory records. prompts: default those that `save_pretrained`, or a SentenceTransformer, saved
+        in the directory.
         Raises InputError naming the missing or incompatible part.
         """
         require_own_process()
@@ -114,8 +110,8 @@ class LLM2VecGen:
                 raise InputError(f"mesh must be a jax.sharding.Mesh or a MeshConfig, found {type(mesh).__name__}")
             devices = None if mesh else jax.local_devices()
             mesh = sharding.make_mesh(mesh or config_lib.MeshConfig(), devices)
-        hub = dataclasses.replace(hub, revision=None)
-        loaded = load_backbone(str(backbone or record.backbone), dtype, mesh, attention, hub)
+        name, hub = model_directory.backbone_source(record, hub, backbone)
+        loaded = load_backbone(name, dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
         embedder = cls(model, trainable, loaded, prompts, record=record)
         embedder._hub = hub
@@ -463,6 +459,18 @@ class LLM2VecGen:
         if options.get("prompt") is not None or options.get("prompt_name") is not None:
             return options
         return {**options, "prompt_name": next((name for name in names if name in self.prompts), None)}
+
+
+def load_configured_model(path: Path, config: Any, mesh: jax.sharding.Mesh | None = None) -> LLM2VecGen:
+    """Loads the MODEL of a command's config, such as an EncodeConfig. mesh: default that of the config."""
+    return LLM2VecGen.from_pretrained(
+        path,
+        config.dtype,
+        mesh=mesh or config.mesh,
+        attention=config.kernels.attention,
+        revision=config.revision,
+        **config_lib.hub_access(config),
+    )
 
 
 def _checked_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:

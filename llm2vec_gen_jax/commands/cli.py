@@ -139,10 +139,10 @@ def _stop_at_once_if_alone():
 
 
 def load_embedder(path: str, config: Any) -> "LLM2VecGen":
-    """Returns the MODEL `path` on the mesh, and with the dtype and kernels, of a config."""
-    from llm2vec_gen_jax import LLM2VecGen
+    """`api.load_configured_model`, which imports JAX."""
+    from llm2vec_gen_jax.api import load_configured_model
 
-    return LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
+    return load_configured_model(path, config)
 
 
 def lock_outputs(command: Callable[[str, Any], None], *keys: str) -> Callable[[str, Any], None]:

@@ -10,7 +10,7 @@ import sys
 from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import UNFINISHED, remove_unfinished, require_new
-from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, options
+from llm2vec_gen_jax.config import FromPytorchConfig, ToPytorchConfig, VerifyConfig, hub_options, options
 
 
 def from_pytorch(path: str, config: FromPytorchConfig) -> None:
@@ -20,7 +20,8 @@ def from_pytorch(path: str, config: FromPytorchConfig) -> None:
     options.require(config)
     output = str(config.output)
     require_new(output, "output")
-    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    hub = vars(hub_options(config, config.revision))
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh, **hub)
     embedder.save_pretrained(output, backbone=config.backbone)
     print(f"written: {output}")
 
@@ -34,8 +35,9 @@ def to_pytorch(path: str, config: ToPytorchConfig) -> None:
         path = str(run)  # a run directory
     if not (config.output or config.merged):
         raise InputError("output is needed: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
-    backbone = config.backbone or model_directory.read_model_directory(path).backbone
-    if config.output and not config.backbone_output and resolve_path(backbone).suffix == ".gguf":
+    hub = hub_options(config, config.revision)
+    source = model_directory.backbone_source(model_directory.read_model_directory(path, hub), hub, config.backbone)
+    if config.output and not config.backbone_output and resolve_path(*source).suffix == ".gguf":
         config.backbone_output = f"{config.output}-backbone"  # PyTorch cannot load a GGUF file
         cli.lock_outputs(_to_pytorch, "backbone_output")(path, config)
     else:
@@ -46,7 +48,8 @@ def _to_pytorch(path: str, config: ToPytorchConfig) -> None:
     from llm2vec_gen_jax import LLM2VecGen
     from llm2vec_gen_jax.pretrained import export
 
-    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh)
+    hub = vars(hub_options(config, config.revision))
+    embedder = LLM2VecGen.from_pretrained(path, dtype=config.dtype, backbone=config.backbone, mesh=config.mesh, **hub)
     folder = config.backbone_output
     targets = {"backbone_output": folder, "merged": config.merged, "output": config.output}
     folders = {key: target for key, target in targets.items() if target}
@@ -72,7 +75,8 @@ def verify(path: str, config: VerifyConfig) -> None:
     """Prints the comparison of both frameworks; exit code 1 if they differ, 2 if they were not compared."""
     from llm2vec_gen_jax.integrations.verify import verify
 
-    report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens)
+    hub = hub_options(config, config.revision)
+    report = verify(path, config.python or sys.executable, config.backbone, config.max_new_tokens, hub)
     print(report)
     if not report.passed:
         sys.exit(2 if report.verdict == "NOT COMPARED" else 1)

@@ -9,7 +9,7 @@ import os
 from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_array, write_text
-from llm2vec_gen_jax.config import DecodeConfig
+from llm2vec_gen_jax.config import DecodeConfig, hub_options
 from llm2vec_gen_jax.data.texts import read_texts
 from llm2vec_gen_jax.inference.shards import load_soft_prompts
 
@@ -26,7 +26,8 @@ def main(path: str, config: DecodeConfig) -> None:
         else:
             soft_prompts = read_array(config.soft_prompts, "soft_prompts")
     else:
-        texts = [config.text] if config.text is not None else read_texts(str(config.input), config.field)
+        hub = hub_options(config)
+        texts = [config.text] if config.text is not None else read_texts(str(config.input), config.field, hub)
     embedder = cli.load_embedder(path, config)
     if texts is not None:
         _, soft_prompts = embedder.encode(

@@ -14,6 +14,7 @@ from llm2vec_gen_jax.config import (
     LogitLensConfig,
     QueryIndexConfig,
     ReportConfig,
+    hub_options,
     options,
 )
 from llm2vec_gen_jax.data.texts import read_texts
@@ -67,7 +68,7 @@ def generations(path: str, config: GenerationsConfig) -> None:
 
     source, output = options.require(config)
     generations.check_output(output)
-    texts = generations.sample(read_texts(source, config.field), config.limit, config.seed)
+    texts = generations.sample(read_texts(source, config.field, hub_options(config)), config.limit, config.seed)
     embedder = cli.load_embedder(path, config)
     sizes = config.max_new_tokens, config.batch_size, config.max_length
     generations.write_table(output, generations.generations(embedder, texts, *sizes, show_progress_bar=True))
@@ -80,7 +81,7 @@ def report(path: str, config: ReportConfig) -> None:
 
     source, output = options.require(config)
     require_new(output, "output")
-    texts = read_texts(source, config.field)[: config.limit]
+    texts = read_texts(source, config.field, hub_options(config))[: config.limit]
     embedder = cli.load_embedder(path, config)
     write_report(embedder, texts, path, config)
     print(f"written: {config.output} ({len(texts)} texts)")
@@ -92,7 +93,9 @@ def _texts(config):
         raise InputError(f"expected one of text= and input=, found {' and '.join(keys) or 'none'}")
     if config.output:
         require_new(config.output, "output")
-    return [config.text] if config.text is not None else read_texts(config.input, config.field)[: config.limit]
+    if config.text is not None:
+        return [config.text]
+    return read_texts(config.input, config.field, hub_options(config))[: config.limit]
 
 
 def _dicts(results):

@@ -5,11 +5,16 @@ options.py reads them. The architecture of a backbone is not configured: it is r
 
 from llm2vec_gen_jax.config.common import (
     DTYPES,
+    HUB_KEYS,
     BackboneConfig,
     DistributedConfig,
+    HubConfig,
     KernelsConfig,
     MeshConfig,
+    ModelHubConfig,
     ShardConfig,
+    hub_access,
+    hub_options,
     section,
     setting,
 )
@@ -70,6 +75,8 @@ __all__ = [
     "EvaluateConfig",
     "FromPytorchConfig",
     "GenerationsConfig",
+    "HUB_KEYS",
+    "HubConfig",
     "InstructConfig",
     "KernelsConfig",
     "LogitLensConfig",
@@ -77,6 +84,7 @@ __all__ = [
     "LossConfig",
     "MeshConfig",
     "MntpConfig",
+    "ModelHubConfig",
     "OptimizerConfig",
     "PlanConfig",
     "QueryIndexConfig",
@@ -98,6 +106,8 @@ __all__ = [
     "TrainSettings",
     "ValidationConfig",
     "VerifyConfig",
+    "hub_access",
+    "hub_options",
     "section",
     "setting",
 ]

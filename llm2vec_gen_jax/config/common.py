@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from llm2vec_gen_jax.common.hub import HubOptions
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKBONE_DTYPES = (*DTYPES, "int8")
 DTYPE_HELP = "backbone dtype; auto: bfloat16 on accelerators, float32 on CPUs; int8: 8-bit projection weights"
@@ -18,17 +20,20 @@ def setting(
     least: int = 0,
     most: float | None = None,
     path: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Declares a config field with its help text and, if only some values are valid, the choices.
 
     least, most: the range of a number; the default upper limit is 2**32 - 1 for integers, and none for floats.
-    path: whether the value is a path or a list of paths, in which ~ is expanded.
+    path: whether the value is a path or a list of paths, in which ~ is expanded. secret: whether the value is left out
+    of records and messages (options.to_dict).
     """
     most = most if most is not None else math.inf if isinstance(default, float) else _LARGEST_INT
     metadata = {"help": help, "choices": choices, "least": least, "most": most, "path": path}
+    metadata["secret"] = secret
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def section(cls: type) -> Any:
@@ -46,6 +51,7 @@ class BackboneConfig:
         path=True,
     )
     dtype: str = setting("auto", DTYPE_HELP, BACKBONE_DTYPES)
+    revision: str | None = setting(None, "branch, tag or commit of a hub id; null: main")
 
 
 @dataclasses.dataclass
@@ -90,3 +96,40 @@ class DistributedConfig:
     process_id: int | None = setting(None, "index of this process, from 0, with distributed=HOST:PORT")
     join_timeout: int = setting(300, "seconds within which all processes must join", least=1)
     heartbeat_timeout: int = setting(60, "seconds without a heartbeat after which a process counts as failed", least=1)
+
+
+@dataclasses.dataclass
+class HubConfig:
+    """Access to the Hugging Face hub, for every repository that the command reads."""
+
+    token: str | None = setting(
+        None,
+        "access token; null: that of the environment variable HF_TOKEN, or of `hf auth login`. Prefer HF_TOKEN: other "
+        "users of the machine can read command lines. The token is not recorded",
+        secret=True,
+    )
+    cache_dir: str | None = setting(
+        None, "folder of downloaded repositories; null: HF_HUB_CACHE, or ~/.cache/huggingface/hub", path=True
+    )
+    local_files_only: bool = setting(False, "use only what is in the cache, without network access")
+
+
+@dataclasses.dataclass
+class ModelHubConfig(HubConfig):
+    """Settings shared by all commands that take a MODEL."""
+
+    revision: str | None = setting(None, "branch, tag or commit of MODEL, if that is a hub id; null: main")
+
+
+# They do not change what is computed: records of runs leave them out.
+HUB_KEYS = tuple(field.name for field in dataclasses.fields(HubConfig))
+
+
+def hub_access(config: HubConfig) -> dict[str, Any]:
+    """Returns {key: value} of HUB_KEYS, for the config of another command."""
+    return {key: getattr(config, key) for key in HUB_KEYS}
+
+
+def hub_options(config: HubConfig, revision: str | None = None) -> HubOptions:
+    """Returns how a command downloads a repository. revision: of that repository, default main."""
+    return HubOptions(revision, **hub_access(config))

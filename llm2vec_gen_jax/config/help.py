@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm2vec_gen_jax.common.terminal import terminal_width, wrap
-from llm2vec_gen_jax.config.common import DistributedConfig
+from llm2vec_gen_jax.config.common import DistributedConfig, HubConfig
+
+_INHERITED = (HubConfig, DistributedConfig)  # groups of keys without a section
 
 
 def help_text(schema: type, width: int | None = None) -> str:
@@ -38,8 +40,9 @@ def example_text(command: str, example: str, width: int | None = None) -> str:
 
 
 def _keys(schema: Any, defaults: Any) -> Iterator[tuple[str, str, dataclasses.Field[Any], Any]]:
-    """Yields (group, key, field, default) for every key; the keys of DistributedConfig are last."""
-    shared = {field.name for field in dataclasses.fields(DistributedConfig)} if _is_distributed(schema) else set()
+    """Yields (group, key, field, default) for every key; the keys of the inherited groups are last."""
+    groups = [group for group in _INHERITED if issubclass(schema, group)]
+    shared = {field.name for group in groups for field in dataclasses.fields(group)}
     fields = [field for field in dataclasses.fields(schema) if field.name not in shared]
     for field in fields:
         value: Any = getattr(defaults, field.name)
@@ -51,14 +54,10 @@ def _keys(schema: Any, defaults: Any) -> Iterator[tuple[str, str, dataclasses.Fi
             about = (value.__doc__ or "").splitlines()[0].rstrip(".")
             for inner in dataclasses.fields(value):
                 yield about, f"{field.name}.{inner.name}", inner, getattr(value, inner.name)
-    if _is_distributed(schema):
-        about = str(DistributedConfig.__doc__).rstrip(".")
-        for field in dataclasses.fields(DistributedConfig):
+    for group in groups:
+        about = str(group.__doc__).rstrip(".")
+        for field in dataclasses.fields(group):
             yield about, field.name, field, getattr(defaults, field.name)
-
-
-def _is_distributed(schema: type) -> bool:
-    return issubclass(schema, DistributedConfig)
 
 
 def _entry(key: str, field: dataclasses.Field[Any], value: Any, is_required: bool, width: int) -> str:

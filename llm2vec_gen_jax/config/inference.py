@@ -9,8 +9,10 @@ from llm2vec_gen_jax.config.common import (
     DTYPES,
     BackboneConfig,
     DistributedConfig,
+    HubConfig,
     KernelsConfig,
     MeshConfig,
+    ModelHubConfig,
     ShardConfig,
     section,
     setting,
@@ -18,7 +20,7 @@ from llm2vec_gen_jax.config.common import (
 
 
 @dataclasses.dataclass
-class SynthesizeConfig(DistributedConfig):
+class SynthesizeConfig(HubConfig, DistributedConfig):
     """`python -m launch.synthesize`: generate queries with the LLM itself (Magpie, Xu et al. 2024)."""
 
     REQUIRED: ClassVar = ("output",)
@@ -39,7 +41,7 @@ class SynthesizeConfig(DistributedConfig):
 
 
 @dataclasses.dataclass
-class RespondConfig(DistributedConfig):
+class RespondConfig(HubConfig, DistributedConfig):
     """`python -m launch.respond`: generate the LLM's response to every query.
 
     engine=openai sends the queries to a server with OpenAI's chat completions API instead of loading a backbone. Then
@@ -111,7 +113,7 @@ class InstructConfig:
 
 
 @dataclasses.dataclass
-class EncodeConfig(DistributedConfig):
+class EncodeConfig(ModelHubConfig, DistributedConfig):
     """`python -m launch.encode MODEL`: encode a corpus of any size into embeddings.
 
     Writes OUTPUT/embeddings-00000.npy, -00001 ... with shard_size rows each, in input order, then OUTPUT/manifest.json:
@@ -163,7 +165,7 @@ class EncodeConfig(DistributedConfig):
 
 
 @dataclasses.dataclass
-class DecodeConfig:
+class DecodeConfig(ModelHubConfig):
     """`python -m launch.decode MODEL`: decode embeddings' soft prompts into text with the frozen LLM."""
 
     EXAMPLE: ClassVar = 'smollm2-135m text="What is the capital of France?"'
@@ -187,7 +189,7 @@ class DecodeConfig:
 
 
 @dataclasses.dataclass
-class EvaluateConfig:
+class EvaluateConfig(ModelHubConfig):
     """`python -m launch.evaluate MODEL`: evaluate an embedder or a baseline on task folders, MTEB or BRIGHT."""
 
     REQUIRED: ClassVar = ("tasks", "output")
@@ -241,7 +243,7 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass
-class FromPytorchConfig:
+class FromPytorchConfig(ModelHubConfig):
     """`python -m launch.convert from_pytorch MODEL`: convert a published PyTorch model to a model directory."""
 
     REQUIRED: ClassVar = ("output",)
@@ -254,7 +256,7 @@ class FromPytorchConfig:
 
 
 @dataclasses.dataclass
-class ToPytorchConfig:
+class ToPytorchConfig(ModelHubConfig):
     """`python -m launch.convert to_pytorch MODEL`: convert a model or run directory for use in PyTorch."""
 
     EXAMPLE: ClassVar = "smollm2-135m output=model-pt"
@@ -278,7 +280,7 @@ class ToPytorchConfig:
 
 
 @dataclasses.dataclass
-class VerifyConfig:
+class VerifyConfig(ModelHubConfig):
     """`python -m launch.convert verify MODEL`: compare embeddings and decoded text in JAX and PyTorch.
 
     Exit code: 0 PASS, 1 FAIL, 2 not compared because PyTorch is missing.

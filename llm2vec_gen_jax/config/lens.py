@@ -3,7 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsConfig, MeshConfig, section, setting
+from llm2vec_gen_jax.config.common import (
+    BACKBONE_DTYPES,
+    DTYPE_HELP,
+    KernelsConfig,
+    MeshConfig,
+    ModelHubConfig,
+    section,
+    setting,
+)
 
 READINGS = ("hidden", "soft_prompts")
 PROJECTIONS = ("pca", "umap")
@@ -11,7 +19,7 @@ _INPUT_HELP = ".txt, .jsonl, .csv or .parquet file of texts, or a hub dataset id
 
 
 @dataclasses.dataclass
-class TextsConfig:
+class TextsConfig(ModelHubConfig):
     """Settings shared by the lenses that print a table of texts."""
 
     text: str | None = setting(None, "single text")
@@ -43,7 +51,7 @@ class LogitLensConfig(TextsConfig):
 
 
 @dataclasses.dataclass
-class BuildIndexConfig:
+class BuildIndexConfig(ModelHubConfig):
     """`python -m launch.lens build_index MODEL`: index hidden states of MODEL's backbone on a corpus (latent lens).
 
     Writes OUTPUT/layer-00.npy ... (L2-normalized hidden states of one layer), contexts.npy, ids.npy, offsets.npy and
@@ -84,7 +92,7 @@ class QueryIndexConfig(TextsConfig):
 
 
 @dataclasses.dataclass
-class GenerationsConfig:
+class GenerationsConfig(ModelHubConfig):
     """`python -m launch.lens generations MODEL`: decode the embeddings of a sample of a dataset into text.
 
     Writes {input_text, output_text}, as the published script does; seed 42 selects the same sample.
@@ -107,7 +115,7 @@ class GenerationsConfig:
 
 
 @dataclasses.dataclass
-class ReportConfig:
+class ReportConfig(ModelHubConfig):
     """`python -m launch.lens report MODEL`: write an HTML page about the embeddings of some texts.
 
     The map compares MODEL with its teacher: by default the llm2vec teacher recorded in MODEL, if any; `adapters` and

@@ -128,7 +128,8 @@ def suggest(schema: type, arguments: Sequence[str]) -> str:
         leaves = _leaves(schema)
         same = [leaf for leaf in leaves if leaf == name] or [leaf for leaf in leaves if leaf.endswith(f".{name}")]
         close = same or difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
-        suggestions.append(" or ".join(f"{leaf}={value}" for leaf in close) or f"unknown key {name}")
+        shown = ((leaf, "..." if _field_of(schema, leaf).metadata["secret"] else value) for leaf in close)
+        suggestions.append(" or ".join("=".join(pair) for pair in shown) or f"unknown key {name}")
     return " ".join(suggestions)
 
 
@@ -147,12 +148,19 @@ def with_key(message: str, config: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns the config as nested plain dicts."""
-    return dataclasses.asdict(config)
+    """Returns the config as nested plain dicts, without secrets."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = to_dict(value)
+        elif not field.metadata["secret"]:
+            values[field.name] = list(value) if isinstance(value, list) else value
+    return values
 
 
 def to_yaml(config: Any) -> str:
-    """Returns the config as YAML, with all keys."""
+    """Returns the config as YAML, with all keys but secrets."""
     return yaml_files.to_yaml(to_dict(config))
 
 
@@ -172,10 +180,11 @@ def _merge(config: Any, values: dict[str, Any], source: object) -> Any:
     except (omegaconf.errors.OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None) or "?"
         if key in _leaves(schema):
-            expected, value = _VALUES[_kinds(_field_of(schema, key).type)[0]][1], values
+            field, value = _field_of(schema, key), values
+            expected = _VALUES[_kinds(field.type)[0]][1]
             for part in key.split("."):
                 value = value[part]
-            raise InputError(f"{source}: {key}: expected {expected}, found {_shown(value)}") from None
+            raise InputError(f"{source}: {key}: expected {expected}, found {_shown(value, field)}") from None
         raise InputError(f"{source}: {key}: {first_line(error)}") from None
 
 
@@ -196,15 +205,15 @@ def _known(schema: Any, values: dict[str, Any], source: object, prefix: str = ""
         elif isinstance(value, bool) and field.type is not bool:
             raise InputError(f"{source}: {name}: YAML reads this as {str(value).lower()}. Put text in quotes")
         elif isinstance(value, str) and has_lone_surrogate(value):
-            raise InputError(f"{source}: {name}={value!r}: not valid UTF-8")
+            raise InputError(f"{source}: {name}={_shown(value, field)}: not valid UTF-8")
         elif "???" in (value if isinstance(value, list) else [value]):
             raise InputError(f"{source}: {name}: ??? is not a valid value")  # OmegaConf would keep the default
         elif typing.get_origin(field.type) is list and not _is_list_of_text(value):
             raise InputError(f"{source}: {name}: expected a list of text, found {_shown(value)}. Put text in quotes")
         elif typing.get_origin(field.type) is not list and isinstance(value, (dict, list)):
-            raise InputError(f"{source}: {name}: expected a single value, found {_shown(value)}")
+            raise InputError(f"{source}: {name}: expected a single value, found {_shown(value, field)}")
         elif str in _kinds(field.type) and value is not None and not isinstance(value, str):  # from a YAML tag
-            raise InputError(f"{source}: {name}: expected text, found {_shown(value)}. Put text in quotes")
+            raise InputError(f"{source}: {name}: expected text, found {_shown(value, field)}. Put text in quotes")
         else:
             known[key] = [_literal(item) for item in value] if isinstance(value, list) else _literal(value)
     return known
@@ -300,7 +309,7 @@ def _checked(field: dataclasses.Field[Any], value: Any, name: str) -> Any:
         value = [_expanded(item) for item in value] if isinstance(value, list | tuple) else _expanded(value)
     fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool | np.bool_))
     if not fits or (kind is list and not _is_list_of_text(list(value))):
-        raise InputError(f"{name}={_shown(value)}: expected {what}")
+        raise InputError(f"{name}={_shown(value, field)}: expected {what}")
     if about["choices"] and value not in about["choices"]:
         raise InputError(f"{name}={value}: unknown{nearest(value, about['choices'])}")
     if kind in (int, float):
@@ -315,6 +324,7 @@ def _expanded(path: Any) -> Any:
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def _shown(value: object, field: dataclasses.Field[Any] | None = None) -> str:
+    """Returns a value for a message. field: of a value that may be secret."""
+    text = "..." if field is not None and field.metadata["secret"] else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

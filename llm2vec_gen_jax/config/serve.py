@@ -3,7 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-from llm2vec_gen_jax.config.common import BACKBONE_DTYPES, DTYPE_HELP, KernelsConfig, MeshConfig, section, setting
+from llm2vec_gen_jax.config.common import (
+    BACKBONE_DTYPES,
+    DTYPE_HELP,
+    KernelsConfig,
+    MeshConfig,
+    ModelHubConfig,
+    section,
+    setting,
+)
 
 
 @dataclasses.dataclass
@@ -19,7 +27,7 @@ class DecodeSettings:
 
 
 @dataclasses.dataclass
-class ServeConfig:
+class ServeConfig(ModelHubConfig):
     """`python -m launch.serve MODEL`: serve embeddings over HTTP with the APIs of OpenAI and TEI, and decode them.
 
     That is /v1/embeddings and /v1/models, /embed and /info of Hugging Face's text-embeddings-inference, and /v1/decode.

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from llm2vec_gen_jax.config.common import BackboneConfig, KernelsConfig, MeshConfig, section, setting
+from llm2vec_gen_jax.config.common import BackboneConfig, HubConfig, KernelsConfig, MeshConfig, section, setting
 from llm2vec_gen_jax.config.training import TeacherConfig
 
 
@@ -97,7 +97,7 @@ def _shipped_teacher() -> TeacherConfig:
 
 
 @dataclasses.dataclass
-class ReproduceConfig:
+class ReproduceConfig(HubConfig):
     """`python -m launch.reproduce`: run the complete study: queries, responses, training, evaluation, tables and plots.
 
     Repeat the command to resume; finished stages are skipped. Settings are chosen on development tasks (STS

@@ -6,6 +6,7 @@ from typing import ClassVar
 from llm2vec_gen_jax.config.common import (
     BackboneConfig,
     DistributedConfig,
+    HubConfig,
     KernelsConfig,
     MeshConfig,
     section,
@@ -221,7 +222,7 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass
-class TrainConfig(TrackingConfig, DistributedConfig):
+class TrainConfig(TrackingConfig, HubConfig, DistributedConfig):
     """`python -m launch.train`: train compression tokens and heads on responses."""
 
     REQUIRED: ClassVar = ("data.responses", "train.output")
@@ -248,7 +249,7 @@ class AblateConfig(TrainConfig):
 
 
 @dataclasses.dataclass
-class PlanConfig:
+class PlanConfig(HubConfig):
     """`python -m launch.plan`: estimate the cost of training and inference on devices that need not be attached.
 
     Compiles a training step, an encoding pass and the generation of a batch of answers for a mesh, without running
@@ -352,7 +353,7 @@ class TeacherSettings(RunSettings):
 
 
 @dataclasses.dataclass
-class TeacherTrainConfig(TrackingConfig, DistributedConfig):
+class TeacherTrainConfig(TrackingConfig, HubConfig, DistributedConfig):
     """`python -m launch.train_teacher`: train an unsupervised teacher for a backbone: MNTP, then SimCSE (LLM2Vec)."""
 
     REQUIRED: ClassVar = ("train.output",)
@@ -371,7 +372,7 @@ class TeacherTrainConfig(TrackingConfig, DistributedConfig):
 
 
 @dataclasses.dataclass
-class QuickstartConfig(TrackingConfig):
+class QuickstartConfig(TrackingConfig, HubConfig):
     """`python -m launch.quickstart`: run the complete recipe at a small scale, from the default backbone alone."""
 
     EXAMPLE: ClassVar = "output=runs/quickstart"

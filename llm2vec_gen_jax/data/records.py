@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llm2vec_gen_jax.common.errors import InputError, first_line
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions, load_dataset
 from llm2vec_gen_jax.data import tables
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -19,17 +20,18 @@ def read_records(
     limit: int | None = None,
     name: str = "records",
     remedy: str = "",
+    hub: HubOptions = DEFAULT_HUB,
 ) -> list[dict[str, Any]]:
     """Returns the string `columns`, and `id` if present, of the rows of a source.
 
     source: a file (`tables.chunks`), a Hugging Face dataset id, or dicts in memory, such as a datasets.Dataset. The
     lines of a .txt file are a single column; blank lines are skipped. name: of dicts in memory, for errors. remedy:
-    the fix for a missing column. Raises InputError naming file, line and column for a missing column, a value
-    that is not a string, or no rows.
+    the fix for a missing column. hub: of a dataset id. Raises InputError naming file, line and column for a missing
+    column, a value that is not a string, or no rows.
     """
     needed = dict.fromkeys(columns, remedy and f". {remedy}")
     records: list[dict[str, Any]] = []
-    for where, row in _rows(source, needed, split, name):
+    for where, row in _rows(source, needed, split, name, hub):
         if limit is not None and len(records) == limit:
             break
         if not isinstance(row.get("id", 0), (str, int)):
@@ -47,7 +49,7 @@ def read_records(
     return records
 
 
-def _rows(source, needed, split, name) -> Iterator[tables.Row]:
+def _rows(source, needed, split, name, hub) -> Iterator[tables.Row]:
     if not isinstance(source, str | os.PathLike):
         yield from _rows_in_memory(source, needed, name)
         return
@@ -61,7 +63,7 @@ def _rows(source, needed, split, name) -> Iterator[tables.Row]:
         return
     if path.name.endswith((*tables.SUFFIXES, ".gz", ".json")):
         raise InputError(f"{source}: no such file")
-    for number, row in enumerate(_hub_dataset(source, split)):
+    for number, row in enumerate(load_dataset(str(source), split, hub)):
         where = f"{source}, row {number}"
         tables.require_columns(where, row, needed)
         yield where, row
@@ -76,14 +78,3 @@ def _rows_in_memory(source, needed, name):
             raise InputError(f"{where}: expected a dict, found {type(row).__name__}")
         tables.require_columns(where, row, needed)
         yield where, row
-
-
-def _hub_dataset(source, split):
-    import datasets
-
-    try:
-        return datasets.load_dataset(source, split=split)
-    except Exception as error:  # datasets raises many types for a dataset that cannot be loaded
-        raise InputError(
-            f"{source}: neither a file nor a Hugging Face dataset with the split {split!r} ({first_line(error)})"
-        ) from None

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, visible
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
 from llm2vec_gen_jax.common.jsonl import read_lines
 from llm2vec_gen_jax.data import tables
 from llm2vec_gen_jax.data.records import read_records
 
 
-def read_texts(path: str | os.PathLike[str], field: str) -> list[str]:
+def read_texts(path: str | os.PathLike[str], field: str, hub: HubOptions = DEFAULT_HUB) -> list[str]:
     """Returns all lines of a .txt[.gz] file, or `field` of all rows of another source of `read_records`."""
     if tables.format_of(path) != ".txt":
-        return [row[field] for row in read_records(path, (field,), remedy="Set field=")]
+        return [row[field] for row in read_records(path, (field,), remedy="Set field=", hub=hub)]
     texts = [line for _, line in read_lines(path)]
     if not texts:
         raise InputError(f"{path}: no lines")

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.api import LLM2VecGen, load_configured_model
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import EvaluateConfig
 from llm2vec_gen_jax.parallel import sharding
@@ -62,8 +62,7 @@ def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncode
         return hyde.load_baseline(path, config)
     if config.adapters:
         raise InputError("adapters= is for kind=teacher and kind=hyde: remove it for a trained model")
-    mesh = sharding.make_mesh(config.mesh)
-    model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
+    model = load_configured_model(path, config, sharding.make_mesh(config.mesh))
     student = Student(model, config.batch_size, show_progress=True)
     identity = hyde.identity_of(config, model.backbone) | {"model": model.identity}
     if config.by_teacher == "none":

@@ -10,6 +10,7 @@ from typing import Any
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import install_command, read_json, require_same_run, require_written, write_json
+from llm2vec_gen_jax.common.hub import offline_datasets
 from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
@@ -45,7 +46,7 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """
     options.require(config)
     output = pathlib.Path(str(config.output))
-    with locks.locked(output, "output"):
+    with locks.locked(output, "output"), offline_datasets(config.local_files_only):
         jobs = resolve(config)
         query, document, identity = encoders.load(path, config)
         output.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError, nearest
-from llm2vec_gen_jax.config import ReproduceConfig, TrainConfig, options
+from llm2vec_gen_jax.config import HUB_KEYS, ReproduceConfig, TrainConfig, options
 from llm2vec_gen_jax.training.metrics import read_metrics
 
 # `key=value` overrides of `train`, applied after the recipe.
@@ -65,6 +65,8 @@ def resolve_comparisons(config: ReproduceConfig) -> dict[str, list[str]]:
             suggestion = nearest(name, [*known, "budget"])
             raise InputError(f"comparisons={entry}: expected a known name or a new 'NAME: key=value ...'{suggestion}")
     for overrides_of_run in (config.recipe, *comparisons.values()):
+        if keys := set(HUB_KEYS) & {override.partition("=")[0] for override in overrides_of_run}:
+            raise InputError(f"recipe and comparisons: {min(keys)} is not a key of a run. Pass {min(keys)}= by itself")
         options.load(TrainConfig, None, overrides_of_run)  # report a misspelled key before any work
     return comparisons
 

@@ -95,7 +95,11 @@ class StudyMeasurements:
     def _student(self, run: pathlib.Path) -> LLM2VecGen:
         settings = self.config
         return LLM2VecGen.from_pretrained(
-            str(run / "model"), settings.backbone.dtype, mesh=settings.mesh, attention=settings.kernels.attention
+            str(run / "model"),
+            settings.backbone.dtype,
+            mesh=settings.mesh,
+            attention=settings.kernels.attention,
+            **config_lib.hub_access(settings),
         )
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  it holds two copies of the backbone
@@ -107,6 +111,8 @@ class StudyMeasurements:
             attention=self.config.teacher.attention,
             max_new_tokens=max_new_tokens,
             dtype=self.config.backbone.dtype,
+            revision=self.config.backbone.revision,
+            **config_lib.hub_access(self.config),
             kernels=self.config.kernels,
             mesh=self.config.mesh,
         )

@@ -66,6 +66,7 @@ def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
         "kernels": config.kernels,
         "mesh": config.mesh,
         "seed": config.seed,
+        **config_lib.hub_access(config),
     }
     backbone = load_configured_backbone(config)  # downloads the default one
     for line in wrap(_duration(config, backbone), terminal_width()):
@@ -92,7 +93,11 @@ def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     model_directory = train(_train_config(config, responses), backbone=backbone)
     print("4/4  report\n", flush=True)
     model = LLM2VecGen.from_pretrained(
-        model_directory, config.backbone.dtype, mesh=config.mesh, attention=config.kernels.attention
+        model_directory,
+        config.backbone.dtype,
+        mesh=config.mesh,
+        attention=config.kernels.attention,
+        **config_lib.hub_access(config),
     )
     require_written(queries, responses, model_directory)
     print(report(model, model_directory.parent, responses))
@@ -122,6 +127,7 @@ def _teacher_adapters(config: config_lib.QuickstartConfig) -> list[str]:
 def _train_config(config: config_lib.QuickstartConfig, responses: pathlib.Path) -> config_lib.TrainConfig:
     return config_lib.TrainConfig(
         tracking=config.tracking,
+        **config_lib.hub_access(config),
         backbone=config.backbone,
         teacher=config_lib.TeacherConfig(adapters=_teacher_adapters(config)),
         kernels=config.kernels,

@@ -19,7 +19,7 @@ from llm2vec_gen_jax.common.files import (
     write_text,
 )
 from llm2vec_gen_jax.common.jsonl import read_jsonl, write_jsonl
-from llm2vec_gen_jax.config import BUDGETS, options
+from llm2vec_gen_jax.config import BUDGETS, HUB_KEYS, options
 from llm2vec_gen_jax.data import records
 from llm2vec_gen_jax.data.texts import comparison_key
 from llm2vec_gen_jax.evaluation.evaluate import evaluate, resolve
@@ -36,7 +36,8 @@ from llm2vec_gen_jax.pretrained.backbone import resolve_adapter, resolve_embedde
 from llm2vec_gen_jax.training.train import train
 
 _FIRST_SEED = 42
-_CHANGEABLE = ("output", "comparisons", "kernels", "mesh")  # settings that may differ when a study is resumed
+# Settings that may differ when a study is resumed.
+_CHANGEABLE = ("output", "comparisons", "kernels", "mesh", *HUB_KEYS)
 ScoredModel = pathlib.Path | str  # a run directory, or a baseline: "teacher", "causal" or "hyde"
 
 
@@ -96,6 +97,7 @@ class Study:
 
     def stage(self, name: str, settings: dict[str, Any], run: Callable[[], Any]) -> None:
         """Calls run() unless the stage has finished with the same settings (JSON values)."""
+        settings = {key: value for key, value in settings.items() if key not in HUB_KEYS}
         marker = self.output / "stages" / f"{name}.json"
         if marker.exists() and read_json(marker) == {"settings": settings}:
             print(f"{name}: done before", flush=True)
@@ -107,7 +109,7 @@ class Study:
     def prepare_data(self) -> None:
         """Writes the training and held-out queries and their responses."""
         sizes = self.sizes
-        common: dict[str, Any] = {key: getattr(self.config, key) for key in ("backbone", "mesh", "kernels")}
+        common: dict[str, Any] = {key: getattr(self.config, key) for key in ("backbone", "mesh", "kernels", *HUB_KEYS)}
         source = self.config.queries
         if source is None:
             count = sizes.queries + sizes.held_out
@@ -155,16 +157,17 @@ class Study:
             f"train.output={run}",
         ]
         settings = options.load(config_lib.TrainConfig, self.output / "recipe.yaml", recipe)
+        settings = dataclasses.replace(settings, **config_lib.hub_access(self.config))
         self.stage(f"train-{run.name}", options.to_dict(settings), lambda: train(settings))
         return run
 
     def score(self, part: str, limit: int, model: ScoredModel) -> None:
         """Evaluates a model on the development or test tasks; limit: queries or rows per task, 0 for all."""
         teacher = {"adapters": self.config.teacher.adapters, "attention": self.config.teacher.attention}
-        path = self.config.backbone.path
+        path, revision = self.config.backbone.path, self.config.backbone.revision
         encoder: dict[str, Any] = {"kind": "teacher"} | teacher
         if isinstance(model, pathlib.Path):
-            path, encoder = str(model / "model"), {}
+            path, revision, encoder = str(model / "model"), None, {}
         elif model == "causal":
             encoder = {"kind": "teacher", "attention": "causal"}
         elif model == "hyde":
@@ -175,6 +178,8 @@ class Study:
             output=str(self._scores_folder(part, limit, model)),
             limit=limit or None,
             dtype=self.config.backbone.dtype,
+            revision=revision,
+            **config_lib.hub_access(self.config),
             kernels=self.config.kernels,
             mesh=self.config.mesh,
         )
@@ -261,11 +266,12 @@ class Study:
 
     def _check_inputs(self) -> None:
         """Reports missing packages and folders, and invalid tasks, before anything is written."""
-        resolve_path(self.config.backbone.path)
+        hub = config_lib.hub_options(self.config)
+        resolve_path(self.config.backbone.path, config_lib.hub_options(self.config, self.config.backbone.revision))
         for adapter in self.config.teacher.adapters:
-            resolve_adapter(adapter)
+            resolve_adapter(adapter, hub)
         if self.config.supervised_teacher:
-            resolve_embedder(self.config.supervised_teacher)
+            resolve_embedder(self.config.supervised_teacher, hub)
         resolve(config_lib.EvaluateConfig(tasks=self.config.tasks, kind="teacher"))
 
     def _claim_output(self) -> None:
@@ -287,7 +293,8 @@ class Study:
         """Writes train.queries.jsonl and held_out.queries.jsonl: the first queries of `source` that are in no task."""
         sizes, task_texts = self.sizes, splits.evaluation_texts(str(self.config.tasks))
         rows: list[dict[str, Any]] = []
-        for number, record in enumerate(records.read_records(source, ("question",))):
+        hub = config_lib.hub_options(self.config)
+        for number, record in enumerate(records.read_records(source, ("question",), hub=hub)):
             in_task = comparison_key(record["question"]) in task_texts
             if not in_task and len(rows) < sizes.queries + sizes.held_out:
                 rows.append({"id": number, "question": record["question"]})

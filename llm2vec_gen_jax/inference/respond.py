@@ -18,6 +18,7 @@ from llm2vec_gen_jax.config import (
     ShardConfig,
     SynthesizeConfig,
     TeacherTrainConfig,
+    hub_options,
     options,
 )
 from llm2vec_gen_jax.data.buckets import length_sorted_batches
@@ -34,7 +35,8 @@ def load_configured_backbone(
 ) -> LoadedBackbone:
     """Loads the backbone of a command's config on its mesh over `devices`, default the local devices."""
     mesh = sharding.make_mesh(config.mesh, devices or jax.local_devices())
-    return load_backbone(config.backbone.path, config.backbone.dtype, mesh, config.kernels.attention)
+    hub = hub_options(config, config.backbone.revision)
+    return load_backbone(config.backbone.path, config.backbone.dtype, mesh, config.kernels.attention, hub)
 
 
 def shard_path(output: str | os.PathLike[str], shard: ShardConfig) -> pathlib.Path:
@@ -66,7 +68,7 @@ def respond(config: RespondConfig, backbone: LoadedBackbone | None = None) -> pa
 
 
 def _respond(path: pathlib.Path, config: RespondConfig, backbone: LoadedBackbone | None) -> None:
-    records = read_records(str(config.input), ("question",), limit=config.limit)
+    records = read_records(str(config.input), ("question",), limit=config.limit, hub=hub_options(config))
     for number, record in enumerate(records):
         record.setdefault("id", number)
     if len({record["id"] for record in records}) < len(records):

@@ -17,6 +17,7 @@ from llm2vec_gen_jax import api, config
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import write_json
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
 from llm2vec_gen_jax.common.yaml_files import to_yaml
 from llm2vec_gen_jax.inference.generate import Sampling, generate_from_soft_prompts
 from llm2vec_gen_jax.parallel import sharding
@@ -96,16 +97,17 @@ def verify(
     python: str | pathlib.Path,
     backbone: str | pathlib.Path | None = None,
     max_new_tokens: int = 16,
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Report:
     """Compares a model directory between JAX and PyTorch.
 
     python: interpreter of an environment with torch, transformers and peft, and optionally the published package, which
-    is then used. backbone: its location, by default the one recorded in the directory.
+    is then used. backbone: its location, by default the one recorded in the directory. hub: of a `path` on the hub.
     Raises InputError if the directory cannot be read in JAX or in PyTorch.
     """
-    record = model_directory.read_model_directory(str(path))
+    record = model_directory.read_model_directory(str(path), hub)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    embedder = api.LLM2VecGen.from_pretrained(path, record.dtype, backbone, mesh)
+    embedder = api.LLM2VecGen.from_pretrained(path, record.dtype, backbone, mesh, **vars(hub))
     parts = [embedder.encode(list(texts), max_length=MAX_LENGTH, return_soft_prompts=True) for texts in BATCHES]
     embeddings, soft_prompts = (np.concatenate(part) for part in zip(*parts))
     ids = generate_from_soft_prompts(embedder.backbone, soft_prompts[:DECODED], Sampling(max_new_tokens))
@@ -114,7 +116,7 @@ def verify(
         rows = [{"text": _fit(text), "ok": valid, **dict.fromkeys(_COLUMNS, "")} for text, valid in zip(TEXTS, ok)]
         return Report(rows, record.dtype, [], True, missing)
     with locks.temporary(pathlib.Path(tempfile.gettempdir(), "llm2vec-gen-verify"), folder=True) as folder:
-        pytorch, reader = _run_pytorch(folder, path, embedder, python, max_new_tokens)
+        pytorch, reader = _run_pytorch(folder, path, embedder, python, max_new_tokens, hub)
     stop = set(embedder.backbone.tokenizer.stop_ids)
     rows, equal = [], True
     for row, text in enumerate(TEXTS):
@@ -154,18 +156,19 @@ def _run_pytorch(
     embedder: api.LLM2VecGen,
     python: str | pathlib.Path,
     max_new_tokens: int,
+    hub: HubOptions,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns (arrays of SCRIPT, package versions).
 
     The script reads a copy of the directory, whose run_config.yml names a backbone that PyTorch can load.
     """
     copy = folder / "model"
-    source = model_directory.local_folder(str(path))
+    source = model_directory.local_folder(str(path), hub)
     shutil.copytree(source, copy)
     run_config = copy / "run_config.yml"
     if not run_config.exists():
         shutil.copy(source.resolve().parent / "run_config.yml", run_config)
-    where = resolve_path(embedder.backbone.name)
+    where = resolve_path(embedder.backbone.name, dataclasses.replace(hub, revision=embedder.backbone.revision))
     if where.suffix == ".gguf":
         where = folder / "backbone"
         export.save_backbone(embedder.backbone, where)

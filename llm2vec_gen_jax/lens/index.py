@@ -28,7 +28,7 @@ from llm2vec_gen_jax.common.files import (
     sha256_file,
     write_json,
 )
-from llm2vec_gen_jax.config import BuildIndexConfig, options
+from llm2vec_gen_jax.config import HUB_KEYS, BuildIndexConfig, hub_options, options
 from llm2vec_gen_jax.data.batches import pad
 from llm2vec_gen_jax.data.buckets import bucket_length, longest_first
 from llm2vec_gen_jax.data.texts import Corpus
@@ -81,8 +81,9 @@ def _build_index(path, config):
     corpus = Corpus(config.input, config.field)
     if corpus.streamed:
         raise InputError("input=-: an index is built from files, which a repeated command can read again")
-    name, mesh = model_directory.read_model_directory(str(path)).backbone, sharding.make_mesh(config.mesh)
-    backbone = load_backbone(name, config.dtype, mesh, config.kernels.attention)
+    hub = hub_options(config, config.revision)
+    name, hub = model_directory.backbone_source(model_directory.read_model_directory(str(path), hub), hub)
+    backbone = load_backbone(name, config.dtype, sharding.make_mesh(config.mesh), config.kernels.attention, hub)
     num_layers = backbone.architecture.num_layers
     layers = check_layers(config.layers, num_layers) or default_layers(num_layers)
     partial = output.with_name(f"{output.name}.partial")
@@ -104,8 +105,8 @@ def _build_index(path, config):
 def _run_record(backbone, corpus, config, layers):
     """Returns everything that determines the bytes of an index."""
     settings = options.to_dict(config)
-    for key in ("input", "output"):
-        del settings[key]
+    for key in ("input", "output", "revision", *HUB_KEYS):  # the backbone has an identity instead of a revision
+        settings.pop(key, None)
     settings["layers"] = layers
     settings["dtype"] = backbone.dtype
     settings["mesh"] = dict(backbone.mesh.shape)

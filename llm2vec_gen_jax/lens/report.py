@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 
 from llm2vec_gen_jax.common.files import write_text
-from llm2vec_gen_jax.config import EvaluateConfig, ReportConfig, options
+from llm2vec_gen_jax.config import EvaluateConfig, ReportConfig, hub_access, options
 from llm2vec_gen_jax.lens import chart
 from llm2vec_gen_jax.lens.logit import logit_lens
 from llm2vec_gen_jax.lens.search import Index, latent_lens
@@ -119,8 +119,9 @@ def _teacher(model: Any, config: ReportConfig) -> tuple[encoder.Teacher, list[st
     }
     path = None if configured else trained["path"]
     if path or used["adapters"]:
-        settings = EvaluateConfig(kind="teacher", **used, batch_size=config.batch_size, dtype=config.dtype)
-        settings.mesh, settings.kernels = config.mesh, config.kernels
+        settings = EvaluateConfig(kind="teacher", **used, **hub_access(config), dtype=config.dtype)
+        settings.batch_size, settings.mesh, settings.kernels = config.batch_size, config.mesh, config.kernels
+        settings.revision = None if path else model.backbone.revision
         _, teacher, _ = hyde.load_baseline(path or model.backbone.name, settings)
     else:
         causal = targets.is_causal(EvaluateConfig(**used))

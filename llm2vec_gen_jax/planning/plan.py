@@ -13,7 +13,7 @@ from llm2vec_gen_jax import config as config_lib
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json, shipped
 from llm2vec_gen_jax.common.terminal import terminal_width, wrap
-from llm2vec_gen_jax.config import PlanConfig, options
+from llm2vec_gen_jax.config import PlanConfig, hub_options, options
 from llm2vec_gen_jax.model import architecture as architecture_lib
 from llm2vec_gen_jax.model import quantization
 from llm2vec_gen_jax.model.execution import REMAT, Execution
@@ -113,7 +113,8 @@ def _describe_compiler(compiler: str, limit: float | None, platform: str) -> str
 def _architecture(config: PlanConfig) -> architecture_lib.Architecture:
     if config.architecture:
         return architecture_lib.from_hf_config(read_json(shipped(config.architecture)), config.architecture)
-    return open_checkpoint(config.backbone.path, Execution())[0].architecture
+    hub = hub_options(config, config.backbone.revision)
+    return open_checkpoint(config.backbone.path, Execution(), hub)[0].architecture
 
 
 def _devices(topology: str | None) -> tuple[Sequence[Any], Chip | None, str]:

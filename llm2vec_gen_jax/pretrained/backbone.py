@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import re
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -13,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm2vec_gen_jax.common import progress
-from llm2vec_gen_jax.common.errors import InputError, first_line
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import fingerprint
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions, fetch_from_hub, is_hub_id, require_no_revision
 from llm2vec_gen_jax.config import BackboneConfig, options
 from llm2vec_gen_jax.formats import gguf, hf, peft, weights
 from llm2vec_gen_jax.model import quantization
@@ -30,33 +29,13 @@ EMBEDDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*pytorch_mo
 
 
 @dataclasses.dataclass(frozen=True)
-class HubOptions:
-    """How a hub repository is downloaded, as in huggingface_hub.snapshot_download.
-
-    revision: branch, tag or commit, default main. token: access token, default the one of `hf auth login`. cache_dir:
-    default that of huggingface_hub. local_files_only: use only what is in the cache.
-    """
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.local_files_only, bool):
-            raise InputError(f"local_files_only={self.local_files_only!r}: expected True or False")
-
-
-DEFAULT_HUB = HubOptions()
-
-
-@dataclasses.dataclass(frozen=True)
 class LoadedBackbone:
     """A frozen backbone.
 
     name: as the user passed it. frozen: parameter tree on the mesh; None until the weights are loaded.
     identity: 16 hex digits, the same for the same weights in any file format and dtype. license: SPDX id, if stated.
     former_identity: the identity in model directories of earlier versions, which hashed one row of an untied head.
+    revision: of the hub repository, as the user passed it.
     """
 
     name: str
@@ -67,6 +46,7 @@ class LoadedBackbone:
     execution: Execution
     license: str | None = None
     former_identity: str | None = None
+    revision: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -122,7 +102,7 @@ def load_backbone(
     options.check_arguments(BackboneConfig, dtype=dtype)
     where = resolve_path(path, hub)
     with progress.announce(f"loading {path}"):
-        backbone, source = _open(path, where, Execution(mesh, attention))
+        backbone, source = _open(path, where, Execution(mesh, attention), hub.revision)
         backbone.execution.check(backbone.architecture.head_dim, quantization.product_dtype(resolve_dtype(dtype)))
         frozen = weights.load(source, backbone.architecture, mesh, resolve_dtype(dtype))
     return dataclasses.replace(backbone, frozen=frozen)
@@ -132,11 +112,11 @@ def open_checkpoint(
     path: str | os.PathLike[str], execution: Execution, hub: HubOptions = DEFAULT_HUB
 ) -> tuple[LoadedBackbone, weights.WeightSource]:
     """Returns (LoadedBackbone without parameters, source of its weights). Cheap for a checkpoint of any size."""
-    return _open(path, resolve_path(path, hub), execution)
+    return _open(path, resolve_path(path, hub), execution, hub.revision)
 
 
 def _open(
-    path: str | os.PathLike[str], where: pathlib.Path, execution: Execution
+    path: str | os.PathLike[str], where: pathlib.Path, execution: Execution, revision: str | None
 ) -> tuple[LoadedBackbone, weights.WeightSource]:
     source: weights.WeightSource
     if where.suffix == ".gguf":
@@ -160,14 +140,20 @@ def _open(
     former = identity = fingerprint(parts)
     if not architecture.tied_embeddings:
         identity = fingerprint([*parts, weights.head_digest(source)])
-    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, license, former), source
+    facts = license, former, revision
+    return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, *facts), source
 
 
 def resolve_path(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
-    """Returns the local .gguf file or folder of a backbone; the default backbone and hub ids are downloaded."""
+    """Returns the local .gguf file or folder of a backbone; the default backbone and hub ids are downloaded.
+
+    Raises InputError if there is none, and for a revision of anything but a hub id.
+    """
+    local = pathlib.Path(path).expanduser()
+    if path == default_backbone.NAME or local.exists():
+        require_no_revision(path, hub)
     if path == default_backbone.NAME:
         return default_backbone.default_backbone()
-    local = pathlib.Path(path).expanduser()
     if local.exists():
         if not local.is_dir() and local.suffix != ".gguf":
             raise InputError(f"{path}: not a backbone: expected a folder or a .gguf file")
@@ -177,58 +163,24 @@ def resolve_path(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) ->
     return fetch_from_hub(path, hf.PATTERNS, hub)
 
 
-def is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether a name is looked up on the hub: NAMESPACE/NAME, where NAMESPACE is not a local folder.
-
-    With a local folder NAMESPACE the name is a mistyped path, which must not cause network access.
-    """
-    match = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
-    return match is not None and not pathlib.Path(match[1]).exists()
-
-
-def fetch_from_hub(
-    repository: str | os.PathLike[str], patterns: Sequence[str], hub: HubOptions = DEFAULT_HUB
-) -> pathlib.Path:
-    """Returns the local snapshot of a hub repository. Raises InputError when the download fails."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return pathlib.Path(
-            snapshot_download(
-                str(repository),
-                revision=hub.revision,
-                token=hub.token,
-                cache_dir=None if hub.cache_dir is None else str(hub.cache_dir),
-                local_files_only=hub.local_files_only,
-                allow_patterns=list(patterns),
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        name = f"{repository} (revision {hub.revision})" if hub.revision else repository
-        raise InputError(
-            f"{name}: no such local folder, and it cannot be fetched from the hub ({first_line(error)})"
-        ) from None
-
-
-def resolve_adapter(path: str | os.PathLike[str]) -> pathlib.Path:
+def resolve_adapter(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
     """Returns the local folder of a PEFT adapter: a path, a name of TEACHERS, or a hub id, which is downloaded."""
     folder = pathlib.Path(path).expanduser()
     if not folder.exists() and str(path) in TEACHERS:
         return pathlib.Path(__file__).parent / "assets" / "teachers" / str(path)
     if is_hub_id(path):
-        folder = fetch_from_hub(path, list(peft.FILES))
+        folder = fetch_from_hub(path, peft.FILES, hub)
     for name in peft.FILES:
         if not (folder / name).is_file():
             raise InputError(f"{path}: not a PEFT adapter: no {name}")
     return folder
 
 
-def resolve_embedder(path: str | os.PathLike[str]) -> pathlib.Path:
+def resolve_embedder(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
     """Returns the local folder of a sentence-transformers model; a hub id is downloaded."""
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
     if not is_hub_id(path):
         raise InputError(f"{path}: no such folder, and not a hub id (OWNER/NAME)")
-    return fetch_from_hub(path, EMBEDDER_PATTERNS)
+    return fetch_from_hub(path, EMBEDDER_PATTERNS, hub)

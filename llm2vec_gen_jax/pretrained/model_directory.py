@@ -1,5 +1,6 @@
 """Model directories: written at the end of training, read by `LLM2VecGen.from_pretrained`."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,11 +13,12 @@ import numpy as np
 
 from llm2vec_gen_jax import __version__
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions, fetch_from_hub, is_hub_id, require_no_revision
 from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained.backbone import DEFAULT_HUB, HubOptions, LoadedBackbone, fetch_from_hub, is_hub_id
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 from llm2vec_gen_jax.pretrained.model_card import is_gguf, model_card
 
 HEADS = published.HEADS
@@ -51,6 +53,9 @@ def save(
     if jax.process_index() != 0:
         return
     path = pathlib.Path(name or backbone.name).expanduser()
+    extra = {key: value for key, value in extra.items() if key != "backbone_revision"}
+    if backbone.revision and not name:
+        extra["backbone_revision"] = backbone.revision
     record = published.PublishedModel(
         backbone=str(path.resolve()) if path.exists() else str(name or backbone.name),
         dtype=dtype,
@@ -99,8 +104,8 @@ def local_folder(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) ->
     Raises InputError if it does not exist, and for a revision of anything but a hub id.
     """
     folder = pathlib.Path(path).expanduser()
-    if hub.revision and (folder.exists() or str(path) in MODELS):
-        raise InputError(f"revision={hub.revision}: {path} is not on the hub. Pass a revision only with a hub id")
+    if folder.exists() or str(path) in MODELS:
+        require_no_revision(path, hub)
     if folder.exists():
         return folder
     if str(path) in MODELS:
@@ -113,6 +118,18 @@ def local_folder(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) ->
 def read_model_directory(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> published.PublishedModel:
     """Reads a local model directory or a hub repository of that layout."""
     return published.read(local_folder(path, hub))
+
+
+def backbone_source(
+    record: published.PublishedModel, hub: HubOptions, backbone: str | os.PathLike[str] | None = None
+) -> tuple[str, HubOptions]:
+    """Returns the arguments (path, hub) of `load_backbone` for a model directory.
+
+    hub: that of the model, whose revision does not apply to the backbone. backbone: replaces the recorded one.
+    """
+    name, revision = str(backbone or record.backbone), record.extra.get("backbone_revision")
+    is_recorded = backbone is None and isinstance(revision, str) and is_hub_id(name)
+    return name, dataclasses.replace(hub, revision=revision if is_recorded else None)
 
 
 def to_model(

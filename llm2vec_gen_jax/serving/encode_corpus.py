@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.api import LLM2VecGen, load_configured_model
 from llm2vec_gen_jax.common import locks, progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite, quote
 from llm2vec_gen_jax.common.files import (
@@ -61,7 +61,7 @@ def _encode_corpus(path: str, config: EncodeConfig, files: "_Files", check: Call
     files.check()
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
-    model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=mesh, attention=config.kernels.attention)
+    model = load_configured_model(path, config, mesh)
     if config.by_teacher:
         for key in ("save_soft_prompts", "warmup"):
             if getattr(config, key):
@@ -73,8 +73,9 @@ def _encode_corpus(path: str, config: EncodeConfig, files: "_Files", check: Call
 def _run_record(model: LLM2VecGen, identity: dict[str, Any], config: EncodeConfig) -> dict[str, Any]:
     """Returns everything that the bytes of the output depend on; a run is resumed only with an equal record."""
     settings = options.to_dict(config)
-    for key in ("input", "output", "warmup", "shard", *vars(config_lib.DistributedConfig())):
-        del settings[key]
+    other = ("input", "output", "warmup", "shard", "revision")  # the model has an identity instead of a revision
+    for key in (*other, *config_lib.HUB_KEYS, *vars(config_lib.DistributedConfig())):
+        settings.pop(key, None)
     settings["dtype"] = model.backbone.dtype
     settings["mesh"] = dict(model.backbone.mesh.shape)
     identity_of_model: dict[str, Any] = {"identity": model.identity, "backbone": model.backbone.identity}

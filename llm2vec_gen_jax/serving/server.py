@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llm2vec_gen_jax.api import LLM2VecGen
+from llm2vec_gen_jax.api import load_configured_model
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import ServeConfig
 from llm2vec_gen_jax.serving import access_log
@@ -39,7 +39,7 @@ def serve(path: str, config: ServeConfig) -> None:
     if key is not None and not (key.isascii() and key.strip().isprintable()):
         raise InputError(f"{KEY_VARIABLE} must be of printable ASCII characters: HTTP headers cannot contain others")
     with _bind(config) as listener:  # before the model is loaded, so that a port in use is reported at once
-        model = LLM2VecGen.from_pretrained(path, config.dtype, mesh=config.mesh, attention=config.kernels.attention)
+        model = load_configured_model(path, config)
         endpoints = Endpoints(model, config, config.name or path, key and key.strip())
         listener.listen()  # before the address is printed: connections are accepted from then on
         host, port = listener.getsockname()[:2]

@@ -16,16 +16,10 @@ from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_json, sha256_file, write_json
-from llm2vec_gen_jax.config import TrainConfig
+from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
+from llm2vec_gen_jax.config import TrainConfig, hub_options
 from llm2vec_gen_jax.formats import peft, published
-from llm2vec_gen_jax.pretrained.backbone import (
-    DEFAULT_HUB,
-    TEACHERS,
-    HubOptions,
-    LoadedBackbone,
-    load_backbone,
-    resolve_adapter,
-)
+from llm2vec_gen_jax.pretrained.backbone import TEACHERS, LoadedBackbone, load_backbone, resolve_adapter
 from llm2vec_gen_jax.teachers import targets
 from llm2vec_gen_jax.teachers.encoder import Teacher
 from llm2vec_gen_jax.teachers.whitening import Transform
@@ -76,9 +70,9 @@ def check(config: TrainConfig) -> None:
 def save(folder: pathlib.Path, config: TrainConfig, transform: Transform) -> None:
     """Writes the teacher of a TrainConfig to a new folder: settings, adapters, and the Transform of the targets."""
     folder.mkdir()
-    names = []
+    names, hub = [], hub_options(config)
     for number, adapter in enumerate(config.teacher.adapters):
-        source = resolve_adapter(adapter)
+        source = resolve_adapter(adapter, hub)
         if adapter in TEACHERS and not pathlib.Path(adapter).exists():  # part of this package
             names.append(adapter)
             continue

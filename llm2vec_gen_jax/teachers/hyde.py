@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import not_finite, quote
-from llm2vec_gen_jax.config import EvaluateConfig
+from llm2vec_gen_jax.config import EvaluateConfig, hub_options
 from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.inference.generate import Sampling, generate
@@ -91,18 +91,16 @@ def load_baseline(path: str, config: EvaluateConfig) -> tuple[Teacher | Hyde, Te
     """
     mesh = sharding.make_mesh(config.mesh)
     settings: dict[str, Any] = {"batch_size": config.batch_size, "show_progress": True}
-    adapters, causal = [resolve_adapter(adapter) for adapter in config.adapters], targets.is_causal(config)
-    backbone = load_backbone(path, config.dtype, mesh, config.kernels.attention)
+    adapters = [resolve_adapter(adapter, hub_options(config)) for adapter in config.adapters]
+    causal, source = targets.is_causal(config), (path, config.dtype, mesh, config.kernels.attention)
+    hub = hub_options(config, config.revision)
+    backbone = load_backbone(*source, hub)
     identity = identity_of(config, backbone) | {
         "adapters": [peft.identity(adapter) for adapter in adapters],
         "attention": "causal" if causal else "bidirectional",
     }
     # Merging donates the weights that it changes; HyDE generates with the unmerged weights.
-    merged = (
-        load_backbone(path, config.dtype, mesh, config.kernels.attention).frozen
-        if adapters and config.kind == "hyde"
-        else backbone.frozen
-    )
+    merged = load_backbone(*source, hub).frozen if adapters and config.kind == "hyde" else backbone.frozen
     for adapter in adapters:
         merged = peft.merge(merged, adapter, backbone.architecture)
     document = Teacher(backbone, merged, causal, **settings)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from llm2vec_gen_jax.common.errors import InputError, first_line, not_finite, quote
 from llm2vec_gen_jax.common.files import fingerprint, install_command, read_array, sha256_file, visible
-from llm2vec_gen_jax.config import EvaluateConfig, TeacherConfig, TrainConfig
+from llm2vec_gen_jax.config import EvaluateConfig, TeacherConfig, TrainConfig, hub_options
 from llm2vec_gen_jax.data.buckets import choose_edges
 from llm2vec_gen_jax.formats import peft
 from llm2vec_gen_jax.parallel import sharding
@@ -77,16 +77,17 @@ def compute_targets(
     resumed. backbone: that of the config; its weights are reused if they are loaded and equal to the teacher's.
     """
     if config.teacher.kind == "sentence_transformers":
-        return _by_sentence_transformers(config.teacher, answers, responses)
+        return _by_sentence_transformers(config.teacher, hub_options(config), answers, responses)
     return _by_llm2vec(backbone, config, answers, responses)
 
 
 def _by_llm2vec(backbone, config, answers, responses):
     """Targets of an llm2vec teacher: mean-pooled last hidden states, so E is the hidden size of its backbone."""
     path, mesh, attention = config.teacher.path, backbone.mesh, backbone.execution.attention
-    adapters = [resolve_adapter(adapter) for adapter in config.teacher.adapters]
+    hub = hub_options(config)
+    adapters = [resolve_adapter(adapter, hub) for adapter in config.teacher.adapters]
     causal = is_causal(config.teacher)
-    reader = open_checkpoint(path, backbone.execution)[0] if path else backbone
+    reader = open_checkpoint(path, backbone.execution, hub)[0] if path else backbone
     dtype = backbone.dtype if backbone.frozen is not None else str(resolve_dtype(config.backbone.dtype))
     quantized = dtype == "int8"  # targets are computed with the weights before quantization
     dtype = "bfloat16" if quantized else dtype
@@ -105,7 +106,8 @@ def _by_llm2vec(backbone, config, answers, responses):
     def make():
         frozen = backbone.frozen
         if path or adapters or quantized or frozen is None:  # merging donates its input
-            frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention).frozen
+            access = hub if path else hub_options(config, config.backbone.revision)
+            frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention, access).frozen
         for adapter in adapters:
             frozen = peft.merge(frozen, adapter, reader.architecture)
 
@@ -122,11 +124,11 @@ def _by_llm2vec(backbone, config, answers, responses):
     return compute_once(responses, key, [len(row) for row in ids], batch_size, make, together=True)
 
 
-def _by_sentence_transformers(config, answers, responses):
+def _by_sentence_transformers(config, hub, answers, responses):
     """Targets of a sentence-transformers model, which truncates texts to its max_seq_length."""
     if config.path is None:
         raise InputError("teacher.path is required: the folder or hub id of a sentence-transformers model")
-    folder = resolve_embedder(config.path)
+    folder = resolve_embedder(config.path, hub)
     files = sorted({path for pattern in EMBEDDER_PATTERNS for path in visible(folder, pattern)})
     key = {
         "embedder": {str(path.relative_to(folder)): sha256_file(path) for path in files},

@@ -10,7 +10,7 @@ import numpy as np
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import diff
-from llm2vec_gen_jax.config import TrainConfig
+from llm2vec_gen_jax.config import TrainConfig, hub_options
 from llm2vec_gen_jax.data.batches import Batches, BatchSchedule
 from llm2vec_gen_jax.data.examples import Examples
 from llm2vec_gen_jax.model.execution import first_remat
@@ -72,7 +72,7 @@ class CompressionTrainer:
         """Returns the initial trainable tree: that of train.init_from, or a random one."""
         config = self.config.train
         if config.init_from:
-            record = model_directory.read_model_directory(config.init_from)
+            record = model_directory.read_model_directory(config.init_from, hub_options(self.config))
             model, trainable = model_directory.to_model(record, self.backbone, config.init_from)
             if differing := diff(model.shapes, self.model.shapes):
                 raise InputError(

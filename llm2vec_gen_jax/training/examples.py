@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.config import TrainConfig, options
+from llm2vec_gen_jax.config import TrainConfig, hub_options, options
 from llm2vec_gen_jax.data.examples import Examples, tokenize
 from llm2vec_gen_jax.data.instructions import REPEAT
 from llm2vec_gen_jax.data.records import Source, read_records
@@ -42,8 +42,8 @@ def load_training_data(
     backbone: that of the config, if it is loaded. records, held_out: default data.responses and validation.responses.
     The weights are loaded after the targets are computed, so that only one copy is in memory at a time.
     """
-    path, kernel = config.backbone.path, config.kernels.attention
-    description = backbone or open_checkpoint(path, Execution(sharding.make_mesh(config.mesh), kernel))[0]
+    path, kernel, hub = config.backbone.path, config.kernels.attention, hub_options(config, config.backbone.revision)
+    description = backbone or open_checkpoint(path, Execution(sharding.make_mesh(config.mesh), kernel), hub)[0]
     source = config.data.responses if records is None else records
     key = "data.responses" if records is None else "records"
     examples, questions = _examples(config, description, source, key)
@@ -55,7 +55,7 @@ def load_training_data(
         key = "validation.responses" if held_out is None else "held_out"
         others, _ = _examples(config, description, held_out_source, key)
     transform = whitening.transform_targets(examples, config.teacher, questions, others)
-    backbone = backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel)
+    backbone = backbone or load_backbone(path, config.backbone.dtype, description.mesh, kernel, hub)
     return TrainingData(examples, others, backbone, transform)
 
 
@@ -74,7 +74,7 @@ def _examples(
 ) -> tuple[Examples, Sequence[str]]:
     """Returns the Examples of a source, with targets that are not transformed, and the stripped questions."""
     columns = supervised.columns(config.loss) + (("finish",) if config.data.finished_only else ())
-    records = read_records(source, columns, config.data.split, name=key)
+    records = read_records(source, columns, config.data.split, name=key, hub=hub_options(config))
     name = str(source) if isinstance(source, str | os.PathLike) else key
     num_appended = config.compression.num_tokens + config.compression.num_thought_tokens
     data = dataclasses.replace(config.data, responses=name)

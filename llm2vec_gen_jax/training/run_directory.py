@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import entries, require_same_run, write_text
-from llm2vec_gen_jax.config import TeacherTrainConfig, TrainConfig, options
+from llm2vec_gen_jax.config import HUB_KEYS, TeacherTrainConfig, TrainConfig, options
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training import tracking
 
 # Keys that may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
-    "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout", "tracking"),
+    "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout", "tracking", *HUB_KEYS),
     "train": (
         "steps",
         "log_every",

@@ -11,7 +11,8 @@ import jax
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import require_written
-from llm2vec_gen_jax.config import TrainConfig, options
+from llm2vec_gen_jax.common.hub import offline_datasets
+from llm2vec_gen_jax.config import TrainConfig, hub_options, options
 from llm2vec_gen_jax.evaluation.evaluate import Job
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.pretrained import model_directory
@@ -61,10 +62,11 @@ def train_on(
     check_microbatches(config)
     documents.check(config)
     jobs = resolve_jobs(config, has_held_out or config.validation.responses is not None)
-    with processes.locked(str(config.train.output), "train.output"):
+    with processes.locked(str(config.train.output), "train.output"), offline_datasets(config.local_files_only):
         resuming = prepare_run_directory(pathlib.Path(str(config.train.output)), config)
         if config.train.init_from and not resuming:
-            model_directory.local_folder(config.train.init_from)  # reports a wrong path before the targets are computed
+            # Reports a wrong path before the targets are computed.
+            model_directory.local_folder(config.train.init_from, hub_options(config))
         return _train(config, load(), jobs, resuming, show_progress, callbacks)
 
 

@@ -67,7 +67,7 @@ class LLM2VecGenTrainer:
         values: dict[str, Any] = {}
         if config is not None:
             config = config if isinstance(config, TrainConfig) else options.load(TrainConfig, config)
-            values = options.to_dict(config)
+            values = dataclasses.asdict(config)  # with the token
         sections: dict[str, Any] = {
             "compression": compression,
             "lora": lora,

@@ -25,7 +25,7 @@ SCHEMAS = [
 
 PLAIN = """answer_suffix api_key_env attention_function alignment_function comparisons contrastive_function distributed
 endpoint field host id_field instruction layers mask_token metric model name profile prompt query_instruction
-document_instruction recipe split text topology"""
+document_instruction recipe revision split text token topology"""
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

@@ -33,6 +33,8 @@ ELSEWHERE = {
 CANNOT_RUN = {
     "engine=openai": "needs a server of that API; test_openai_engine.py has one",
     "tasks=mteb-lite": "downloads from the hub",
+    "revision=": "downloads from the hub; test_hub_keys.py has a cache of it",
+    "local_files_only=": "needs a cache of the hub; test_hub_keys.py has one",
     "python -m tests.parity.peer": "installs PyTorch from a package index; test_parity.py does it where it can",
     "python -m pytest": "is this run",
     "python -m benchmarks.": "measures for minutes; test_benchmarks, test_serve_process and test_chaos run them small",

@@ -13,8 +13,10 @@ import yaml
 
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.hub import HubOptions
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import load, new_model, same_trees
+from tests.helpers.hub import COMMIT, add_to_cache, serving
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +26,11 @@ def model_folder(tiny, tiny_folder, tmp_path_factory):
     return folder
 
 
-COMMIT = "4567cdef" * 5
 LOAD = """
 from llm2vec_gen_jax import LLM2VecGen
 from tests.conftest import one_device_mesh
 print(LLM2VecGen.from_pretrained("someone/embedder", "float32", BACKBONE, one_device_mesh()).encode("x").sum())
 """
-
-
-def add_to_cache(cache, folder, revision="main", commit="0123abcd"):
-    """Adds a folder to a hub cache as a revision of someone/embedder."""
-    repository = cache / "models--someone--embedder"
-    snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
-    for path in (repository / "refs", blobs):
-        path.mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / revision).write_text(commit)
-    for number, file in enumerate(path for path in folder.rglob("*") if path.is_file()):
-        link = snapshot / file.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        (blobs / f"{commit}-{number}").write_bytes(file.read_bytes())
-        link.symlink_to(blobs / f"{commit}-{number}")
 
 
 def test_a_hub_id_loads_from_the_hubs_cache_and_a_path_never_asks_it(model_folder, tiny_folder, tmp_path, monkeypatch):
@@ -80,9 +67,11 @@ def test_a_revision_loads_from_a_cache_of_ones_own(model_folder, tiny, tiny_fold
     np.testing.assert_allclose(vector(), expected["main"], atol=1e-5)
     for revision in ("v2", COMMIT):
         np.testing.assert_allclose(vector(revision=revision), expected["v2"], atol=1e-5)
-    with pytest.raises(InputError, match=r"someone/embedder \(revision v3\): .* cannot be fetched"):
+    with pytest.raises(
+        InputError, match="someone/embedder: its revision=v3 is not, .* in the cache .*local_files_only"
+    ):
         vector(revision="v3")
-    with pytest.raises(InputError, match="revision=v2: .* is not on the hub"):
+    with pytest.raises(InputError, match="not on the hub, so it has no revision=v2"):
         vector(model_folder, revision="v2")
 
 
@@ -131,3 +120,55 @@ def test_offline_the_hub_says_so(tiny, monkeypatch):
 def test_an_option_that_is_no_boolean_is_named():
     with pytest.raises(InputError, match="local_files_only='no': expected True or False"):
         LLM2VecGen.from_pretrained("smollm2-135m", local_files_only="no")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"revision": 2}, "revision=2: expected a branch, tag or commit"),
+        ({"revision": ""}, "revision is empty: pass a value, or leave revision out"),
+        ({"cache_dir": ""}, "cache_dir is empty"),
+        ({"token": ""}, "token is empty"),
+        ({"token": "hf_secret\n"}, "token: not an access token"),
+        ({"token": 5}, "token: not an access token"),
+    ],
+)
+def test_an_option_that_would_fail_later_or_be_the_default_is_refused(options, message):
+    with pytest.raises(InputError, match=message) as error:
+        HubOptions(**options)
+    assert "hf_secret" not in str(error.value)
+
+
+FETCH = """
+import sys
+from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.hub import HubOptions, fetch_from_hub
+revision, token, cache, local = sys.argv[1:]
+try:
+    print(fetch_from_hub("someone/private", ["*.json"], HubOptions(revision, token, cache, local == "local")))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_private_repository_is_fetched_with_the_token_which_no_message_has(tmp_path):
+    def fetch(revision, token, address, local="remote"):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "JAX_"))}
+        environment |= {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        words = [sys.executable, "-c", FETCH, revision, token, tmp_path / "cache", local]
+        result = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0 and "hf_" not in result.stdout + result.stderr, result.stderr
+        return result.stdout.strip()
+
+    files = {"config.json": b"{}", "model.bin": b"not fetched"}
+    with serving("someone/private", files, ("main", "v1"), "hf_secret") as address:
+        assert "someone/private: no such local folder, and its revision=v1 cannot" in fetch("v1", "hf_wrong", address)
+        assert "someone/private: its revision=v1 is not, or not completely, in the cache" in fetch(
+            "v1", "hf_secret", address, "local"
+        )
+        message = "someone/private: has no revision=v2 on the hub. Pass a branch, tag or commit of it"
+        assert fetch("v2", "hf_secret", address) == message
+        folder = pathlib.Path(fetch("v1", "hf_secret", address))
+        assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert fetch("v1", "hf_wrong", address, "local") == str(folder)  # without the server

@@ -7,6 +7,7 @@ llm2vec_gen_jax writes this file into its model directories, next to the files t
     encoder/                                           PEFT adapter: embeddings of the special tokens, LoRA if any
     reconstruction_mlp.safetensors, alignment_mlp.safetensors
     tokenizer.json                                     the backbone's tokenizer with the special tokens added
+    llm2vec_gen_jax.json                               revision of a backbone on the hub, if it is not main
 
 The M special tokens are thought tokens, then K compression tokens. All of them are appended to a text. D hidden size,
 E embedding size, B texts, T tokens.
@@ -72,6 +73,8 @@ class LLM2VecGenModule(InputModule):
         if not (path.is_dir() or is_hub_id):
             problem = "not a folder" if path.exists() else "no such folder"
         else:
+            if not path.is_dir():
+                options = {"revision": self._read_backbone_revision(), **options}
             try:
                 return AutoModel.from_pretrained(path if path.is_dir() else name, trust_remote_code=False, **options)
             except OSError as error:  # raised by transformers for missing files and failed downloads
@@ -80,6 +83,10 @@ class LLM2VecGenModule(InputModule):
             f"the backbone {name} cannot be loaded ({problem}). Set model_name_or_path in "
             f"{self.folder / 'run_config.yml'} to a Hugging Face folder or hub id"
         ) from None
+
+    def _read_backbone_revision(self):
+        file = self.folder / "llm2vec_gen_jax.json"
+        return (json.loads(file.read_text("utf-8")).get("backbone_revision") if file.exists() else None) or "main"
 
     def _load_head(self, name):
         state = load_file(self.folder / f"{name}_mlp.safetensors")
