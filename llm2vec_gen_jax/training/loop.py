@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import time
@@ -268,7 +269,7 @@ class Run:
                         pending = None
                 profile.after(number)
                 if self.trainer.is_revised(number):
-                    state = state.replace(trainable=self.trainer.revise(state.trainable, beat))
+                    state = dataclasses.replace(state, trainable=self.trainer.revise(state.trainable, beat))
                 self.state, self.step = state, number
                 if due or action:
                     self.checkpoints.save(number, state)
