@@ -106,7 +106,8 @@ class ReproduceConfig(HubConfig):
 
     comparisons= from the paper: tokens-1, -2, -5, -20, -50 (K), thoughts-10, alignment-only, reconstruction-only,
     lora-8, supervised-teacher; additional: cosine, centred, centred-cosine, half-whitened, whitened, sampled-4, ridge,
-    finished-only, alignment-10, reconstruction-10, longer; custom: "NAME: key=value key=value", with keys of `train`.
+    alternating, query-0.5, query-0.75, query-1, forms, finished-only, alignment-10, reconstruction-10, longer; custom:
+    "NAME: key=value key=value", with keys of `train`.
     """
 
     REQUIRED: ClassVar = ("tasks",)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, visible
+from llm2vec_gen_jax.common.files import check_file, has_lone_surrogate, read_json, sha256_file, shipped, visible
 from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
 from llm2vec_gen_jax.common.jsonl import read_lines
 from llm2vec_gen_jax.data import tables
@@ -211,7 +211,7 @@ def read_instructions(path: str | os.PathLike[str], key: str) -> list[str]:
     Raises InputError naming a line that is repeated, and for a file without lines.
     """
     instructions: list[str] = []
-    for number, line in read_lines(pathlib.Path(path)):
+    for number, line in read_lines(pathlib.Path(shipped(path))):
         if line.strip() in instructions:
             raise InputError(f"{key}={path}, line {number}: {line.strip()!r} is repeated")
         instructions.append(line.strip())

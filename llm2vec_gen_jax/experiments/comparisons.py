@@ -25,6 +25,9 @@ EXTRA_COMPARISONS: dict[str, list[str]] = {
     "whitened": ["teacher.whiten=1"],
     "sampled-4": ["teacher.average=true"],
     "ridge": ["train.ridge_examples=1000000"],  # at most one epoch
+    "alternating": ["train.ridge_examples=4096", "train.ridge_every=200", "optimizer.head_learning_rate=0"],
+    **{f"query-{weight}": [f"teacher.query_weight={weight}"] for weight in (0.5, 0.75, 1)},
+    "forms": ["loss.repeat=1", "loss.repeat_instructions=configs/evaluate/instructions.txt"],
     "finished-only": ["data.finished_only=true"],
     "alignment-10": ["loss.alignment=10"],
     "reconstruction-10": ["loss.reconstruction=10"],

@@ -10,10 +10,11 @@ import pytest
 
 from llm2vec_gen_jax.common import files, jsonl
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.config import ReproduceConfig, options
+from llm2vec_gen_jax.config import ReproduceConfig, TrainConfig, options
 from llm2vec_gen_jax.evaluation import tasks
-from llm2vec_gen_jax.experiments import plots, reproduce, splits, tables, text_metrics
+from llm2vec_gen_jax.experiments import comparisons, plots, reproduce, splits, tables, text_metrics
 from llm2vec_gen_jax.teachers import encoder
+from llm2vec_gen_jax.training.train import train
 from tests.conftest import tiny_torch_model, torch_outputs, write_jsonl
 from tests.helpers.adapters import LORA, write_adapter
 from tests.helpers.commands import rows_of
@@ -191,6 +192,18 @@ def test_a_killed_study_resumes(arguments, tmp_path, launch):
     assert out.splitlines()[-1] == "written: study/report.md"
     assert (tmp_path / "study/train.jsonl").read_bytes() == responses
     assert len(rows_of(metrics)) == 4
+
+
+@pytest.mark.parametrize("name", ["forms", "alternating", "query-0.5"])
+def test_comparisons_beyond_the_paper_train(tiny_folder, tmp_path, name):
+    rows = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(16)]
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    words = [f"backbone.path={tiny_folder('llama')}", f"data.responses={tmp_path / 'responses.jsonl'}"]
+    words += ["train.steps=1", "train.batch_size=8", f"train.output={tmp_path / 'run'}"]
+    words += comparisons.EXTRA_COMPARISONS[name]
+    train(options.load(TrainConfig, None, words), show_progress=False)
+    losses = comparisons.final_losses(tmp_path / "run")
+    assert ("repeat_alignment_loss" in losses) == (name == "forms") and math.isfinite(losses["loss"])
 
 
 # Bad input
