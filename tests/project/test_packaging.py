@@ -195,6 +195,37 @@ def test_a_system_without_file_locks_is_refused_on_import(module):
     assert "During handling" not in ended.stderr
 
 
+# After the dependencies are imported: they were compiled for this system.
+MACOS = """
+import os, sys
+import jax, numpy, transformers
+for name in ("copy_file_range", "memfd_create", "posix_fadvise", "posix_fallocate", "sched_getaffinity"):
+    delattr(os, name)
+os.execv = None
+sys.platform = "darwin"
+
+def hide(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(("/proc/", "/sys/")):
+        raise FileNotFoundError(arguments[0])
+
+sys.addaudithook(hide)
+import llm2vec_gen_jax.api
+from llm2vec_gen_jax.common import huge_pages, locks
+sys.orig_argv = ["python", "-m", "launch.encode"]
+huge_pages.request()
+with locks.locked("output"):
+    print(llm2vec_gen_jax.LLM2VecGen.from_pretrained(sys.argv[1]).encode(["one", "two words"]).shape)
+"""
+
+
+def test_what_macos_lacks_is_not_needed(model_folder, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("GLIBC_TUNABLES", None)
+    command = [sys.executable, "-c", MACOS, str(model_folder)]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "(2, 12)\n"), ended.stderr
+
+
 # The one script
 
 
