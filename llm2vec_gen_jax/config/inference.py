@@ -234,6 +234,11 @@ class EvaluateConfig(ModelHubConfig):
         "YAML file {query: {task name: text}, document: text} that overrides the published instructions",
         path=True,
     )
+    save_scores: bool = setting(
+        False,
+        "kind=student: also save the main scores in MODEL, a model directory on this machine: in llm2vec_gen_jax.json, "
+        "and in the model card README.md, which is written anew",
+    )
     batch_size: int = setting(32, "texts per batch", least=1)
     max_length: int | None = setting(None, "maximum tokens per text; null: as published (512; BRIGHT: 4096)", least=1)
     overwrite: bool = setting(False, "replace an output written with other settings")

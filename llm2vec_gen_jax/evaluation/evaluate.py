@@ -14,11 +14,19 @@ from llm2vec_gen_jax.common.hub import offline_datasets
 from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import EvaluateConfig, options
 from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
+from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.teachers import hyde
 
 logger = logging.getLogger(__name__)
 
 _MAX_LENGTH = 512  # of the published MTEB and AdvBench-IR scripts
+_CARD_TYPES = {  # types of task folders, as mteb names them
+    "retrieval": "Retrieval",
+    "sts": "STS",
+    "classification": "Classification",
+    "clustering": "Clustering",
+    "safety_retrieval": "Retrieval",
+}
 
 
 @dataclasses.dataclass
@@ -37,14 +45,30 @@ class Job:
         """Returns the settings that the score depends on, in addition to the model."""
         return {key: getattr(self, key) for key in ("data", "query_instruction", "document_instruction", "max_length")}
 
+    @property
+    def main_metric(self) -> str:
+        """The name of the main score."""
+        is_folder = isinstance(self.task, tasks.EvaluationTask)
+        name: str = self.task.main_metric if is_folder else self.task.metadata.main_score
+        return name
+
+    def score_entry(self, value: float | None) -> dict[str, Any]:
+        """Returns the entry of a main score in the metadata of a model (model_directory.add_scores)."""
+        if isinstance(self.task, tasks.EvaluationTask):
+            return {"value": value, "type": _CARD_TYPES[self.type], "metric": self.main_metric}
+        dataset = self.task.metadata.dataset["path"]
+        return {"value": value, "type": self.type, "metric": self.main_metric, "dataset": dataset}
+
 
 def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Runs the tasks of an EvaluateConfig on the MODEL `path`. Returns the results, as in results.json.
 
     Finished tasks are skipped. Raises InputError if the output holds results of another model or other settings,
-    which are recorded in run.json.
+    which are recorded in run.json, and for save_scores without a model directory to save them in.
     """
     options.require(config)
+    if config.save_scores:
+        _check_save_scores(path, config)
     output = pathlib.Path(str(config.output))
     with locks.locked(output, "output"), offline_datasets(config.local_files_only):
         jobs = resolve(config)
@@ -67,6 +91,11 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
             results.add(job, scores)
         require_written(results.scores_file, results.run_file)
     logger.info(table(jobs, results.scores))
+    if isinstance(query, encoders.Student) and config.save_scores:
+        entries = {job.name: job.score_entry(results.scores[job.name]["main_score"]) for job in jobs}
+        defined = {name: entry for name, entry in entries.items() if entry["value"] is not None}
+        model_directory.add_scores(path, defined, query.model.backbone.license)
+        logger.info(f"written: {path} ({len(defined)} scores, and the model card)")
     return results.scores
 
 
@@ -117,10 +146,17 @@ def table(jobs: Sequence[Job], results: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the main scores as aligned columns."""
     lines = [("task", "type", "main metric", "score")]
     for job in jobs:
-        metric = job.task.main_metric if isinstance(job.task, tasks.EvaluationTask) else job.task.metadata.main_score
         value = results[job.name]["main_score"]
-        lines.append((job.name, job.type, metric, "undefined" if value is None else f"{value:.4f}"))
+        lines.append((job.name, job.type, job.main_metric, "undefined" if value is None else f"{value:.4f}"))
     return align_columns(lines)
+
+
+def _check_save_scores(path: str, config: EvaluateConfig) -> None:
+    if config.kind != "student":
+        raise InputError(f"save_scores=true is for kind=student, not for kind={config.kind}: remove it")
+    if config.limit is not None:
+        raise InputError(f"save_scores=true: with limit={config.limit}, scores are of a part of each task. Remove one")
+    model_directory.require_scores_writable(path)
 
 
 def _hub_jobs(config: EvaluateConfig, name: str, known: instructions.Instructions) -> list[Job]:

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "encoder/adapter_config.json", "encoder/adapter_model.safetensors"
-PROMPTS = "config_sentence_transformers.json"
+PROMPTS, METADATA = "config_sentence_transformers.json", "llm2vec_gen_jax.json"
 TEACHER = "teacher"
 TOKENS_KEY = re.compile(r"base_model\.model\.(.+\.)?embed_tokens\.(token_adapter\.)?trainable_tokens_delta")
 # peft also saves the backbone's embedding matrix if it detects that the vocabulary grew.
@@ -84,7 +84,7 @@ def read(directory: str | os.PathLike[str]) -> PublishedModel:
     ids = _token_ids(tokenizer_path, special_tokens) if tokenizer_path else indices
     mismatch = f"trained token ids are {indices}, but the special_tokens of run_config.yml have {ids} in tokenizer.json"
     _require(sorted(ids) == sorted(indices), directory / ADAPTER_CONFIG, mismatch)
-    extra_path = _find(directory, "llm2vec_gen_jax.json")
+    extra_path = _find(directory, METADATA)
     extra = files.read_json(extra_path) if extra_path else {"format_version": FORMAT_VERSION}
     version = extra.pop("format_version", None)
     _require(version == FORMAT_VERSION, extra_path, f"format_version is {version}, expected {FORMAT_VERSION}")
@@ -142,7 +142,7 @@ def write(
         files.write_json(folder / "encoder_decoder_config.json", mode)
         files.write_text(folder / "run_config.yml", yaml_files.to_yaml(run))
         write_tokenizer(folder, tokenizer, model.special_tokens)
-        files.write_json(folder / "llm2vec_gen_jax.json", {**model.extra, "format_version": FORMAT_VERSION})
+        files.write_json(folder / METADATA, {**model.extra, "format_version": FORMAT_VERSION})
         for name, text in {"README.md": card, **(others or {})}.items():
             files.write_text(folder / name, text)
         if write_teacher:

@@ -1,9 +1,11 @@
 """Model directories: written at the end of training, read by `LLM2VecGen.from_pretrained`."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax import __version__
+from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.files import read_json, write_json, write_text
 from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions, fetch_from_hub, is_hub_id, require_no_revision
 from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
@@ -164,6 +168,51 @@ def to_model(
     model = LLM2VecGenModel(backbone.architecture, record.num_tokens, thought, E, rank, scale, backbone.execution)
     trainable = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
     return model, sharding.put_replicated(trainable, backbone.mesh)
+
+
+def require_scores_writable(path: str | os.PathLike[str]) -> None:
+    """Raises InputError if `add_scores` cannot write to a model directory."""
+    folder = pathlib.Path(path).expanduser()
+    if not (folder / published.METADATA).is_file():
+        raise InputError(
+            f"{path}: scores are saved only in a model directory on this machine that has a {published.METADATA}"
+        )
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: scores cannot be saved there ({os.strerror(errno.EACCES)})")
+    _with_scores(folder, {})
+
+
+def add_scores(
+    path: str | os.PathLike[str], scores: Mapping[str, Mapping[str, Any]], license: str | None = None
+) -> None:
+    """Adds scores to the metadata of a model directory, and writes its model card anew, each file atomically.
+
+    scores: {task: entry} as in `model_card`; scores of other tasks are kept. license: SPDX id of the backbone. The
+    examples of the card keep the path or hub id that they have.
+    Raises InputError for a directory without metadata of this package, and for a score that is not a number.
+    """
+    folder = pathlib.Path(path).expanduser()
+    with locks.locked(folder):
+        model, metadata = _with_scores(folder, scores)
+        card = folder / "README.md"
+        written = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        shown = re.search(r'LLM2VecGen\.from_pretrained\(("[^"\n]+")\)', written)
+        text = model_card(model, json.loads(shown[1]) if shown else str(path), license)
+        write_json(folder / published.METADATA, metadata)
+        write_text(card, text)
+
+
+def _with_scores(folder, scores):
+    """Returns (PublishedModel, its metadata as stored) with scores added. Raises InputError if they have no card."""
+    model, metadata = published.read(folder), read_json(folder / published.METADATA)
+    if not isinstance(metadata.get("scores") or {}, dict):
+        raise InputError(f"{folder / published.METADATA}: scores is not an object of task names")
+    model.extra["scores"] = metadata["scores"] = (metadata.get("scores") or {}) | dict(scores)
+    try:
+        model_card(model, str(folder))
+    except InputError as error:
+        raise InputError(f"{folder / published.METADATA}: {error}") from None
+    return model, metadata
 
 
 def _lora_record(model, trainable):

@@ -100,6 +100,7 @@ def test_what_may_not_be_read_or_written_is_named(results_of, model_folder, tiny
         (adapter, [*train, f"teacher.adapters=[{adapter.parent}]"]),
         (closed, ["encode!", model, f"input={corpus}", f"output={closed / 'out'}"]),
         (closed, ["convert from_pytorch!", model, f"output={closed / 'out'}"]),
+        (model, ["evaluate!", model, f"tasks={task}", "output=results", "save_scores=true"]),
         (closed, [f"{train[0]}!", *train[1:], f"train.output={closed / 'run'}"]),
     ]
     wrong = []

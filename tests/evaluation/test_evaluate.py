@@ -6,21 +6,24 @@ import json
 import pathlib
 import random
 import runpy
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import scipy.stats
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import files
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.evaluation import encoders, instructions, safety, tasks
+from llm2vec_gen_jax.config import EvaluateConfig
+from llm2vec_gen_jax.evaluation import encoders, evaluate, instructions, safety, tasks
 from llm2vec_gen_jax.model.compressor import init_trainable
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.pretrained import model_directory
-from tests.helpers.commands import rows_of
+from tests.helpers.commands import edit, rows_of
 from tests.helpers.tasks import needs_mteb, run, write_task
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tasks"
@@ -300,6 +303,62 @@ def test_an_interruption_only_loses_the_running_task(model_folder, task_folders,
     (tmp_path / "tasks" / "First" / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\n")
     with pytest.raises(InputError, match="First.data: "):
         run(model_folder, tmp_path / "tasks", tmp_path / "out")
+
+
+def test_scores_are_saved_in_the_model_directory(model_folder, tiny_folder, task_folders, tmp_path, messages):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, folder)
+    before = files.read_json(folder / "llm2vec_gen_jax.json")
+    kept = {"NFCorpus": 0.25, "Small-safety_retrieval": {"value": 0.0, "type": "STS", "note": "replaced"}}
+    files.write_json(folder / "llm2vec_gen_jax.json", before | {"scores": kept})
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace(str(model_folder), "me/my-embedder") + "\nby hand\n")
+    scores = run(folder, task_folders / "safety_retrieval", out, "save_scores=true")
+    value = scores["Small-safety_retrieval"]["main_score"]
+    entry = {"value": value, "type": "Retrieval", "metric": "top_5_acc"}
+    after = files.read_json(folder / "llm2vec_gen_jax.json")
+    assert after == before | {"scores": {"NFCorpus": 0.25, "Small-safety_retrieval": entry}}
+    loaded = ModelCard.load(card)
+    assert [result.metric_value for result in loaded.data.eval_results] == [0.25, value]
+    assert loaded.data.license == ModelCard.load(model_folder / "README.md").data.license
+    assert "by hand" not in card.read_text() and card.read_text().count('from_pretrained("me/my-embedder")') == 2
+    assert f"written: {folder} (1 scores" in messages()
+    # A repeated command computes nothing, and saves the scores again.
+    files.write_json(folder / "llm2vec_gen_jax.json", before)
+    run(folder, task_folders / "safety_retrieval", out, "save_scores=true")
+    assert files.read_json(folder / "llm2vec_gen_jax.json")["scores"] == {"Small-safety_retrieval": entry}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in model_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "message"),
+    [
+        ("smollm2-135m", [], "smollm2-135m: scores are saved only in a model directory on this machine"),
+        ("someone/embedder", [], "someone/embedder: scores are saved only in a model directory"),
+        ("BACKBONE", [], "scores are saved only in a model directory"),
+        ("BACKBONE", ["kind=teacher"], "save_scores=true is for kind=student, not for kind=teacher: remove it"),
+        ("BACKBONE", ["kind=hyde"], "not for kind=hyde"),
+        ("MODEL", ["limit=4"], "save_scores=true: with limit=4, scores are of a part of each task"),
+        ("DAMAGED", [], "scores of the model card: a: expected a number, found 'high'"),
+    ],
+)
+def test_scores_that_cannot_be_saved_are_refused_before_any_work(
+    model_folder, tiny_folder, task_folders, tmp_path, path, arguments, message
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_folder, damaged)
+    edit(damaged / "llm2vec_gen_jax.json", scores={"a": "high"})
+    path = {"BACKBONE": tiny_folder("qwen3"), "MODEL": model_folder, "DAMAGED": damaged}.get(path, path)
+    with pytest.raises(InputError, match=message):
+        run(path, task_folders / "safety_retrieval", tmp_path / "out", "save_scores=true", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_mteb
+def test_the_score_of_a_hub_task_names_its_dataset():
+    [job] = evaluate.resolve(EvaluateConfig(tasks="NFCorpus", output="out"))
+    expected = {"value": 0.3, "type": "Retrieval", "metric": "ndcg_at_10", "dataset": "mteb/nfcorpus"}
+    assert job.score_entry(0.3) == expected
 
 
 def test_limit_keeps_the_corpus_and_cuts_queries_and_test_rows(task_folders):
