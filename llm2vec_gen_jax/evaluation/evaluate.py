@@ -154,6 +154,10 @@ def table(jobs: Sequence[Job], results: Mapping[str, Mapping[str, Any]]) -> str:
 def _check_save_scores(path: str, config: EvaluateConfig) -> None:
     if config.kind != "student":
         raise InputError(f"save_scores=true is for kind=student, not for kind={config.kind}: remove it")
+    if config.by_teacher != "none":
+        raise InputError(
+            f"save_scores=true is for the model alone, not with by_teacher={config.by_teacher}: remove one"
+        )
     if config.limit is not None:
         raise InputError(f"save_scores=true: with limit={config.limit}, scores are of a part of each task. Remove one")
     model_directory.require_scores_writable(path)

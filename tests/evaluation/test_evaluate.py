@@ -338,6 +338,7 @@ def test_scores_are_saved_in_the_model_directory(model_folder, tiny_folder, task
         ("BACKBONE", [], "scores are saved only in a model directory"),
         ("BACKBONE", ["kind=teacher"], "save_scores=true is for kind=student, not for kind=teacher: remove it"),
         ("BACKBONE", ["kind=hyde"], "not for kind=hyde"),
+        ("MODEL", ["by_teacher=all"], "save_scores=true is for the model alone, not with by_teacher=all: remove one"),
         ("MODEL", ["limit=4"], "save_scores=true: with limit=4, scores are of a part of each task"),
         ("DAMAGED", [], "scores of the model card: a: expected a number, found 'high'"),
     ],
