@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from llm2vec_gen_jax.common import locks, terminal
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
-from llm2vec_gen_jax.config import DistributedConfig, ReproduceConfig, ShardConfig, TrackingConfig, help, options
+from llm2vec_gen_jax.config import (
+    HUB_KEYS,
+    DistributedConfig,
+    ReproduceConfig,
+    ShardConfig,
+    TrackingConfig,
+    help,
+    options,
+)
 from llm2vec_gen_jax.parallel import devices, preemption
 from llm2vec_gen_jax.pretrained.default_backbone import cache_folder
 
@@ -196,7 +204,7 @@ def _join(config):
 
     static = hasattr(config, "shard")  # static shards: no synchronization needed
     processes.initialize(config, not static)
-    values = {key: value for key, value in options.to_dict(config).items() if key != "process_id"}
+    values = {key: value for key, value in options.to_dict(config).items() if key not in ("process_id", *HUB_KEYS)}
     processes.assert_equal_across_processes({"code": processes.code_version(), "config": values})
     if not static and processes.stop_requested():
         raise preemption.Stopped("stopped as asked, before starting")

@@ -306,7 +306,7 @@ def _fetch(task: Any) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"task {task.metadata.name}: its data cannot be fetched from the hub ({reason}). "
-            "Check the network (HF_HUB_OFFLINE must not be set), or evaluate task folders"
+            "Check the network (neither HF_HUB_OFFLINE nor local_files_only may be set), or evaluate task folders"
         ) from None
 
 

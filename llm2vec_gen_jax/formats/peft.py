@@ -83,16 +83,25 @@ def merge(frozen: Any, folder: str | os.PathLike[str], architecture: Architectur
     return lora.merge(frozen, read(_load(folder / "adapter_model.safetensors"), config, architecture, folder))
 
 
-def save(folder: str | os.PathLike[str], tree: Any, rank: int, alpha: float, base: str, dtype: str = "float32") -> None:
+def save(
+    folder: str | os.PathLike[str],
+    tree: Any,
+    rank: int,
+    alpha: float,
+    base: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> None:
     """Writes a LoRA tree (unscaled) as a new PEFT folder for a transformers AutoModel.
 
-    base: name of the backbone. dtype: of the stored tensors.
+    base: name of the backbone. dtype: of the stored tensors. revision: of the backbone, if it is on the hub.
     """
     with atomic_directory(folder) as temporary:
         config = {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": base,
+            "revision": revision,
             "r": rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": 0.0,

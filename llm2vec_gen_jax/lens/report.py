@@ -23,7 +23,8 @@ def write_report(model: Any, texts: list[str], path: str | os.PathLike[str], con
     """Writes the page of a ReportConfig to config.output, atomically. model: the LLM2VecGen at `path`."""
     options.require(config, "output")
     index = Index(config.index, model.backbone) if config.index is not None else None
-    page = render(gather(model, texts, config, index) | {"name": str(path)})
+    name = f"{path}, revision {config.revision}" if config.revision else str(path)
+    page = render(gather(model, texts, config, index) | {"name": name})
     write_text(str(config.output), page)
 
 

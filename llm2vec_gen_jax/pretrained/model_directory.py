@@ -196,8 +196,8 @@ def add_scores(
         model, metadata = _with_scores(folder, scores)
         card = folder / "README.md"
         written = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        shown = re.search(r'LLM2VecGen\.from_pretrained\(("[^"\n]+")\)', written)
-        text = model_card(model, json.loads(shown[1]) if shown else str(path), license)
+        shown = re.search(r'LLM2VecGen\.from_pretrained\("([^"\\\n]+)"\)', written)
+        text = model_card(model, shown[1] if shown else str(path), license)
         write_json(folder / published.METADATA, metadata)
         write_text(card, text)
 

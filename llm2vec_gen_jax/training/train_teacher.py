@@ -67,7 +67,8 @@ def _train_teacher(config, show_progress):
         else:
             trainer = AdapterTrainer(stage(config, backbone, texts), config, settings, backbone)
             tree = _run(trainer, config, settings, output / f"{name}-run", show_progress)
-            peft.save(folder, tree, settings.rank, settings.alpha, backbone.name, config.train.adapter_dtype)
+            source = backbone.name, config.train.adapter_dtype, backbone.revision
+            peft.save(folder, tree, settings.rank, settings.alpha, *source)
         merged = peft.merge(backbone.frozen, folder, backbone.architecture)
         backbone = dataclasses.replace(backbone, frozen=merged)
         adapters.append(folder)

@@ -1,5 +1,6 @@
 """`SentenceTransformer(MODEL_DIRECTORY)` computes in PyTorch, without JAX and this package, the vectors of this one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import load, new_model
+from tests.helpers.hub import COMMIT, add_to_cache
 from tests.helpers.tiny import tiny_tokenizer
 
 library = pytest.importorskip("sentence_transformers")
@@ -102,6 +104,16 @@ def test_long_texts_are_truncated_with_room_for_the_tokens(saved):
     other.max_seq_length = 12
     with pytest.raises(ValueError, match="max_seq_length must exceed the 12 appended tokens"):
         other.encode(TEXTS)
+
+
+def test_the_backbone_is_loaded_at_its_recorded_revision(tiny, tiny_folder, tmp_path):
+    bare = new_model(tiny("qwen3"))
+    backbone = dataclasses.replace(bare.backbone, name="someone/tiny", revision="v1")
+    model = LLM2VecGen(bare.model, bare.trainable, backbone)
+    model.save_pretrained(tmp_path / "model")
+    add_to_cache(tmp_path / "cache", tiny_folder("qwen3"), "v1", COMMIT, "someone/tiny")
+    other = open_folder(tmp_path / "model", cache_folder=str(tmp_path / "cache"), local_files_only=True)
+    assert_same(other.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_padding_may_be_on_the_left(saved):

@@ -45,6 +45,8 @@ def test_a_hub_id_loads_from_the_hubs_cache(tiny_folder, tmp_path):
 def test_a_hub_id_that_is_nowhere_is_an_error_that_names_it():
     with pytest.raises(InputError, match="someone/nothing: no such local folder, and it cannot be fetched"):
         resolve_path("someone/nothing")
+    with pytest.raises(InputError, match="some--one/thing: no such local folder"):  # not a valid id
+        resolve_path("some--one/thing")
     with pytest.raises(InputError, match="known name: smollm2-135m"):
         resolve_path("smollm2")
     with pytest.raises(InputError, match="no such file"):
