@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llm2vec_gen_jax.common import locks, terminal
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest, one_line
 from llm2vec_gen_jax.common.files import SHIPPED, require_written
+from llm2vec_gen_jax.common.terminal import command_prefix
 from llm2vec_gen_jax.config import (
     HUB_KEYS,
     DistributedConfig,
@@ -285,11 +286,11 @@ def _help(schema, positional):
         "CONFIG...": "Each CONFIG is a YAML file (see configs/ablations/); key=value pairs override all of them.",
     }[positional]
     width = terminal.terminal_width()
-    paragraphs = [f"usage: {_program()}{name} {argument} [key=value ...]", f"{about_command} {about}", *more]
+    paragraphs = [f"usage: {command_prefix()}{name} {argument} [key=value ...]", f"{about_command} {about}", *more]
     return "\n\n".join(
         [
             *("\n".join(terminal.wrap(paragraph, width)) for paragraph in paragraphs),
-            help.example_text(f"{_program()}{name}", schema.EXAMPLE, width),
+            help.example_text(f"{command_prefix()}{name}", schema.EXAMPLE, width),
             help.help_text(schema, width),
         ]
     )
@@ -298,17 +299,13 @@ def _help(schema, positional):
 def _actions_help(about, schemas):
     width = terminal.terminal_width()
     lines = [
-        f"usage: {_program()}{_about(next(iter(schemas.values())))[0].split()[0]} ACTION MODEL [key=value ...]",
+        f"usage: {command_prefix()}{_about(next(iter(schemas.values())))[0].split()[0]} ACTION MODEL [key=value ...]",
         "",
     ]
     lines += [*terminal.wrap(about.splitlines()[0], width), "", "actions (ACTION --help lists the keys):"]
     for name, schema in schemas.items():
         lines += terminal.wrap(_about(schema)[1], width, " " * 16, f"  {name:<14}")
     return "\n".join(lines)
-
-
-def _program():
-    return "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
 
 
 def _about(schema):

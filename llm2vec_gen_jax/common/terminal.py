@@ -1,6 +1,7 @@
-"""Text for a terminal: its width, wrapped paragraphs, aligned columns."""
+"""Text for a terminal: its width, wrapped paragraphs, aligned columns, calls of commands."""
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -10,6 +11,11 @@ _WIDEST, _NARROWEST = 120, 40  # columns
 def terminal_width() -> int:
     """Returns the columns to wrap at: those of the terminal or of $COLUMNS, 80 without either, at most 120."""
     return min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+
+
+def command_prefix() -> str:
+    """Returns what precedes the name of a command: `llm2vec-gen` if this process was started by it."""
+    return "llm2vec-gen " if sys.argv[0].startswith("llm2vec-gen ") else "python -m launch."
 
 
 def wrap(text: str, width: int, indent: str = "", first: str | None = None) -> list[str]:

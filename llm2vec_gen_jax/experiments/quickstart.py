@@ -14,7 +14,7 @@ from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import entries, require_written
 from llm2vec_gen_jax.common.jsonl import read_jsonl
-from llm2vec_gen_jax.common.terminal import shorten, terminal_width, wrap
+from llm2vec_gen_jax.common.terminal import command_prefix, shorten, terminal_width, wrap
 from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.inference.respond import load_configured_backbone, respond
 from llm2vec_gen_jax.inference.synthesize import synthesize
@@ -204,9 +204,9 @@ def _written_paths(
             f"  metrics    {model_directory.parent / 'metrics.jsonl'} (and tensorboard/)",
             f"  model      {model_directory}",
             "next, a page that shows what these embeddings encode:",
-            f"  python -m launch.lens report {model_directory} \\",
+            f"  {command_prefix()}lens report {model_directory} \\",
             f"    input={queries} field=question output={output / 'report.html'}",
             "and the vectors of your own texts, one per line:",
-            f"  python -m launch.encode {model_directory} input=FILE.txt output=vectors",
+            f"  {command_prefix()}encode {model_directory} input=FILE.txt output=vectors",
         ]
     )

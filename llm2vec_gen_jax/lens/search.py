@@ -12,6 +12,7 @@ import numpy as np
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import read_array, read_json, sha256_file
+from llm2vec_gen_jax.common.terminal import command_prefix
 from llm2vec_gen_jax.config import QueryIndexConfig, options
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.inference.encode import check_texts
@@ -47,7 +48,7 @@ class Index:
     def __init__(self, folder: str | os.PathLike[str], backbone: LoadedBackbone) -> None:
         self.folder, self.backbone = pathlib.Path(folder).expanduser(), backbone
         if not (self.folder / RECORD).is_file():
-            raise InputError(f"index={folder}: no {RECORD} in it. Build it with `python -m launch.lens build_index`")
+            raise InputError(f"index={folder}: no {RECORD} in it. Build it with `{command_prefix()}lens build_index`")
         record = read_json(self.folder / RECORD)
         ours = {"backbone": backbone.identity, "tokenizer": backbone.tokenizer.identity}
         if wrong := [key for key in ours if record[key] != ours[key]]:

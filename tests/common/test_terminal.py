@@ -1,8 +1,11 @@
 """Tables and paragraphs at the width of the terminal."""
 
+import pathlib
+
 import pytest
 
 from llm2vec_gen_jax.common import terminal
+from llm2vec_gen_jax.experiments import quickstart
 from llm2vec_gen_jax.lens.tables import logit_table, neighbor_table
 
 
@@ -39,3 +42,13 @@ def test_tables_of_the_lenses_fit(width):
     assert fits(text, width) and text.count("[bank]") == 3 and "[layer 3]" in text.splitlines()[0]
     near |= {"before": "", "after": ""}
     assert "  [bank]" in neighbor_table({"text": "a", "layer": 3, "tokens": [[near]]})
+
+
+@pytest.mark.parametrize(
+    ("program", "prefix"), [("launch/quickstart.py", "python -m launch."), ("llm2vec-gen quickstart", "llm2vec-gen ")]
+)
+def test_printed_commands_run_where_the_quickstart_ran(monkeypatch, program, prefix):
+    monkeypatch.setattr("sys.argv", [program])
+    lines = quickstart._written_paths(*map(pathlib.Path, ("out", "queries", "responses", "run/model"))).splitlines()
+    assert f"  {prefix}lens report run/model \\" in lines
+    assert f"  {prefix}encode run/model input=FILE.txt output=vectors" in lines
