@@ -79,7 +79,7 @@ def _run_record(model: LLM2VecGen, identity: dict[str, Any], config: EncodeConfi
     settings["dtype"] = model.backbone.dtype
     settings["mesh"] = dict(model.backbone.mesh.shape)
     identity_of_model: dict[str, Any] = {"identity": model.identity, "backbone": model.backbone.identity}
-    if config.by_teacher:
+    if settings.pop("by_teacher"):  # absent in records of earlier versions
         identity_of_model["teacher"] = model.document_encoder.identity
     return {
         "model": identity_of_model,
