@@ -317,8 +317,18 @@ CALLS = {
     "reproduce": (config.ReproduceConfig, "BACKBONE tasks=TASK"),
     "plan": (config.PlanConfig, "BACKBONE"),
 }
-MORE = {"teacher.path": "teacher.kind=file", "evaluate adapters": "kind=teacher", "lens query index": "text=a"}
-NOT_READ = ("plan train.init_from", "reproduce teacher.path", "convert verify python")  # the last is read at the end
+MORE = {
+    "teacher.path": "teacher.kind=file",
+    "loss.repeat_instructions": "loss.repeat=1",
+    "evaluate adapters": "kind=teacher",
+    "lens query index": "text=a",
+}
+NOT_READ = (
+    "plan train.init_from",
+    "plan loss.repeat_instructions",
+    "reproduce teacher.path",
+    "convert verify python",
+)  # the last is read at the end
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -330,7 +340,7 @@ def test_a_missing_path_is_named_with_its_key(command, model_folder, tiny_folder
     replaced |= {"ROWS": rows, "TASK": write_task(tmp_path / "task")}
     for key in options._leaves(schema):
         about = options._field_of(schema, key).metadata
-        if not about["path"] or key.endswith(("output", "merged")) or f"{name} {key}" in NOT_READ:
+        if not about["path"] or key.endswith(("output", "merged", "cache_dir")) or f"{name} {key}" in NOT_READ:
             continue
         given = [word for word in words.split() if not word.startswith((f"{key}=", key.split(".")[0].upper()))]
         given += [MORE.get(key, ""), MORE.get(f"{name} {key}", ""), f"{key}=./none.jsonl"]
