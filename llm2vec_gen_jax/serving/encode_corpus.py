@@ -50,6 +50,9 @@ def encode_corpus(path: str, config: EncodeConfig, check: Callable[[], None] = l
     share = config.shard
     if not 0 <= share.index < share.count:
         raise InputError(f"shard.index={share.index} must be within 0 and shard.count - 1 = {share.count - 1}")
+    for key in ("save_soft_prompts", "warmup") if config.by_teacher else ():
+        if getattr(config, key):
+            raise InputError(f"{key}=true is not for by_teacher=true: remove one of them")
     output = pathlib.Path(str(config.output))
     files = _Files(output, config)
     with locks.locked(files.share, "output"):  # fails before any work if the output cannot be written
@@ -62,10 +65,6 @@ def _encode_corpus(path: str, config: EncodeConfig, files: "_Files", check: Call
     identity = corpus.identity()
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     model = load_configured_model(path, config, mesh)
-    if config.by_teacher:
-        for key in ("save_soft_prompts", "warmup"):
-            if getattr(config, key):
-                raise InputError(f"{key}=true is not for by_teacher=true: remove one of them")
     job = _Job(model, corpus, config, files, _run_record(model, identity, config), check)
     return job.finished_manifest() or job.run()
 
