@@ -115,6 +115,7 @@ class Backbone(nn.Module):
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=a.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # the check traces the block once more
         )
         self.layers = (nn.map_variables(scan, "params", _to_bits) if as_bits else scan)(
             a, self.execution, self.embedding.dtype

@@ -6,6 +6,8 @@ import socket
 
 import jax
 
+from tests.conftest import COMPILE_FAST
+
 ROOT = pathlib.Path(__file__).parents[2]
 WITHOUT_TORCH = ROOT / "tests" / "helpers" / "without_torch"
 
@@ -21,7 +23,7 @@ def environment(devices=1, torch=False, **variables):
         os.environ
         | {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" if devices > 1 else "",
+            "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
