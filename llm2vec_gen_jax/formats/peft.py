@@ -4,7 +4,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import einops
@@ -72,15 +72,17 @@ def identity(folder: str | os.PathLike[str]) -> list[str]:
     return [sha256_file(pathlib.Path(folder) / name)[:16] for name in FILES]
 
 
-def merge(frozen: Any, folder: str | os.PathLike[str], architecture: Architecture) -> Any:
-    """Returns `frozen` with the adapter merged: W + scale * B A for each adapted weight, computed in float32.
+def merge(frozen: Any, folders: Iterable[str | os.PathLike[str]], architecture: Architecture) -> Any:
+    """Returns `frozen` with adapters merged in turn: W + scale * B A for each adapted weight, computed in float32.
 
     The adapted weights are donated: do not use `frozen` afterwards. Raises InputError naming the field or key that is
     not plain LoRA on the seven projections.
     """
-    folder = pathlib.Path(folder)
-    config = check(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
-    return lora.merge(frozen, read(_load(folder / "adapter_model.safetensors"), config, architecture, folder))
+    for folder in map(pathlib.Path, folders):
+        config = check(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
+        tree = read(_load(folder / "adapter_model.safetensors"), config, architecture, folder)
+        frozen = lora.merge(frozen, tree)
+    return frozen
 
 
 def save(

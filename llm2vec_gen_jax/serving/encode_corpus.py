@@ -152,7 +152,8 @@ class _Job:
         self.sizes: dict[pathlib.Path, int] = {}  # of the files in bytes
         self.done: dict[int, dict[str, Any]] = {}  # shard number -> its entry in the manifest
         self.size, self.share = config.shard_size, config.shard
-        self.limit = model.text_length(config.max_length)
+        # The teacher appends no tokens.
+        self.limit = config.max_length if config.by_teacher else model.text_length(config.max_length)
         if config.truncate_dim is not None and config.truncate_dim > model.get_embedding_dimension():
             raise InputError(f"truncate_dim={config.truncate_dim}: the vectors have {model.get_embedding_dimension()}")
 

@@ -109,8 +109,7 @@ def load(folder: pathlib.Path, backbone: LoadedBackbone, hub: HubOptions = DEFAU
     if adapters or dtype == "int8":  # merging changes the weights; targets are computed without quantization
         dtype = "bfloat16" if dtype == "int8" else dtype
         frozen = load_backbone(backbone.name, dtype, backbone.mesh, backbone.execution.attention, hub).frozen
-    for adapter in adapters:
-        frozen = peft.merge(frozen, adapter, backbone.architecture)
+    frozen = peft.merge(frozen, adapters, backbone.architecture)
     identity = [*map(peft.identity, adapters), *(sha256_file(folder / name)[:16] for name in (_SETTINGS, _TRANSFORM))]
     return DocumentEncoder(Teacher(backbone, frozen, causal, max_length=max_length), transform, identity)
 

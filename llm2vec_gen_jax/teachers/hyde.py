@@ -101,8 +101,7 @@ def load_baseline(path: str, config: EvaluateConfig) -> tuple[Teacher | Hyde, Te
     }
     # Merging donates the weights that it changes; HyDE generates with the unmerged weights.
     merged = load_backbone(*source, hub).frozen if adapters and config.kind == "hyde" else backbone.frozen
-    for adapter in adapters:
-        merged = peft.merge(merged, adapter, backbone.architecture)
+    merged = peft.merge(merged, adapters, backbone.architecture)
     document = Teacher(backbone, merged, causal, **settings)
     if config.kind == "teacher":
         return document, document, identity

@@ -108,8 +108,7 @@ def _by_llm2vec(backbone, config, answers, responses):
         if path or adapters or quantized or frozen is None:  # merging donates its input
             access = hub if path else hub_options(config, config.backbone.revision)
             frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention, access).frozen
-        for adapter in adapters:
-            frozen = peft.merge(frozen, adapter, reader.architecture)
+        frozen = peft.merge(frozen, adapters, reader.architecture)
 
         def embed(rows):
             batch = [ids[row] for row in rows]

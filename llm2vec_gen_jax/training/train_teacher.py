@@ -69,7 +69,7 @@ def _train_teacher(config, show_progress):
             tree = _run(trainer, config, settings, output / f"{name}-run", show_progress)
             source = backbone.name, config.train.adapter_dtype, backbone.revision
             peft.save(folder, tree, settings.rank, settings.alpha, *source)
-        merged = peft.merge(backbone.frozen, folder, backbone.architecture)
+        merged = peft.merge(backbone.frozen, [folder], backbone.architecture)
         backbone = dataclasses.replace(backbone, frozen=merged)
         adapters.append(folder)
     if jax.process_index() == 0:

@@ -140,7 +140,7 @@ def test_patterns_that_take_for_ever_are_refused(tiny, tmp_path, pattern):
         adapter = write_adapter(tmp_path / key, LORA | settings | {key: value}, {(0, "self_attn.q_proj"): 4})
         start = time.monotonic()
         with pytest.raises(InputError, match=f"adapter_config.json: {key}"):
-            peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
+            peft.merge(tiny(FAMILY).frozen, [adapter], tiny(FAMILY).architecture)
         assert time.monotonic() - start < 30  # of which one second of CPU time
 
 
@@ -180,4 +180,4 @@ def test_patterns_that_tools_write_are_matched():
 def test_what_would_be_another_adapter_in_peft_is_named(tiny, tmp_path, changes, message):
     adapter = write_adapter(tmp_path / "adapter", LORA | changes, {(0, "self_attn.q_proj"): 4})
     with pytest.raises(InputError, match=message):
-        peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
+        peft.merge(tiny(FAMILY).frozen, [adapter], tiny(FAMILY).architecture)

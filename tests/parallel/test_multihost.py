@@ -19,8 +19,9 @@ import pytest
 import yaml
 
 from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.parallel import rendezvous
+from llm2vec_gen_jax.parallel import processes, rendezvous
 from llm2vec_gen_jax.training.metrics import read_metrics, read_validation
 from tests.conftest import write_jsonl
 from tests.helpers.processes import environment
@@ -221,8 +222,8 @@ def test_joined_processes_encode_a_share_each(cluster, tmp_path):
     model = cluster("trained", 1, 1, "train.steps=1").succeed() / "model"
     (tmp_path / "texts.txt").write_text("\n".join(f"text {'of words ' * (n % 7)}{n}" for n in range(60)))
     words = ("encode", str(model), "input=../texts.txt", "shard_size=8", "dtype=float32")
-    for name, processes in (("alone", 1), ("joined", 2)):
-        for code, out, err in cluster.start(name, processes, 2, *words, "output=vectors").wait():
+    for name, count in (("alone", 1), ("joined", 2)):
+        for code, out, err in cluster.start(name, count, 2, *words, "output=vectors").wait():
             assert code == 0, out + err
     alone, joined = (load_embeddings(tmp_path / name / "vectors", verify=True) for name in ("alone", "joined"))
     np.testing.assert_array_equal(alone, joined)
@@ -238,9 +239,14 @@ def test_joined_processes_encode_a_share_each(cluster, tmp_path):
         (["num_processes=2"], "num_processes and process_id need distributed=HOST:PORT"),
     ],
 )
-def test_bad_words_are_named(cluster, words, message):
-    ((code, _, err),) = cluster("bad", 1, 1, "train.steps=1", *words).wait()
-    assert code == 2 and message in err
+def test_bad_words_are_named(words, message):
+    with pytest.raises(InputError, match=message):
+        processes.initialize(options.load(config.TrainConfig, None, words))
+
+
+def test_a_bad_word_is_named_on_the_command_line(cluster):
+    ((code, _, err),) = cluster("bad", 1, 1, "train.steps=1", "distributed=host").wait()
+    assert code == 2 and err == "error: distributed=host: expected auto, off or HOST:PORT (of process 0)\n"
 
 
 # Joining

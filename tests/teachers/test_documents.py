@@ -69,7 +69,7 @@ def test_the_prompt_of_documents_is_not_used_by_the_teacher(trained, model):
     np.testing.assert_allclose(model.encode_document(TEXTS, by_teacher=True, prompt_name="document"), joined, atol=1e-5)
 
 
-def test_a_corpus_is_encoded_by_the_teacher(trained, tmp_path):
+def test_a_corpus_is_encoded_by_the_teacher(trained, model, tmp_path):
     path, expected = trained
     write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     settings = config.EncodeConfig(
@@ -79,6 +79,10 @@ def test_a_corpus_is_encoded_by_the_teacher(trained, tmp_path):
     np.testing.assert_allclose(load_embeddings(tmp_path / "out"), expected, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(InputError, match="holds another run"):
         encode_corpus(str(path), dataclasses.replace(settings, by_teacher=False))
+    short = dataclasses.replace(settings, output=str(tmp_path / "short"), max_length=8)
+    encode_corpus(str(path), short)  # the teacher appends no tokens
+    expected = model.encode(TEXTS, by_teacher=True, max_length=8)
+    np.testing.assert_allclose(load_embeddings(tmp_path / "short"), expected, atol=1e-5 * np.abs(expected).max())
     for key in ("warmup", "save_soft_prompts"):
         with pytest.raises(InputError, match=f"{key}=true is not for by_teacher=true"):
             encode_corpus(str(path), dataclasses.replace(settings, output=str(tmp_path / key), **{key: True}))

@@ -107,7 +107,7 @@ def test_merging_is_what_peft_does(tiny_folder, tmp_path, family, settings):
     merged = model.merge_and_unload().state_dict()
 
     backbone = load_backbone(str(tiny_folder(family)), "float32", one_device_mesh())
-    frozen = peft.merge(backbone.frozen, tmp_path / "adapter", backbone.architecture)
+    frozen = peft.merge(backbone.frozen, [tmp_path / "adapter"], backbone.architecture)
     plain = load_backbone(str(tiny_folder(family)), "float32", one_device_mesh()).frozen
     moved = 0
     for (name, ours), (_, before) in zip(*(weights.tensors(tree, backbone.architecture) for tree in (frozen, plain))):
@@ -163,7 +163,7 @@ def test_an_adapter_that_is_not_plain_lora_is_named(tiny, tmp_path, field, value
     settings = {key: old for key, old in (LORA | {field: value}).items() if value is not None or key != field}
     adapter = write_adapter(tmp_path / "adapter", settings, SOME)
     with pytest.raises(InputError, match=f"adapter_config.json: {field}"):
-        peft.merge(tiny(FAMILY).frozen, adapter, tiny(FAMILY).architecture)
+        peft.merge(tiny(FAMILY).frozen, [adapter], tiny(FAMILY).architecture)
 
 
 def test_adapter_weights_that_do_not_fit_are_named(tiny, tmp_path):
@@ -172,7 +172,7 @@ def test_adapter_weights_that_do_not_fit_are_named(tiny, tmp_path):
         write_adapter(adapter, settings, SOME)
         file = adapter / "adapter_model.safetensors"
         safetensors.numpy.save_file(change(safetensors.numpy.load_file(file)), file)
-        peft.merge(tiny(FAMILY).frozen, str(adapter), tiny(FAMILY).architecture)
+        peft.merge(tiny(FAMILY).frozen, [str(adapter)], tiny(FAMILY).architecture)
 
     name = "base_model.model.model.layers.{}.lora_A.weight"
     one = np.ones((4, 32), np.float32)
@@ -189,7 +189,7 @@ def test_adapter_weights_that_do_not_fit_are_named(tiny, tmp_path):
         merge("shape", lambda tensors: tensors | {name.format("0.self_attn.q_proj"): one[:, :30].copy()})
     (tmp_path / "rank/adapter_model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(InputError, match="adapter_model.safetensors: damaged or truncated"):
-        peft.merge(tiny(FAMILY).frozen, str(tmp_path / "rank"), tiny(FAMILY).architecture)
+        peft.merge(tiny(FAMILY).frozen, [str(tmp_path / "rank")], tiny(FAMILY).architecture)
 
 
 def test_a_missing_adapter_is_named(tiny, tiny_folder, responses, tmp_path):
@@ -208,9 +208,7 @@ def test_the_default_backbones_teacher_knows_paraphrases():
     )
     backbone = load_backbone("smollm2-135m", "float32", one_device_mesh())  # merging takes its weights
     causal = spread(backbone, backbone.frozen, True, triples)
-    frozen = backbone.frozen
-    for adapter in TEACHERS:
-        frozen = peft.merge(frozen, resolve_adapter(adapter), backbone.architecture)
+    frozen = peft.merge(backbone.frozen, map(resolve_adapter, TEACHERS), backbone.architecture)
     trained = spread(backbone, frozen, False, triples)
     assert (trained > causal).all() and (trained > 0).sum() >= 2
 

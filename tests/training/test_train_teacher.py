@@ -196,7 +196,7 @@ def test_the_adapters_load_in_peft_with_the_same_vectors(place, tiny, tiny_folde
     before = pooled([[9] * 6])
     theirs = transformers.AutoModel.from_pretrained(tiny_folder("qwen3"), attn_implementation="eager")
     for folder in folders:
-        merged = peft.merge(backbone.frozen, folder, backbone.architecture)
+        merged = peft.merge(backbone.frozen, [folder], backbone.architecture)
         backbone = dataclasses.replace(backbone, frozen=merged)
         theirs = their_peft.PeftModel.from_pretrained(theirs, folder).merge_and_unload().eval()
     ids = np.random.default_rng(0).integers(4, 260, (3, 9))
