@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.data.buckets import choose_edges
+from llm2vec_gen_jax.data.buckets import choose_edges, pad
 from llm2vec_gen_jax.data.examples import Examples
 
 
@@ -116,14 +116,6 @@ class Batches:
         if self.examples.negative_target is not None:
             arrays["negative_target"] = np.asarray(self.examples.negative_target[rows], np.float32)
         return arrays
-
-
-def pad(ids: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
-    """Right-pads id sequences with zeros to an int32 array (n, length)."""
-    out = np.zeros((len(ids), length), np.int32)
-    for row, values in enumerate(ids):
-        out[row, : len(values)] = values
-    return out
 
 
 def iterate(batches: Any, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:

@@ -68,3 +68,11 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int, first: int = 
     order = longest_first(lengths)
     for start in range(first, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def pad(ids: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
+    """Right-pads id sequences with zeros to an int32 array (n, length)."""
+    out = np.zeros((len(ids), length), np.int32)
+    for row, values in enumerate(ids):
+        out[row, : len(values)] = values
+    return out

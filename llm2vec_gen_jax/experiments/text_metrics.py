@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches
+from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches, pad
 from llm2vec_gen_jax.inference.postprocess import l2_normalize
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding

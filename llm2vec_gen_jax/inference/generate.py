@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm2vec_gen_jax.config import DecodeConfig, options
-from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length
+from llm2vec_gen_jax.data.buckets import bucket_length, pad
 from llm2vec_gen_jax.model.attention import CAUSAL, AttentionMask
 from llm2vec_gen_jax.model.backbone import Backbone, unstack_layers
 from llm2vec_gen_jax.model.execution import Execution, platform_jit

@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import InputModule
 
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common import progress
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 
 _BATCH_SIZE = 32  # as the default of LLM2VecGen.encode
 

@@ -29,8 +29,7 @@ from llm2vec_gen_jax.common.files import (
     write_json,
 )
 from llm2vec_gen_jax.config import HUB_KEYS, BuildIndexConfig, hub_options, options
-from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length, longest_first
+from llm2vec_gen_jax.data.buckets import bucket_length, longest_first, pad
 from llm2vec_gen_jax.data.texts import Corpus
 from llm2vec_gen_jax.inference import postprocess
 from llm2vec_gen_jax.lens.states import check_layers

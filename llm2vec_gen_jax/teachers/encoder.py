@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import not_finite, quote
-from llm2vec_gen_jax.data.batches import pad
-from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches
+from llm2vec_gen_jax.data.buckets import bucket_length, length_sorted_batches, pad
 from llm2vec_gen_jax.inference.encode import finite
 from llm2vec_gen_jax.model.architecture import Architecture
 from llm2vec_gen_jax.model.execution import Execution, platform_jit

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import MntpConfig, SimcseConfig
-from llm2vec_gen_jax.data import batches, examples
+from llm2vec_gen_jax.data import batches, buckets, examples
 from llm2vec_gen_jax.model.layers import Dropout, einsum_f32
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training.losses import fused_cross_entropy
@@ -165,7 +165,7 @@ class Sentences:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         ids = [self.ids[row] for row in self.rows(step)[self.local]]
-        return {"text": batches.pad(ids, self.schedule[step].T), "text_lengths": np.array([*map(len, ids)], np.int32)}
+        return {"text": buckets.pad(ids, self.schedule[step].T), "text_lengths": np.array([*map(len, ids)], np.int32)}
 
 
 def sentences(texts: Iterable[str], shortest: int = 20) -> list[str]:

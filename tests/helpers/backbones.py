@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.model.attention import AttentionMask
 from llm2vec_gen_jax.model.backbone import Backbone
 from llm2vec_gen_jax.parallel import sharding

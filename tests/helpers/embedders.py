@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax import LLM2VecGen
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.inference import generate
 from llm2vec_gen_jax.inference.generate import Sampling
 from llm2vec_gen_jax.model.attention import CAUSAL

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.formats import hf, weights
 from llm2vec_gen_jax.inference import generate
 from llm2vec_gen_jax.model import architecture as architecture_lib

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.model import compressor
 from llm2vec_gen_jax.model.architecture import Architecture
 from llm2vec_gen_jax.model.backbone import abstract_params

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
 from llm2vec_gen_jax.pretrained.backbone import load_backbone

@@ -230,3 +230,10 @@ def test_importing_the_package_starts_neither_jax_nor_torch():
     modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT.parent, text=True).split()
     assert PACKAGE in modules
     assert not {"jax", "torch", "transformers", "flax"} & set(modules)
+
+
+def test_importing_the_embedder_imports_nothing_that_only_training_needs():
+    code = f"import sys; from {PACKAGE} import LLM2VecGen; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT.parent, text=True).split()
+    assert {"jax", f"{PACKAGE}.api"} <= set(modules)
+    assert not {"grain", "orbax", "optax", "datasets"} & set(modules)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from llm2vec_gen_jax import config
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.model import compressor
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training import losses

@@ -6,7 +6,7 @@ import pytest
 
 from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data import buckets
 from llm2vec_gen_jax.data.examples import tokenize
 from llm2vec_gen_jax.data.records import read_records
 from llm2vec_gen_jax.parallel import sharding
@@ -55,7 +55,7 @@ def test_it_is_the_ridge_regression_of_numpy(tiny, tiny_folder, questions, signa
     queries = [trainer.examples.query[row] for row in rows]
     lengths_B = np.array([len(ids) for ids in queries], np.int32)
     encode = jax.jit(trainer.model.encode)
-    _, soft_prompts = encode(before, backbone.frozen, batches.pad(queries, lengths_B.max()), lengths_B)
+    _, soft_prompts = encode(before, backbone.frozen, buckets.pad(queries, lengths_B.max()), lengths_B)
     x, y = np.asarray(soft_prompts, np.float64).mean(axis=1), np.asarray(targets[rows], np.float64)
     held_out = np.arange(len(rows)) // 8 % 10 == 0
 
@@ -83,7 +83,7 @@ def test_it_finds_a_head_that_is_there_on_every_mesh(tiny, tiny_folder, question
     backbone = tiny("qwen3")
     blind = trainer_of(tiny_folder, backbone, path, np.zeros((len(texts), 6), np.float32))
     lengths_B = np.array([len(ids) for ids in blind.examples.query], np.int32)
-    ids_BT = batches.pad(blind.examples.query, lengths_B.max())
+    ids_BT = buckets.pad(blind.examples.query, lengths_B.max())
     targets, _ = blind.model.encode(blind.init(), backbone.frozen, ids_BT, lengths_B)
     spread, found = np.asarray(targets).std(), []
     for devices in (1, 4):

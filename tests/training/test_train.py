@@ -16,7 +16,7 @@ import pytest
 from llm2vec_gen_jax import LLM2VecGen, config
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.data import batches
+from llm2vec_gen_jax.data import buckets
 from llm2vec_gen_jax.model import compressor
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
@@ -468,7 +468,7 @@ def test_the_model_directory_encodes_as_the_trained_tree(place, run, tiny, tiny_
     lengths = np.array([len(row) for row in ids], np.int32)
     model = LLM2VecGenModel(backbone.architecture, K, 2, 32)
     encode = jax.jit(functools.partial(model.encode, trainable(folder, 3)))
-    embeddings, soft_prompts = encode(backbone.frozen, batches.pad(ids, lengths.max()), lengths)
+    embeddings, soft_prompts = encode(backbone.frozen, buckets.pad(ids, lengths.max()), lengths)
     loaded = LLM2VecGen.from_pretrained(folder / "model", dtype="float32")
     found, found_prompts = loaded.encode(texts, return_soft_prompts=True)
     np.testing.assert_allclose(found, embeddings, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 from llm2vec_gen_jax import config
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import options
-from llm2vec_gen_jax.data.batches import pad
+from llm2vec_gen_jax.data.buckets import pad
 from llm2vec_gen_jax.pretrained import model_directory
 from llm2vec_gen_jax.training import losses
 from llm2vec_gen_jax.training.examples import load_training_data
