@@ -44,12 +44,14 @@ FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
 # The files that take longest (over 20 s of one core), longest first: they start first, so that no worker is left alone
 # with one of them at the end.
 LONGEST = """
-parity/test_parity planning/test_accelerators parity/test_convert parallel/test_preemption parallel/test_multihost
-serving/test_bulk_faults integrations/test_convert_command experiments/test_study commands/test_bad_input
-training/test_supervised common/test_locks pretrained/test_tokenizer planning/test_plan training/test_train_teacher
-model/test_backbone training/test_train lens/test_lens model/test_attention parallel/test_sharding
-integrations/test_sentence_transformers_folder training/test_programs parallel/test_devices inference/test_overflow
-teachers/test_teacher inference/test_encode project/test_docs_run inference/test_respond inference/test_generate
+parity/test_parity parallel/test_preemption parity/test_convert planning/test_accelerators parallel/test_multihost
+integrations/test_convert_command experiments/test_study training/test_train training/test_validation
+commands/test_bad_input inference/test_encode serving/test_bulk_faults common/test_locks training/test_supervised
+parallel/test_sharding pretrained/test_tokenizer project/test_written_before parallel/test_devices
+project/test_examples training/test_train_teacher inference/test_respond model/test_backbone commands/test_commands
+config/test_config lens/test_lens serving/test_serve_process model/test_attention
+integrations/test_sentence_transformers_folder planning/test_plan pretrained/test_hub inference/test_openai_engine
+pretrained/test_export inference/test_generate training/test_programs training/test_trainer inference/test_overflow
 """.split()
 
 

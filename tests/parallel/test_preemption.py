@@ -27,6 +27,7 @@ WORDS = (
     "train.log_every=1",
 )
 STOPS = (signal.SIGTERM, signal.SIGINT)
+ONE_STOP = (pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT)  # both have one handler
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
     ended(run, -signal.SIGINT, 20)
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", ONE_STOP)
 def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     script = "import time; from llm2vec_gen_jax.data import records\n"
     script += "records.read_records = lambda *a, **k: (print('reading', flush=True), time.sleep(600))"
@@ -122,7 +123,7 @@ def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     assert "stopped as asked" in ended(run, 3, 20)
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", ONE_STOP)
 def test_a_run_that_waits_for_the_targets_of_another_can_be_stopped(start, tmp_path, number):
     ended(start("train.steps=1"), 0, 120)
     (targets,) = (tmp_path / "responses.jsonl.targets").glob("*.npy")

@@ -72,7 +72,8 @@ def test_every_mesh_gives_loss_and_gradients_of_one_device(wide_folder, shape, l
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        np.testing.assert_allclose(gradients[name], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+        # Sums of float32 in another order.
+        np.testing.assert_allclose(gradients[name], gradient, atol=3e-5 * np.abs(gradient).max(), err_msg=name)
 
 
 # Memory

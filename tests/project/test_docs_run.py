@@ -155,8 +155,13 @@ def test_a_command_runs(name, words, here, command, monkeypatch):
     assert out and (set(here.rglob("*")) - before or not any(word.partition("=")[0] in OUTPUTS for word in given))
 
 
+def is_slow(page, text):
+    """Whether an example is of another page than the README, or is its first one, which test_examples.py runs."""
+    return page.name != "README.md" or 'from_pretrained("smollm2-135m")' in text
+
+
 PYTHON = [
-    pytest.param(text, id=f"{page.name}, line {line}")
+    pytest.param(text, id=f"{page.name}, line {line}", marks=pytest.mark.slow if is_slow(page, text) else ())
     for page in PAGES
     for line, language, text in blocks(page)
     if language == "python"

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import llm2vec_gen_jax
+from tests.helpers.processes import environment
 
 ROOT = pathlib.Path(llm2vec_gen_jax.__file__).parent
 PACKAGE = ROOT.name
@@ -234,6 +235,6 @@ def test_importing_the_package_starts_neither_jax_nor_torch():
 
 def test_importing_the_embedder_imports_nothing_that_only_training_needs():
     code = f"import sys; from {PACKAGE} import LLM2VecGen; print(*sys.modules)"
-    modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT.parent, text=True).split()
+    modules = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True).split()
     assert {"jax", f"{PACKAGE}.api"} <= set(modules)
     assert not {"grain", "orbax", "optax", "datasets"} & set(modules)
