@@ -1,8 +1,6 @@
 """Export of merged encoders and of backbones: plain transformers models, in several files, by several processes."""
 
-import os
 import re
-import socket
 import subprocess
 import sys
 
@@ -18,6 +16,7 @@ from llm2vec_gen_jax.pretrained import export
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import new_model, same_trees
+from tests.helpers.processes import environment, free_port
 
 
 @pytest.mark.parametrize("family, rank", [("qwen3", 4), ("llama", 0)])
@@ -61,20 +60,17 @@ export.save_backbone(embedder.backbone, f"{output}/backbone")
 
 def test_two_processes_write_what_one_does(tiny, tiny_folder, tmp_path):
     """Weights split over two real processes of four devices: gathered one by one, written once, byte for byte."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     one = new_model(tiny("qwen3"), 4)
     one.save_pretrained(tmp_path / "one" / "model")
     again = LLM2VecGen.from_pretrained(tmp_path / "one" / "model", "float32", mesh=one_device_mesh())
     again.save_merged(tmp_path / "one" / "merged")
     export.save_backbone(again.backbone, tmp_path / "one" / "backbone")
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     words = [str(tiny_folder("qwen3")), str(tmp_path / "one" / "model"), str(tmp_path / "two")]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, str(port), str(rank), *words],
-            env=environment,
+            env=environment(4),
             stderr=subprocess.PIPE,
             text=True,
         )
