@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from llm2vec_gen_jax.common import yaml_files
 from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
-from llm2vec_gen_jax.common.files import has_lone_surrogate, shipped
+from llm2vec_gen_jax.common.files import SHIPPED, has_lone_surrogate, shipped
 from llm2vec_gen_jax.config import TrainConfig
 
 Config = TypeVar("Config")
@@ -165,10 +165,22 @@ def to_yaml(config: Any) -> str:
 
 
 def _read_yaml(file: str | os.PathLike[str]) -> dict[str, Any]:
-    values = yaml_files.read_yaml(shipped(os.path.expanduser(file)), "config file", text=True)
+    path = shipped(os.path.expanduser(file))
+    if not os.path.exists(path):
+        raise InputError(f"{file}: no such config file{_similar_config(file)}")
+    values = yaml_files.read_yaml(path, "config file", text=True)
     if not isinstance(values or {}, dict):
         raise InputError(f"{file}: expected `key: value` lines, found a {type(values).__name__}")
     return values or {}
+
+
+def _similar_config(file: str | os.PathLike[str]) -> str:
+    """Returns ", did you mean ...?" for the shipped config with the closest name, or an empty string."""
+    known = [path.relative_to(SHIPPED).as_posix() for path in (SHIPPED / "configs").rglob("*.yaml")]
+    names = difflib.get_close_matches(os.path.basename(file), {os.path.basename(path) for path in known}, 1, 0.8)
+    paths = [path for path in known if os.path.basename(path) in names]  # the same name may be in several folders
+    close = difflib.get_close_matches(str(file), paths, n=1, cutoff=0)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def _merge(config: Any, values: dict[str, Any], source: object) -> Any:

@@ -273,8 +273,22 @@ def test_a_config_that_is_no_file_is_the_shipped_one(tmp_path, monkeypatch):
     assert options.load(config.TrainConfig, "configs/qwen3-0.6b.yaml").train.steps == 7  # a user's own comes first
     for path in ("configs/../README.md", "README.md", "configs/none.yaml", "qwen3-0.6b.yaml"):
         assert files.shipped(path) == path
-    with pytest.raises(InputError, match="configs/none.yaml: no such config file"):
+    with pytest.raises(InputError, match="configs/none.yaml: no such config file$"):
         options.load(config.TrainConfig, "configs/none.yaml")
+
+
+@pytest.mark.parametrize(
+    "file, meant",
+    [
+        ("configs/smollm-135m.yaml", "configs/smollm2-135m.yaml"),
+        ("configs/teachers/smollm-135m.yaml", "configs/teachers/smollm2-135m.yaml"),
+        ("qwen3-0.6b.yaml", "configs/qwen3-0.6b.yaml"),
+        ("configs/lora-r8.yaml", "configs/ablations/lora-r8.yaml"),
+    ],
+)
+def test_a_misspelt_config_is_answered_with_the_shipped_one_of_that_name(file, meant):
+    with pytest.raises(InputError, match=f"^{file}: no such config file, did you mean {meant}[?]$"):
+        options.load(config.TrainConfig, file)
 
 
 def test_a_pattern_of_shipped_configs_is_expanded(command):
