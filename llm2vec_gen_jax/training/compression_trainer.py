@@ -1,6 +1,7 @@
 """The model, batches and programs of a training run of compression tokens and heads."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,18 +70,23 @@ class CompressionTrainer:
         }
 
     def init(self) -> Any:
-        """Returns the initial trainable tree: that of train.init_from, or a random one."""
+        """Returns the initial trainable tree: that of train.init_from, or a random one.
+
+        A LoRA that the model of train.init_from does not have begins as in PEFT, without an effect on the vectors.
+        """
         config = self.config.train
-        if config.init_from:
-            record = model_directory.read_model_directory(config.init_from, hub_options(self.config))
-            model, trainable = model_directory.to_model(record, self.backbone, config.init_from)
-            if differing := diff(model.shapes, self.model.shapes):
-                raise InputError(
-                    f"train.init_from={config.init_from}: differs from the model of this run ({differing})"
-                )
-            return trainable
         init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.backbone.mesh))
-        return init(jax.random.key(config.seed), self.backbone.frozen)
+        initial = functools.partial(init, jax.random.key(config.seed), self.backbone.frozen)
+        if not config.init_from:
+            return initial()
+        record = model_directory.read_model_directory(config.init_from, hub_options(self.config))
+        model, trainable = model_directory.to_model(record, self.backbone, config.init_from)
+        is_new = self.model.lora_rank > 0 and model.lora_rank == 0
+        if is_new:
+            model = dataclasses.replace(model, lora_rank=self.model.lora_rank, lora_scale=self.model.lora_scale)
+        if differing := diff(model.shapes, self.model.shapes):
+            raise InputError(f"train.init_from={config.init_from}: differs from the model of this run ({differing})")
+        return initial() | trainable if is_new else trainable
 
     def begin(self, trainable: Any) -> Any:
         """Returns the tree of the first step: with a ridge-regression alignment head if train.ridge_examples is set."""

@@ -398,6 +398,16 @@ def test_training_starts_from_another_model(run, finished):
         run("train.steps=1", "train.init_from=run/model", "compression.num_tokens=5", "train.output=other")
 
 
+def test_a_new_lora_starts_without_an_effect_on_another_model(run, finished):
+    still = ("train.steps=1", "train.init_from=run/model", "optimizer.learning_rate=0", "train.output=still")
+    found = dict(trainable(run(*still, "lora.rank=2"), 1))
+    for pair in found.pop("lora").values():
+        assert np.abs(pair["a"]).max() > 0 and not np.any(pair["b"])
+    jax.tree.map(np.testing.assert_array_equal, found, dict(trainable(finished, 2)))
+    with pytest.raises(InputError, match="train.init_from=still/model: .*lora_rank: 2 -> 0"):
+        run("train.steps=1", "train.init_from=still/model", "train.output=other")
+
+
 # Microbatches
 
 
