@@ -331,23 +331,17 @@ def launch():
 
     Whatever still runs at the end of the test is ended.
     """
-    import signal
     import subprocess
     import sys
 
-    from tests.helpers.processes import environment
+    from tests.helpers.processes import Process, environment
 
     started = []
 
     def start(folder, name, *words, torch=False, stdout=subprocess.PIPE):
         command = [sys.executable, "-m", f"launch.{name}", *words]
         pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-        # A shell starts background jobs, such as these tests, with SIGINT ignored, which children inherit.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            started.append(subprocess.Popen(command, cwd=folder, env=environment(torch=torch), **pipes))
-        finally:
-            signal.signal(signal.SIGINT, before)
+        started.append(Process(command, cwd=folder, env=environment(torch=torch), **pipes))
         return started[-1]
 
     yield start

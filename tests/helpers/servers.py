@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.helpers.processes import environment
+from tests.helpers.processes import Process, environment
 
 for needed in ("httpx", "orjson", "prometheus_client", "starlette", "uvicorn"):
     pytest.importorskip(needed, reason="needs requirements-serve.txt")
@@ -27,7 +27,7 @@ class Running:
 
     def __init__(self, folder, *arguments, key=None, stderr=None):
         command = [sys.executable, "-m", "launch.serve", str(folder), *SMALL, *arguments]
-        self.process = subprocess.Popen(
+        self.process = Process(
             command,
             env=environment(**({"LLM2VEC_GEN_API_KEY": key} if key else {})),
             stdout=subprocess.PIPE,

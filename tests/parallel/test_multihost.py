@@ -24,7 +24,7 @@ from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.parallel import processes, rendezvous
 from llm2vec_gen_jax.training.metrics import read_metrics, read_validation
 from tests.conftest import write_jsonl
-from tests.helpers.processes import environment
+from tests.helpers.processes import Process, environment
 from tests.helpers.tasks import write_task
 
 RECORDS = [
@@ -68,7 +68,7 @@ class Cluster:
             run = f"{first}\nimport runpy; runpy.run_module('launch.{words[0]}', run_name='__main__')"
             command = [sys.executable, "-c", run, *words[1:], *own]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.processes.append(subprocess.Popen(command, cwd=folder, env=environment(devices), **pipes))
+            self.processes.append(Process(command, cwd=folder, env=environment(devices), **pipes))
 
     def wait(self, timeout=300):
         """Returns [(exit code, stdout, stderr)] of the processes."""

@@ -14,7 +14,7 @@ from llm2vec_gen_jax.parallel import preemption
 from llm2vec_gen_jax.training.metrics import read_metrics
 from tests.conftest import write_jsonl
 from tests.helpers.embedders import TEXTS
-from tests.helpers.processes import environment
+from tests.helpers.processes import Process, environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS = [{"question": f"What is {number}?", "answer": f"It is {'abcdefgh'[number % 8]}."} for number in range(24)]
@@ -44,7 +44,7 @@ def start(tmp_path, tiny_folder):
         run = f"{script}\nimport runpy; runpy.run_module('launch.{name}', run_name='__main__')"
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", run, *words]
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment(**variables), **pipes))
+        started.append(Process(command, cwd=tmp_path, env=environment(**variables), **pipes))
         return started[-1]
 
     yield launch

@@ -16,7 +16,7 @@ from llm2vec_gen_jax.pretrained import export
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import new_model, same_trees
-from tests.helpers.processes import environment, free_port
+from tests.helpers.processes import Process, environment, free_port
 
 
 @pytest.mark.parametrize("family, rank", [("qwen3", 4), ("llama", 0)])
@@ -68,7 +68,7 @@ def test_two_processes_write_what_one_does(tiny, tiny_folder, tmp_path):
     export.save_backbone(again.backbone, tmp_path / "one" / "backbone")
     words = [str(tiny_folder("qwen3")), str(tmp_path / "one" / "model"), str(tmp_path / "two")]
     started = [
-        subprocess.Popen(
+        Process(
             [sys.executable, "-c", ONE_OF_TWO, str(port), str(rank), *words],
             env=environment(4),
             stderr=subprocess.PIPE,

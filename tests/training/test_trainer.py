@@ -15,7 +15,7 @@ from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import write_jsonl
-from tests.helpers.processes import environment
+from tests.helpers.processes import Process, environment
 
 RECORDS = [{"question": f"What is {n}?", "answer": f"It is {'abcdefgh'[n % 8] * (1 + n % 6)}."} for n in range(24)]
 SETTINGS = {
@@ -113,9 +113,7 @@ except KeyboardInterrupt as error:
 
     (place / "records.json").write_text(json.dumps(RECORDS))
     command = [sys.executable, "-c", script]
-    process = subprocess.Popen(
-        command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Process(command, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     timer = threading.Timer(120, process.kill)
     timer.start()
     for line in process.stdout:
