@@ -58,7 +58,8 @@ class LLM2VecGen:
 
     model: shapes of the compressor and the backbone. trainable: compression tokens and heads. backbone: the frozen LLM
     with its tokenizer. prompts: name -> text prepended to inputs. max_seq_length: maximum tokens per text, including
-    the compression tokens. record: the PublishedModel read from disk, if any.
+    the compression tokens. record: the PublishedModel read from disk, if any. hub: access to the hub, for the teacher's
+    weights.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class LLM2VecGen:
         prompts: dict[str, str] | None = None,
         max_seq_length: int = 512,
         record: PublishedModel | None = None,
+        hub: HubOptions = DEFAULT_HUB,
     ) -> None:
         self.model, self.trainable, self.backbone, self.record = model, trainable, backbone, record
         self.prompts = _checked_prompts(prompts)
         self.max_seq_length = max_seq_length
-        self._hub = DEFAULT_HUB
+        self._hub = hub
 
     @classmethod
     def from_pretrained(
@@ -113,9 +115,7 @@ class LLM2VecGen:
         name, hub = model_directory.backbone_source(record, hub, backbone)
         loaded = load_backbone(name, dtype, mesh, attention, hub)
         model, trainable = model_directory.to_model(record, loaded, path)
-        embedder = cls(model, trainable, loaded, prompts, record=record)
-        embedder._hub = hub
-        return embedder
+        return cls(model, trainable, loaded, prompts, record=record, hub=hub)
 
     @overload
     def encode(

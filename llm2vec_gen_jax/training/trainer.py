@@ -132,7 +132,8 @@ class LLM2VecGenTrainer:
         record = model_directory.read_model_directory(path)
         backbone = self._load().backbone
         model, trainable = model_directory.to_model(record, backbone, path)
-        return LLM2VecGen(model, trainable, backbone, record=record)
+        hub = config_lib.hub_options(self.config, self.config.backbone.revision)
+        return LLM2VecGen(model, trainable, backbone, record=record, hub=hub)
 
 
 def _keys_of(name: str, section: Any) -> dict[str, Any]:
