@@ -177,7 +177,7 @@ class TrainSettings(RunSettings):
         least=1,
     )
     seed: int = setting(42, "seed for initializing the trainable parameters")
-    init_from: str | None = setting(None, "model directory from which to initialize tokens and heads", path=True)
+    init_from: str | None = setting(None, "model directory from which to initialize tokens, heads and LoRA", path=True)
     ridge_examples: int = setting(
         0,
         "number of examples on which the alignment head is solved by ridge regression before the first step; 0: off, "

@@ -1,8 +1,8 @@
 """The complete recipe at a small size: queries, responses, targets, training, a model directory and a report."""
 
-import os
 import pathlib
 import shutil
+import timeit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +25,9 @@ from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
 
 _QUERY_TOKENS = 64  # maximum tokens of a generated query
-# Seconds of a CPU core: per token and parameter, and for compilation. Measured on two cores with the default backbone.
-_GENERATED, _TRAINED, _COMPILATION = 9e-11, 4e-11, 60
+# Seconds per token and parameter, and for compilation, on a machine on which the product of _product_seconds takes
+# _PRODUCT seconds. Measured on two cores with AVX-512, with the default backbone.
+_GENERATED, _TRAINED, _COMPILATION, _PRODUCT = 4.5e-11, 2e-11, 30, 7e-3
 
 # For the report; not part of any training data.
 QUESTIONS = (
@@ -111,12 +112,17 @@ def _duration(config: config_lib.QuickstartConfig, backbone: LoadedBackbone) -> 
     device = backbone.mesh.devices.flat[0]
     if device.platform != "cpu":
         return f"four stages, some minutes on {device.device_kind}, mostly compilation. {resume}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     generated = config.queries * (_QUERY_TOKENS + config.max_new_tokens)
     trained = config.steps * config.batch_size * (_QUERY_TOKENS + config.max_new_tokens)
     work = backbone.architecture.num_parameters * (_GENERATED * generated + _TRAINED * trained)
-    minutes = max(round((work + _COMPILATION) / cores / 60), 1)
-    return f"four stages, about {minutes} min on {cores} CPU cores if these are otherwise idle. {resume}"
+    minutes = max(round((work + _COMPILATION) * _product_seconds() / _PRODUCT / 60), 1)
+    return f"four stages, about {minutes} min on this CPU if it is otherwise idle. {resume}"
+
+
+def _product_seconds() -> float:
+    """Measures a float32 product of matrices on all cores, in half a second or less."""
+    matrix = np.ones((1024, 1024), np.float32)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=8))
 
 
 def _teacher_adapters(config: config_lib.QuickstartConfig) -> list[str]:

@@ -26,7 +26,7 @@ from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
 from llm2vec_gen_jax.pretrained.model_card import is_gguf, model_card
 
 HEADS = published.HEADS
-MODELS = ("smollm2-135m",)  # trained embedders shipped with the package, in assets/models/
+MODELS = ("smollm2-135m", "smollm2-135m-lora")  # trained embedders shipped with the package, in assets/models/
 PATTERNS = ["*.json", "*.yml", "*.safetensors", "*.jinja", "*.txt", "reconstruction_mlp", "alignment_mlp"]
 
 

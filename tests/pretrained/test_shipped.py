@@ -25,9 +25,9 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return LLM2VecGen.from_pretrained("smollm2-135m", dtype="float32", mesh=one_device_mesh())
+@pytest.fixture(scope="module", params=model_directory.MODELS)
+def shipped(request):
+    return LLM2VecGen.from_pretrained(request.param, dtype="float32", mesh=one_device_mesh())
 
 
 def test_every_shipped_model_has_its_folder_and_every_folder_its_name():

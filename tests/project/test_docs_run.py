@@ -80,7 +80,8 @@ def world(tiny, tiny_folder, model_folder, talker_folder, tmp_path_factory):
         folder / "t0.jsonl", [{"question": f"{text} Nobody knows how many of them there are."} for text in questions]
     )
     shutil.copy(folder / "responses.jsonl", folder / "held-out.jsonl")
-    (folder / "classify.txt").write_text("Classify this:\n\n")
+    for name in ("classify.txt", "topics.txt"):
+        (folder / name).write_text("Classify this:\n\n")
     (folder / "queries.jsonl.gz").write_bytes(gzip.compress((folder / "queries.jsonl").read_bytes()))
     (folder / "texts.txt").write_text("\n".join(questions) + "\n")
     (folder / "questions.txt").write_text("\n".join(questions[:3]) + "\n")
