@@ -1,7 +1,6 @@
 """The model, batches and programs of a training run of compression tokens and heads."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,17 +75,16 @@ class CompressionTrainer:
         """
         config = self.config.train
         init = jax.jit(self.model.init, out_shardings=sharding.replicated(self.backbone.mesh))
-        initial = functools.partial(init, jax.random.key(config.seed), self.backbone.frozen)
+        initial: dict[str, Any] = init(jax.random.key(config.seed), self.backbone.frozen)
         if not config.init_from:
-            return initial()
+            return initial
         record = model_directory.read_model_directory(config.init_from, hub_options(self.config))
         model, trainable = model_directory.to_model(record, self.backbone, config.init_from)
-        is_new = self.model.lora_rank > 0 and model.lora_rank == 0
-        if is_new:
+        if not model.lora_rank:
             model = dataclasses.replace(model, lora_rank=self.model.lora_rank, lora_scale=self.model.lora_scale)
         if differing := diff(model.shapes, self.model.shapes):
             raise InputError(f"train.init_from={config.init_from}: differs from the model of this run ({differing})")
-        return initial() | trainable if is_new else trainable
+        return initial | trainable
 
     def begin(self, trainable: Any) -> Any:
         """Returns the tree of the first step: with a ridge-regression alignment head if train.ridge_examples is set."""

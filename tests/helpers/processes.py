@@ -19,7 +19,7 @@ from tests.conftest import COMPILE_FAST
 ROOT = pathlib.Path(__file__).parents[2]
 WITHOUT_TORCH = ROOT / "tests" / "helpers" / "without_torch"
 # Variables that are read after the imports, or not at all.
-READ_LATE = {"LLM2VEC_GEN_API_KEY", "PYTEST_CURRENT_TEST", "XLA_FLAGS"}
+_READ_LATE = {"LLM2VEC_GEN_API_KEY", "PYTEST_CURRENT_TEST", "XLA_FLAGS"}
 
 
 def environment(devices=1, torch=False, **variables):
@@ -67,23 +67,23 @@ class Process(subprocess.Popen):
 
     def _execute_child(self, *values):
         given = inspect.signature(super()._execute_child).bind(*values).arguments
-        command, environment = [os.fspath(word) for word in given["args"]], given["env"]
+        command, variables = [os.fspath(word) for word in given["args"]], given["env"] or os.environ
         server = _fork_server()
         unusual = given["preexec_fn"] or given["pass_fds"] or given["start_new_session"] or given["shell"]
         if not server or unusual or command[0] != sys.executable or command[1] not in ("-m", "-c"):
             return super()._execute_child(*values)
-        if _read_by_imports(environment or os.environ) != server.environment:
+        if _read_by_imports(variables) != server.environment:
             return super()._execute_child(*values)
         streams = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         streams = [number if stream == -1 else stream for number, stream in enumerate(streams)]
-        self.pid = server.fork(command[1:], os.path.abspath(given["cwd"] or "."), environment, streams)
+        self.pid = server.fork(command[1:], os.path.abspath(given["cwd"] or "."), variables, streams)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in ends))
 
 
 def _read_by_imports(variables):
-    return {name: value for name, value in variables.items() if name not in READ_LATE}
+    return {name: value for name, value in variables.items() if name not in _READ_LATE}
 
 
 class _ForkServer:
@@ -102,7 +102,7 @@ class _ForkServer:
 
     def fork(self, command, cwd, variables, streams):
         """Returns the id of a new process, a child of this one."""
-        message = {"command": command, "cwd": cwd, "environment": dict(variables or os.environ)}
+        message = {"command": command, "cwd": cwd, "environment": dict(variables)}
         with self.lock:
             _set_subreaper(True)
             try:
