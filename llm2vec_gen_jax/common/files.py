@@ -199,7 +199,8 @@ def entries(folder: Path) -> list[str]:
 def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
     """Returns the sorted files below a folder that match a pattern, without hidden files and folders.
 
-    Hidden folders may contain copies, such as .ipynb_checkpoints. Raises InputError for an unreadable folder.
+    Hidden folders may contain copies, such as .ipynb_checkpoints. Links to folders are followed, each folder is read
+    once. Raises InputError for an unreadable folder.
     """
 
     def refuse(error):
@@ -207,8 +208,13 @@ def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
             raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
     files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    read: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (path := os.path.realpath(parent)) in read:  # a link to a folder that contains it would not end
+            folders.clear()
+            continue
+        read.add(path)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(path for path in files if path.match(pattern) and path.is_file())
 

@@ -171,3 +171,14 @@ def test_what_begins_with_a_dot_is_no_part_of_a_folder(tmp_path):
         (folder / path).write_text("x")
     assert files.visible(folder, "*.txt") == [folder / "a/c.txt", folder / "b.txt"]
     assert files.visible(folder) == [folder / "a/c.txt", folder / "a/e.md", folder / "b.txt"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("x")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "here")
+    for name in ("first", "second"):
+        (tmp_path / "here" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "itself").symlink_to(tmp_path / "here")
+    assert files.visible(tmp_path / "here") == [tmp_path / "here/first/a.txt"]
