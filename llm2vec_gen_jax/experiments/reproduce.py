@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,15 +97,16 @@ class Study:
         return self.report(students, compared)
 
     def stage(self, name: str, settings: dict[str, Any], run: Callable[[], Any]) -> None:
-        """Calls run() unless the stage has finished with the same settings (JSON values)."""
+        """Calls run() unless the stage has finished with the same settings (JSON values). Records its duration."""
         settings = {key: value for key, value in settings.items() if key not in HUB_KEYS}
         marker = self.output / "stages" / f"{name}.json"
-        if marker.exists() and read_json(marker) == {"settings": settings}:
+        if marker.exists() and read_json(marker).get("settings") == settings:
             print(f"{name}: done before", flush=True)
             return
         print(f"\n{name}", flush=True)
+        start = time.monotonic()
         run()
-        write_json(marker, {"settings": settings})
+        write_json(marker, {"settings": settings, "seconds": round(time.monotonic() - start, 1)})
 
     def prepare_data(self) -> None:
         """Writes the training and held-out queries and their responses."""
@@ -324,6 +326,8 @@ class Study:
     def _preface(self) -> str:
         queries, held_out = (sum(1 for _ in read_jsonl(self.responses(name))) for name in ("train", "held_out"))
         sizes = ", ".join(f"{name} {value}" for name, value in vars(self.sizes).items())
+        stages = [read_json(marker) for marker in (self.output / "stages").iterdir()]
+        minutes = sum(stage.get("seconds", 0) for stage in stages) / 60  # of an interrupted stage: since it was resumed
         return "\n".join(
             [
                 "# Study",
@@ -331,6 +335,8 @@ class Study:
                 f"Backbone {self.config.backbone.path}, teacher adapters {self.config.teacher.adapters}, budget "
                 f"{self.config.budget} ({sizes}); {queries} training responses, {held_out} held out; recipe "
                 f"{self.config.recipe}. `study.json` has all settings, `tables/*.json` the unrounded values.",
+                "",
+                f"The stages took {minutes:.0f} minutes in total; `stages/*.json` has the seconds of each.",
                 "",
             ]
         )
