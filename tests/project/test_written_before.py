@@ -34,7 +34,8 @@ LOSSES = {3: 6.629260540008545, 4: 6.364833831787109}  # of the same version, wi
 def run(tmp_path, launch):
     """run(NAME, *arguments) runs a command in a process with one device, in the folder of the files: its output."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have no filters
+        archive.extractall(tmp_path)
     recorded = tmp_path / "run" / "model" / "run_config.yml"  # names the backbone by the folder it was in
     settings = yaml.safe_load(recorded.read_text())
     recorded.write_text(yaml.safe_dump(settings | {"model_name_or_path": str(tmp_path / "backbone")}))
