@@ -200,7 +200,7 @@ def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
     """Returns the sorted files below a folder that match a pattern, without hidden files and folders.
 
     Hidden folders may contain copies, such as .ipynb_checkpoints. Links to folders are followed, each folder is read
-    once. Raises InputError for an unreadable folder.
+    once. Raises InputError for an unreadable folder and for a link to a path that does not exist.
     """
 
     def refuse(error):
@@ -216,6 +216,9 @@ def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
         read.add(path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
+    for path in files:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: link to {os.readlink(path)}, which does not exist. Restore it or remove the link")
     return sorted(path for path in files if path.match(pattern) and path.is_file())
 
 

@@ -182,3 +182,6 @@ def test_links_to_folders_are_followed_once(tmp_path):
         (tmp_path / "here" / name).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "here" / "itself").symlink_to(tmp_path / "here")
     assert files.visible(tmp_path / "here") == [tmp_path / "here/first/a.txt"]
+    (tmp_path / "here" / "task").symlink_to("gone")
+    with pytest.raises(InputError, match="here/task: link to gone, which does not exist"):
+        files.visible(tmp_path / "here", "task.json")
