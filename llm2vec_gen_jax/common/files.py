@@ -218,7 +218,9 @@ def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
         files += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
     for path in files:
         if path.is_symlink() and not path.exists():
-            raise InputError(f"{path}: link to {os.readlink(path)}, which does not exist. Restore it or remove the link")
+            raise InputError(
+                f"{path}: link to {os.readlink(path)}, which does not exist. Restore it or remove the link"
+            )
     return sorted(path for path in files if path.match(pattern) and path.is_file())
 
 

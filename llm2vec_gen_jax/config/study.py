@@ -39,19 +39,19 @@ class SizesConfig:
 # The sizes trade cost for precision; they are not tuned. full: as published, with 160,000 queries.
 BUDGETS = {
     "minutes": SizesConfig(
-        queries=240,
+        queries=120,
         held_out=16,
         max_new_tokens=64,
-        steps=60,  # as many as ablation_steps: one run is the headline and the base of the comparisons
-        schedule_steps=60,
-        ablation_steps=60,
+        steps=30,  # as many as ablation_steps: one run is the headline and the base of the comparisons
+        schedule_steps=30,
+        ablation_steps=30,
         batch_size=8,
         learning_rate=1e-3,
         seeds=1,
-        limit=50,
-        documents=100,
-        hyde_limit=10,
-        hyde_tokens=64,
+        limit=32,
+        documents=50,
+        hyde_limit=32,  # as limit: teacher and student are evaluated once
+        hyde_tokens=48,
         decoded_tokens=48,
         timed=8,
     ),

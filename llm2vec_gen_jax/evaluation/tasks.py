@@ -73,7 +73,7 @@ def read(folder: str | pathlib.Path, limit: int | None = None) -> EvaluationTask
         if not isinstance(settings.get(key, 1), int) or settings.get(key, 1) < 1:
             raise InputError(f"{file}: {key!r} must be a positive whole number, found {settings[key]!r}")
     if kind in ("retrieval", "safety_retrieval"):
-        data = _read_retrieval(folder, limit)
+        data = _read_retrieval(folder, limit, settings.get("documents"))
         files = [table(folder, "corpus"), table(folder, "queries"), folder / "qrels.tsv"]
     else:
         files = [table(folder, "test")]
@@ -112,7 +112,8 @@ def rows(file: pathlib.Path, *needed: str) -> Iterator[tables.Row]:
             yield place, row
 
 
-def _read_retrieval(folder: pathlib.Path, limit: int | None) -> dict[str, Any]:
+def _read_retrieval(folder: pathlib.Path, limit: int | None, documents: Any) -> dict[str, Any]:
+    """documents: ids of the rows of the corpus to use, None for all; judgments of others are ignored."""
     corpus = [
         {"id": row["_id"], "title": row.get("title") or "", "text": row["text"]}
         for row in _read_texts(table(folder, "corpus"))
@@ -133,11 +134,25 @@ def _read_retrieval(folder: pathlib.Path, limit: int | None) -> dict[str, Any]:
         if document not in document_ids:
             raise InputError(f"{file}, line {number}: {table(folder, 'corpus').name} has no {document!r}")
         qrels.setdefault(query, {})[document] = grade
+    if documents is not None:
+        chosen = _document_ids(folder / "task.json", documents)
+        if unknown := sorted(chosen - document_ids):
+            raise InputError(
+                f"{folder / 'task.json'}: 'documents': {table(folder, 'corpus').name} has no {unknown[0]!r}"
+            )
+        corpus = [row for row in corpus if row["id"] in chosen]
+        qrels = {query: {name: grades[name] for name in grades if name in chosen} for query, grades in qrels.items()}
     # As in BEIR, queries without a relevant document are skipped.
     queries = [row for row in queries if any(qrels.get(row["id"], {}).values())][:limit]
     if not queries:
         raise InputError(f"{file}: no query has a relevant document")
     return {"corpus": corpus, "queries": queries, "qrels": qrels}
+
+
+def _document_ids(file: pathlib.Path, documents: Any) -> set[str]:
+    if not isinstance(documents, list) or not documents or not all(isinstance(name, str) for name in documents):
+        raise InputError(f"{file}: 'documents' must be a list of ids of the corpus")
+    return set(documents)
 
 
 def _read_texts(file: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Development and test splits of task folders: settings are chosen on one and results are reported on the other.
 
-A split of a task is itself a task folder; files whose rows are unchanged are symlinks to the original.
+A split of a task is itself a task folder; files whose rows are unchanged are symlinks to the original. A sample of a
+corpus is a list of ids in task.json, so that no text of a corpus is copied.
 """
 
 import collections
@@ -31,7 +32,7 @@ def split(
 
     documents: the largest corpus, a random sample that includes all documents judged for the first `queries` queries;
     also the largest number of training rows of a classification task, balanced over its labels. 0: all, for both.
-    Safety tasks are never cut, and none of their texts is copied.
+    No text of a safety task is copied.
     Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for an invalid task folder.
     """
     names: dict[str, dict[str, str]] = {"development": {}, "test": {}}
@@ -42,8 +43,7 @@ def split(
             shutil.rmtree(target, ignore_errors=True)
             with atomic_directory(target) as temporary:
                 name = task.name if part == "test" else f"{task.name.removesuffix('Dev')}Development"
-                write_json(temporary / "task.json", task.settings | {"name": name})
-                write(temporary)
+                write_json(temporary / "task.json", task.settings | {"name": name} | (write(temporary) or {}))
             names[part][name] = task.type
     return names
 
@@ -69,15 +69,15 @@ def types(folder: str | pathlib.Path) -> dict[str, str]:
 
 def _writers(
     task: tasks.EvaluationTask, source: pathlib.Path, documents: int, queries: int
-) -> dict[str, Callable[[pathlib.Path], None]]:
-    """Returns {part: function that writes the files of this part of the task to a folder}."""
+) -> dict[str, Callable[[pathlib.Path], dict[str, Any] | None]]:
+    """Returns {part: function that writes the files of this part to a folder and returns changed settings, if any}."""
 
     def write_shuffled(folder):
         rows = _rows(tasks.table(source, "test"))
         random.Random(0).shuffle(rows)
         write_jsonl(folder / "test.jsonl", rows)
         if task.type == "classification":
-            _write_subset(folder, tasks.table(source, "train"), lambda rows: _balanced(rows, documents))
+            _write_balanced(folder, tasks.table(source, "train"), documents)
 
     def write_training_halves(folder):
         train, test = _halve(_rows(tasks.table(source, "train")))
@@ -88,17 +88,23 @@ def _writers(
     def every_other_query(first):
         def write(folder):
             qrels = {query: task.data["qrels"][query] for query in list(task.data["qrels"])[first::2]}
-            leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
-            judged = {name for query in leading for name in qrels[query]}
-            corpus = _write_subset(folder, tasks.table(source, "corpus"), lambda rows: _sample(rows, documents, judged))
-            in_corpus = {row["_id"] for row in corpus}
             lines = ["query-id\tcorpus-id\tscore"]
             for query, grades in qrels.items():
-                lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items() if name in in_corpus]
-            _link(folder, tasks.table(source, "queries"))
+                lines += [f"{query}\t{name}\t{grade}" for name, grade in grades.items()]
             write_text(folder / "qrels.tsv", "\n".join(lines) + "\n")
+            return link_texts(folder, qrels)
 
         return write
+
+    def link_texts(folder, qrels):
+        _link(folder, tasks.table(source, "queries"), tasks.table(source, "corpus"))
+        leading = [row["id"] for row in task.data["queries"] if row["id"] in qrels][: queries or None]
+        judged = {name for query in leading for name in qrels[query]}
+        return _sample([row["id"] for row in task.data["corpus"]], documents, judged)
+
+    def link_all(folder):
+        _link(folder, source / "qrels.tsv")
+        return link_texts(folder, task.data["qrels"])
 
     if task.type == "sts":
         return {"development" if task.name.endswith("Dev") else "test": write_shuffled}
@@ -108,8 +114,7 @@ def _writers(
         return {"development": every_other_query(0), "test": every_other_query(1)}
     if task.type == "clustering":
         return {"test": write_shuffled}
-    files = tasks.table(source, "corpus"), tasks.table(source, "queries"), source / "qrels.tsv"
-    return {"test": lambda folder: _link(folder, *files)}
+    return {"test": link_all}
 
 
 def _halve(rows: Iterable[_Row]) -> tuple[list[_Row], list[_Row]]:
@@ -136,14 +141,14 @@ def _ranks_within_label(rows: Iterable[_Row]) -> list[tuple[int, _Row]]:
     return ranked
 
 
-def _sample(rows: list[_Row], limit: int, judged: set[str]) -> list[_Row]:
-    """Returns, in their order, the judged rows and a random sample of the others, `limit` in total (0: all rows)."""
-    others = [row["_id"] for row in rows if row["_id"] not in judged]
+def _sample(names: list[str], limit: int, judged: set[str]) -> dict[str, list[str]]:
+    """Returns {"documents": the judged ids and a random sample of the others, `limit` in total}, {} for all ids."""
+    others = [name for name in names if name not in judged]
     count = max(limit - len(judged), 0)
     if not limit or count >= len(others):
-        return rows
+        return {}
     chosen = judged.union(random.Random(0).sample(others, count))
-    return [row for row in rows if row["_id"] in chosen]
+    return {"documents": [name for name in names if name in chosen]}
 
 
 def _link(folder: pathlib.Path, *files: pathlib.Path) -> None:
@@ -151,15 +156,13 @@ def _link(folder: pathlib.Path, *files: pathlib.Path) -> None:
         (folder / file.name).symlink_to(file)
 
 
-def _write_subset(folder: pathlib.Path, source: pathlib.Path, choose: Callable[[list[_Row]], list[_Row]]) -> list[_Row]:
-    """Writes choose(rows) of a file to `folder`, or a symlink to the file if it is all rows. Returns the subset."""
+def _write_balanced(folder: pathlib.Path, source: pathlib.Path, limit: int) -> None:
+    """Writes _balanced(rows, limit) of a file to `folder`, or a symlink to the file if that is all rows."""
     rows = _rows(source)
-    subset = choose(rows)
-    if len(subset) == len(rows):
-        _link(folder, source)
+    if limit and limit < len(rows):
+        write_jsonl(folder / f"{source.name.split('.')[0]}.jsonl", _balanced(rows, limit))
     else:
-        write_jsonl(folder / f"{source.name.split('.')[0]}.jsonl", subset)
-    return subset
+        _link(folder, source)
 
 
 def _rows(file: pathlib.Path) -> list[_Row]:

@@ -46,6 +46,18 @@ from tests.helpers.tasks import needs_mteb, run, settings, write_task
             '{"name": "x", "type": "safety_retrieval", "main_metric": "top_5"}',
             "top_5_acc",
         ),
+        (
+            "retrieval",
+            "task.json",
+            '{"name": "x", "type": "retrieval", "documents": ["d0", "d99"]}',
+            "'documents': corpus.jsonl has no 'd99'",
+        ),
+        (
+            "retrieval",
+            "task.json",
+            '{"name": "x", "type": "retrieval", "documents": "d0"}',
+            "'documents' must be a list of ids of the corpus",
+        ),
     ],
 )
 def test_errors_in_task_folders(tmp_path, kind, file, text, message):

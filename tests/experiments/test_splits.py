@@ -36,14 +36,16 @@ def test_a_sampled_corpus_includes_the_judged_documents(task_folders, tmp_path):
     splits.split(task_folders, tmp_path, documents=3, queries=2)
     views = {task.name: task for part in ("development", "test") for task in _read(tmp_path / part)}
     originals = {task.name: task for task in _read(task_folders)}
-    for name in ("Small-retrievalDevelopment", "Small-retrieval"):
+    for name in ("Small-retrievalDevelopment", "Small-retrieval", "Small-safety_retrieval"):
         original, cut = originals[name.removesuffix("Development")].data, views[name].data
         corpus_ids = {row["id"] for row in cut["corpus"]}
         query_ids = [row["id"] for row in cut["queries"]][:2]
         judged = {document for query in query_ids for document in original["qrels"][query]}
         assert len(query_ids) == 2 and judged <= corpus_ids < {row["id"] for row in original["corpus"]}
         assert len(corpus_ids) == max(3, len(judged))
-    assert (tmp_path / "test/safety_retrieval/corpus.jsonl").is_symlink(), "no text of a safety task is copied"
+        assert views[name].data["qrels"][query_ids[0]] == original["qrels"][query_ids[0]]
+    for name in ("corpus", "queries"):
+        assert (tmp_path / f"test/safety_retrieval/{name}.jsonl").is_symlink(), "no text of a safety task is copied"
     for name in ("Small-classificationDevelopment", "Small-classification"):
         labels = [row["label"] for row in views[name].data["train"]]
         assert len(labels) == 3 and len(set(labels)) == min(3, len({row["label"] for row in views[name].data["test"]}))
