@@ -259,7 +259,7 @@ class Study:
             losses[name] = final_losses(run) | {"tokens": settings.compression.num_tokens}
         if self.types["development"]:
             runs |= {name: self._results("development", limit, name) for name in ("teacher", "causal")}
-        result["comparisons"] = tables.comparisons(runs, self.types["development"], losses)
+        result["comparisons"] = tables.comparisons(runs, self.types["development"], losses, limit)
         decoded = read_json(measured / "reconstruction.json")
         pair = tables.reconstruction(decoded["measured"], decoded["examples"])
         result |= dict(zip(("reconstruction", "examples"), pair))

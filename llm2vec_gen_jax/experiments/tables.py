@@ -1,6 +1,7 @@
 """Tables of the study, as Markdown with rounded values and as JSON with unrounded ones."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -123,11 +124,12 @@ def hyde(results: Mapping[str, Results], types: Mapping[str, str], limit: int) -
 
 
 def comparisons(
-    runs: Mapping[str, Results], types: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]
+    runs: Mapping[str, Results], types: Mapping[str, str], records: Mapping[str, Mapping[str, Any]], limit: int
 ) -> Table:
     """Returns the table of the comparisons.
 
     runs: {name: results}. records: {name: {"tokens": K, "reconstruction_loss", "alignment_loss"}} of trained models.
+    limit: queries or test rows per task, 0 for all.
     """
     columns = {"run": "run", "tokens": "K", "reconstruction_loss": "reconstruction loss"}
     columns |= {"alignment_loss": "alignment loss"}
@@ -143,6 +145,11 @@ def comparisons(
         "Development tasks, one seed each. Losses are those of the last logged step; they are comparable only between "
         "runs with the same targets."
     )
+    if limit:  # 2 sqrt(p (1 - p) / limit) with p = 1/2
+        note += (
+            f" With {limit} queries or test rows per task, two standard errors of an accuracy are up to "
+            f"{1 / math.sqrt(limit):.2f}: smaller differences are no differences at this size."
+        )
     return Table("Comparisons", note, columns, rows)
 
 

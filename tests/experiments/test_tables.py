@@ -48,7 +48,8 @@ def test_undefined_scores():
 def test_other_tables():
     runs = {"base": results(0.6, 0.5, 0.7, 0.2), "tokens-1": results(0.4, 0.2, 0.4, 0.1)}
     types = {name: kind for name, kind in TASK_TYPES.items() if name != "S"}
-    result = tables.comparisons(runs, types, {"base": {"tokens": 10, "alignment_loss": 1.5}})
+    result = tables.comparisons(runs, types, {"base": {"tokens": 10, "alignment_loss": 1.5}}, 100)
+    assert "100 queries or test rows" in result.note and "up to 0.10" in result.note
     assert [row["mean"] for row in result.rows] == [pytest.approx(0.6), pytest.approx(0.35)]
     assert result.rows[0]["tokens"] == 10 and result.rows[1]["tokens"] is None
     answered = results(0.1, 0.2, 0.4, 0.3)
