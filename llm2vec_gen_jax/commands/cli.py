@@ -36,7 +36,7 @@ _PATH_ERRORS = (
     *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
 )
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_INTERRUPTED = "\ninterrupted; there is no partial output. Repeat the command to resume"
+_INTERRUPTED = "\ninterrupted; lines and files written so far are complete. Repeat the command to resume"
 
 
 def run_action(about: str, actions: Mapping[str, tuple[type, Callable[..., None]]]) -> None:

@@ -8,7 +8,7 @@ import os
 
 from llm2vec_gen_jax.commands import cli
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import read_array, write_text
+from llm2vec_gen_jax.common.files import read_array, require_new, write_text
 from llm2vec_gen_jax.config import DecodeConfig, hub_options
 from llm2vec_gen_jax.data.texts import read_texts
 from llm2vec_gen_jax.inference.shards import load_soft_prompts
@@ -19,6 +19,8 @@ def main(path: str, config: DecodeConfig) -> None:
     keys = [key for key in ("text", "input", "soft_prompts") if getattr(config, key) is not None]
     if len(keys) != 1:
         raise InputError(f"expected one of text=, input= and soft_prompts=, found {' and '.join(keys) or 'none'}")
+    if config.output:
+        require_new(config.output, "output")
     texts = None
     if config.soft_prompts is not None:
         if os.path.isdir(config.soft_prompts):

@@ -107,7 +107,7 @@ class InstructConfig:
     )
     max_words: int = setting(110, "words after which a text is cut", least=1)
     count: int | None = setting(None, "number of records, a random sample of the distinct texts; null: all", least=1)
-    exclude: str | None = setting(None, "folder of task folders whose queries and texts are left out", path=True)
+    exclude: str | None = setting(None, "folder of task folders whose queries and test rows are left out", path=True)
     seed: int = setting(0, "shuffling seed")
     overwrite: bool = setting(False, "replace an output written with other settings")
 

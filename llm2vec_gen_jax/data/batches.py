@@ -84,14 +84,14 @@ class BatchSchedule:
 
 
 class Batches:
-    """The padded batches of a schedule by step, a data source for grain. Process p of P has rows p*B/P ... of each."""
+    """The padded batches of a schedule by step, a data source for grain: rows part * B / parts ... of each."""
 
-    def __init__(self, examples: Examples, schedule: BatchSchedule, process: int, processes: int) -> None:
-        if schedule.batch_size % processes:
-            raise InputError(f"train.batch_size={schedule.batch_size} does not divide over {processes} processes")
+    def __init__(self, examples: Examples, schedule: BatchSchedule, part: int, parts: int) -> None:
+        if schedule.batch_size % parts:
+            raise InputError(f"train.batch_size={schedule.batch_size} does not divide over {parts} processes")
         self.examples, self.schedule = examples, schedule
-        size = schedule.batch_size // processes
-        self.local = slice(process * size, (process + 1) * size)
+        size = schedule.batch_size // parts
+        self.local = slice(part * size, (part + 1) * size)
 
     def __len__(self) -> int:
         return 2**40  # the number of epochs is unlimited

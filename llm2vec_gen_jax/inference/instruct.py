@@ -77,7 +77,7 @@ def _texts(corpus: Corpus, config: InstructConfig, excluded: Collection[str]) ->
 
 
 def _units(text: str, unit: str) -> Iterator[str]:
-    """Yields a text, its longest paragraph, or the sentences of its longest paragraph."""
+    """Yields a text, its longest line, or the sentences of its longest line."""
     if unit == "text":
         yield text.strip()
         return

@@ -85,6 +85,23 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns (index, count): this process has rows index * B / count ... of every batch of B.
+
+    Processes whose devices hold the same rows, those of one tensor-parallel group, have the same part. Raises InputError
+    if the rows of two processes overlap only in part.
+    """
+    places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    shards: dict[int, set[int]] = {}
+    for device, (rows,) in places.items():
+        shards.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(own)) for own in shards.values()})
+    if [shard for part in parts for shard in part] != list(range(batch_shards(mesh))) or len({*map(len, parts)}) > 1:
+        sizes = ", ".join(f"mesh.{name}={size}" for name, size in mesh.shape.items())
+        raise InputError(f"{sizes}: {len(shards)} processes cannot have parts of a batch. Choose other mesh sizes")
+    return parts.index(tuple(sorted(shards[jax.process_index()]))), len(parts)
+
+
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrains an array inside jit to be sharded over the batch only. No effect without a mesh or on one device.
 
@@ -121,16 +138,16 @@ def on_shards(
 
 
 def put_batch(tree: Any, mesh: Mesh) -> Any:
-    """Returns global arrays, sharded over the batch, from the rows of this process (numpy, leading B)."""
+    """Returns global arrays, sharded over the batch, from this process's rows (batch_part; numpy, leading B)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), tree)
 
 
 def abstract_batch(tree: Any, mesh: Mesh) -> Any:
     """Returns the ShapeDtypeStructs of `put_batch(tree, mesh)`."""
-    sharding, processes = batch_sharding(mesh), jax.process_count()
+    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
 
     def describe(x):
-        return jax.ShapeDtypeStruct((processes * x.shape[0], *x.shape[1:]), x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((parts * x.shape[0], *x.shape[1:]), x.dtype, sharding=sharding)
 
     return jax.tree.map(describe, tree)
 

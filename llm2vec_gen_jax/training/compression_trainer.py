@@ -50,7 +50,7 @@ class CompressionTrainer:
             config.data.seed,
             [max(map(len, texts)) for texts in zip(*examples.extra.values())],
         )
-        self.batches = Batches(read, self.schedule, jax.process_index(), jax.process_count())
+        self.batches = Batches(read, self.schedule, *sharding.batch_part(backbone.mesh))
         # The keys and values of all batches are padded to the same number of slots: the step compiles once per answer
         # length and the prefill once per query length, instead of once per pair. Without answers there are no pairs.
         slots: dict[str, int | None] = {"query": None, "extra": None}

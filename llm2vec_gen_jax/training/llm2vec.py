@@ -68,7 +68,7 @@ def simcse(
 class MaskedBlocks:
     """MNTP batches by step: blocks of S tokens of the concatenated corpus, with a new random mask in every step.
 
-    M = probability * S tokens of each block are masked: all replaced by the mask token, or (masking "bert") 80 % by
+    M = probability * S tokens of each block, but never the first, are masked: all replaced by the mask token, or (masking "bert") 80 % by
     the mask token, 10 % by a random token and 10 % unchanged. A pure function of (seed, step).
     """
 
@@ -79,8 +79,8 @@ class MaskedBlocks:
         mask_id: int,
         vocab_size: int,
         seed: int,
-        process: int,
-        processes: int,
+        part: int,
+        parts: int,
     ) -> None:
         S = config.max_length
         stream = np.concatenate([np.asarray(row, np.int32) for row in ids])
@@ -92,8 +92,8 @@ class MaskedBlocks:
                 f"mntp.batch_size={config.batch_size}: use more text, or lower one of them"
             )
         self.config, self.mask_id, self.vocab_size, self.seed = config, mask_id, vocab_size, seed
-        self.count = max(round(config.mask_probability * S), 1)
-        self.local = _share(config.batch_size, process, processes)
+        self.count = min(max(round(config.mask_probability * S), 1), S - 1)  # the first token is never masked
+        self.local = _share(config.batch_size, part, parts)
 
     def __len__(self) -> int:
         return 2**40  # unlimited epochs
@@ -138,19 +138,19 @@ class Sentences:
         ids: Iterable[Sequence[int] | np.ndarray],
         config: SimcseConfig,
         seed: int,
-        process: int,
-        processes: int,
+        part: int,
+        parts: int,
     ) -> None:
         self.ids = [np.asarray(row, np.int32) for row in ids]
-        self.digest = examples.digest_ids(self.ids).hexdigest()[:16]
         if len(self.ids) < config.batch_size:
             raise InputError(
                 f"the corpus has {len(self.ids)} texts; a batch needs simcse.batch_size={config.batch_size}: "
                 "use more text, or lower it"
             )
+        self.digest = examples.digest_ids(self.ids).hexdigest()[:16]
         lengths = [len(row) for row in self.ids]
         self.schedule = batches.BatchSchedule(lengths, np.ones(len(lengths), int), config.batch_size, 8, True, seed)
-        self.local = _share(config.batch_size, process, processes)
+        self.local = _share(config.batch_size, part, parts)
 
     def __len__(self) -> int:
         return 2**40  # unlimited epochs
@@ -174,8 +174,8 @@ def sentences(texts: Iterable[str], shortest: int = 20) -> list[str]:
     return list(dict.fromkeys(piece for piece in pieces if len(piece) >= shortest))
 
 
-def _share(batch_size: int, process: int, processes: int) -> slice:
-    if batch_size % processes:
-        raise InputError(f"a batch of {batch_size} does not divide over {processes} processes")
-    size = batch_size // processes
-    return slice(process * size, (process + 1) * size)
+def _share(batch_size: int, part: int, parts: int) -> slice:
+    if batch_size % parts:
+        raise InputError(f"a batch of {batch_size} does not divide over {parts} processes")
+    size = batch_size // parts
+    return slice(part * size, (part + 1) * size)

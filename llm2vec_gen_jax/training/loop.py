@@ -331,7 +331,7 @@ class Run:
         request = _STOP if preemption.asked() else _SAVE * due
         if jax.process_count() == 1:
             return request
-        rows = np.full(self.settings.batch_size // jax.process_count(), request, np.int32)
+        rows = np.full(self.settings.batch_size // sharding.batch_part(self.mesh)[1], request, np.int32)
         return jnp.max(sharding.put_batch(rows, self.mesh))
 
     def _finish(self, pending: _Pending | None, window: _Window, writer: MetricsWriter | None, bar: Any) -> int:

@@ -56,19 +56,23 @@ def _train_teacher(config, show_progress):
     prepare_run_directory(output, config)
     backbone = load_configured_backbone(config, jax.devices())
     texts = corpus(config, output, backbone)
+    # Of both stages before the first is trained, to report what is wrong with the second.
+    stages = {
+        name: make(config, backbone, texts)
+        for name, make in (("mntp", _mntp), ("simcse", _simcse))
+        if getattr(config, name).steps
+    }
     adapters = []
-    for name, stage in (("mntp", _mntp), ("simcse", _simcse)):
-        settings = getattr(config, name)
-        if not settings.steps:
-            continue
-        folder = output / name
-        if folder.exists():
+    for name, stage in stages.items():
+        settings, folder = getattr(config, name), output / name
+        if processes.run_on_process_0(folder.exists):
             logger.info(f"{folder}: already finished")
         else:
-            trainer = AdapterTrainer(stage(config, backbone, texts), config, settings, backbone)
+            trainer = AdapterTrainer(stage, config, settings, backbone)
             tree = _run(trainer, config, settings, output / f"{name}-run", show_progress)
             source = backbone.name, config.train.adapter_dtype, backbone.revision
-            peft.save(folder, tree, settings.rank, settings.alpha, *source)
+            save = functools.partial(peft.save, folder, tree, settings.rank, settings.alpha, *source)
+            processes.run_on_process_0(save)
         merged = peft.merge(backbone.frozen, [folder], backbone.architecture)
         backbone = dataclasses.replace(backbone, frozen=merged)
         adapters.append(folder)
@@ -120,8 +124,7 @@ def _mntp(config, backbone, texts):
         mask_id[0],
         backbone.architecture.vocab_size,
         config.train.seed,
-        jax.process_index(),
-        jax.process_count(),
+        *sharding.batch_part(backbone.mesh),
     )
     return functools.partial(llm2vec.mntp, causal=config.attention == "causal"), blocks
 
@@ -131,8 +134,7 @@ def _simcse(config, backbone, texts):
     settings = config.simcse
     texts = llm2vec.sentences(texts) if config.corpus.sentences else texts
     ids = backbone.tokenizer.encode(texts, settings.max_length)
-    seed, processes = config.train.seed, (jax.process_index(), jax.process_count())
-    batches = llm2vec.Sentences(ids, settings, seed, *processes)
+    batches = llm2vec.Sentences(ids, settings, config.train.seed, *sharding.batch_part(backbone.mesh))
     return functools.partial(llm2vec.simcse, scale=settings.scale, causal=config.attention == "causal"), batches
 
 
@@ -153,7 +155,7 @@ def _run(trainer, config, settings, output, show_progress):
     run = Run(trainer, run_settings, trainer.optimizer_config, trainer.backbone.mesh, output, config)
     run.start(resuming=True)  # _train_teacher has verified that the run directory belongs to this run
     run.loop(show_progress, output.name.removesuffix("-run"))
-    return jax.tree.map(sharding.gather, run.state.trainable)
+    return jax.tree.map(sharding.to_numpy, run.state.trainable)
 
 
 class AdapterTrainer:

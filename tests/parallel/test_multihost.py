@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from llm2vec_gen_jax import LLM2VecGen, config, load_embeddings
 from llm2vec_gen_jax.common.errors import InputError
@@ -136,6 +137,33 @@ def test_two_processes_equal_one(cluster):
         found = LLM2VecGen.from_pretrained(run / "model", dtype="float32").encode(texts)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_tensor_parallel_processes_have_the_same_rows(cluster):
+    """The devices of a group are in two processes, which both need all rows of the group's batch."""
+    words = ("train.steps=3", "validation.responses=../responses.jsonl", "train.ridge_examples=16")
+    two = cluster("two", 2, 1, *words, "mesh.tensor=2").succeed()
+    four = cluster("four", 4, 1, *words, "mesh.data=2", "mesh.tensor=2").succeed()
+    single = cluster("single", 1, 1, *words).succeed()
+    for run in (two, four):
+        np.testing.assert_allclose(losses(run), losses(single), rtol=1e-4)
+        assert read_validation(run, 3)[0]["loss"] == pytest.approx(read_validation(single, 3)[0]["loss"], rel=1e-4)
+
+
+def test_two_processes_train_a_teacher(cluster, tiny_folder):
+    texts = [f"Sentence number {number} is about {number * number}." for number in range(24)]
+    (cluster.folder / "corpus.txt").write_text("\n".join(texts))
+    words = ["corpus.path=../corpus.txt", "train.output=run", "train.log_every=1", "heartbeat_timeout=10"]
+    words += ["mntp.max_length=16", "mntp.rank=2", "simcse.rank=2"]
+    words += [f"{stage}.{key}" for stage in ("mntp", "simcse") for key in ("steps=2", "batch_size=8")]
+    command = ("train_teacher", f"backbone.path={tiny_folder('qwen3')}", *words)
+    two, one = (cluster.start(str(count), count, 2 // count, *command).succeed() for count in (2, 1))
+    for stage in ("mntp", "simcse"):
+        np.testing.assert_allclose(losses(two / f"{stage}-run"), losses(one / f"{stage}-run"), rtol=1e-4)
+        first, second = (load_file(run / stage / "adapter_model.safetensors") for run in (two, one))
+        assert first.keys() == second.keys()
+        for name, array in first.items():
+            np.testing.assert_allclose(array, second[name], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -161,6 +161,12 @@ def test_masked_blocks(masking, shares):
     assert not np.array_equal(blocks[0]["positions"], blocks[5]["positions"])
 
 
+def test_all_tokens_but_the_first_can_be_masked():
+    settings = config.MntpConfig(batch_size=2, max_length=8, mask_probability=1.0)
+    batch = llm2vec.MaskedBlocks([np.arange(5, 45)], settings, 1, 50, 0, 0, 1)[0]
+    np.testing.assert_array_equal(batch["positions"], [range(1, 8)] * 2)
+
+
 def test_sentences_are_split_once_each():
     texts = [
         "One sentence that is long. Another sentence? Yes!\n\n- a line of its own, no stop",
@@ -237,15 +243,18 @@ def test_a_killed_run_goes_on_to_the_same_adapters(launch, place, tiny_folder):
 
 
 def test_bad_input_is_named(place, tiny_folder):
+    (place / "short.txt").write_text("\n".join(f"Number {number}." for number in range(40)))
     for word, expected in (
         ("corpus.path=none.txt", "none.txt: no such file"),
         ("mntp.mask_token=two words", "mntp.mask_token='two words' is 9 tokens"),
         ("mntp.max_length=4000", "lower one of them"),
         ("simcse.batch_size=400", "the corpus has 40 texts"),
         ("mntp.masking=al", "did you mean 'all'"),
+        ("corpus.path=short.txt", "the corpus has 0 texts"),
     ):
         with pytest.raises(InputError, match=expected):
             run(tiny_folder, word, "train.overwrite=true")
+        assert not list(place.glob("teacher/*/metrics.jsonl")), "before any training"
     run(tiny_folder, "train.overwrite=true", "simcse.steps=0")
     with pytest.raises(InputError, match="holds another run .*mntp.rank: 2 -> 4"):
         run(tiny_folder, "mntp.rank=4")
