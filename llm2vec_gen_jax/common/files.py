@@ -216,10 +216,10 @@ def visible(folder: Path, pattern: str = "*") -> list[pathlib.Path]:
         read.add(path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
-    for path in files:
-        if path.is_symlink() and not path.exists():
+    for file in files:
+        if file.is_symlink() and not file.exists():
             raise InputError(
-                f"{path}: link to {os.readlink(path)}, which does not exist. Restore it or remove the link"
+                f"{file}: link to {os.readlink(file)}, which does not exist. Restore it or remove the link"
             )
     return sorted(path for path in files if path.match(pattern) and path.is_file())
 

@@ -67,6 +67,6 @@ def load(path: str, config: EvaluateConfig) -> tuple[LoadedEncoder, LoadedEncode
     identity = hyde.identity_of(config, model.backbone) | {"model": model.identity}
     if config.by_teacher == "none":
         return student, student, identity
-    identity["teacher"] = model.document_encoder.identity
+    identity |= {"teacher": model.document_encoder.identity, "by_teacher": config.by_teacher}
     teacher = dataclasses.replace(student, by_teacher=True)
     return teacher if config.by_teacher == "all" else student, teacher, identity

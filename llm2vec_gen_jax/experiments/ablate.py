@@ -41,7 +41,8 @@ def table(folders: Sequence[pathlib.Path]) -> str:
         row = {"run": folder.name, "step": str(losses.pop("step"))}
         rows.append(row | {name: f"{value:.4f}" for name, value in losses.items()})
         results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
-        scores.append({task: f"{metrics['main_score']:.4f}" for task, metrics in results.items()})
+        found = {task: metrics["main_score"] for task, metrics in results.items()}
+        scores.append({task: f"{score:.4f}" for task, score in found.items() if score is not None})
     columns = list(dict.fromkeys(name for row in (*rows, *scores) for name in row))
     return align_columns(
         [columns, *([(row | score).get(name, "-") for name in columns] for row, score in zip(rows, scores))]

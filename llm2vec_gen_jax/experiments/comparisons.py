@@ -75,6 +75,11 @@ def resolve_comparisons(config: ReproduceConfig) -> dict[str, list[str]]:
 
 
 def final_losses(run: pathlib.Path) -> dict[str, Any]:
-    """Returns the last logged step of a run directory and its losses: `step`, `loss` and every `*_loss`."""
+    """Returns the last logged step of a run directory and its losses: `step`, `loss` and every `*_loss`.
+
+    Without a logged step (train.steps=0): only `step`, 0.
+    """
+    if not (run / "metrics.jsonl").exists():
+        return {"step": 0}
     last = read_metrics(run)[-1]
     return {name: last[name] for name in ("step", "loss", *(name for name in last if name.endswith("_loss")))}

@@ -29,6 +29,9 @@ _QUERY_TOKENS = 64  # maximum tokens of a generated query
 # _PRODUCT seconds. Measured on two cores with AVX-512, with the default backbone.
 _GENERATED, _TRAINED, _COMPILATION, _PRODUCT = 4.5e-11, 2e-11, 30, 7e-3
 
+# Beginnings of the names in an output folder; report.html is written by the command that the report ends with.
+_WRITTEN = ("queries.jsonl", "responses.jsonl", "run", "report.html", ".")
+
 # For the report; not part of any training data.
 QUESTIONS = (
     "What is the capital of France?",
@@ -57,9 +60,11 @@ def quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
 def _quickstart(config: config_lib.QuickstartConfig) -> pathlib.Path:
     output = pathlib.Path(config.output)
     if config.overwrite and output.exists():
-        if not (output / "queries.jsonl").exists() and entries(output):
+        others = [name for name in entries(output) if not name.startswith(_WRITTEN)]
+        if others or (entries(output) and not (output / "queries.jsonl.run.json").exists()):
+            found = f" (found {others[0]})" if others else ""
             raise InputError(
-                f"output={output}: was not written by quickstart and is not deleted. Choose another output"
+                f"output={output}: was not written by quickstart{found} and is not deleted. Choose another output"
             )
         shutil.rmtree(output)
     common: dict[str, Any] = {

@@ -36,10 +36,14 @@ def split(
     Returns {"development": {name: type}, "test": {name: type}}. Raises InputError for an invalid task folder.
     """
     names: dict[str, dict[str, str]] = {"development": {}, "test": {}}
-    for source in tasks.find(folder):
+    written: set[pathlib.Path] = set()
+    for number, source in enumerate(tasks.find(folder)):
         task = tasks.read(source)
         for part, write in _writers(task, source.resolve(), documents, queries).items():
             target = pathlib.Path(output) / part / source.name
+            if target in written:  # of a task folder with the same name elsewhere
+                target = target.with_name(f"{source.name}-{number}")
+            written.add(target)
             shutil.rmtree(target, ignore_errors=True)
             with atomic_directory(target) as temporary:
                 name = task.name if part == "test" else f"{task.name.removesuffix('Dev')}Development"

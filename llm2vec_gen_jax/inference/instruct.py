@@ -61,12 +61,15 @@ def _texts(corpus: Corpus, config: InstructConfig, excluded: Collection[str]) ->
     """Returns the distinct texts in random order."""
     texts: dict[str, str] = {}
     for row in corpus.read():
+        if comparison_key(row.text) in excluded:
+            continue
         for text in _units(row.text, config.unit):
             words = text.split()
-            if len(words) >= _MIN_WORDS[config.unit]:
-                text = text if len(words) <= config.max_words else " ".join(words[: config.max_words])
-                texts.setdefault(comparison_key(text), text)
-    usable = [text for key, text in texts.items() if key not in excluded]
+            if len(words) < _MIN_WORDS[config.unit] or comparison_key(text) in excluded:  # before the text is cut
+                continue
+            text = text if len(words) <= config.max_words else " ".join(words[: config.max_words])
+            texts.setdefault(comparison_key(text), text)
+    usable = list(texts.values())
     if len(usable) < (config.count or 1):
         raise InputError(
             f"input={config.input}: {len(usable)} distinct texts of at least {_MIN_WORDS[config.unit]} words "

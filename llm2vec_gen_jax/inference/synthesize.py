@@ -20,7 +20,7 @@ _PATIENCE = 50  # batches without a new query before giving up
 def synthesize(config: SynthesizeConfig, backbone: LoadedBackbone | None = None) -> pathlib.Path:
     """Writes the queries of a SynthesizeConfig, or resumes an interrupted run. Returns the output path.
 
-    Sample i depends on (backbone, seed, i) only. Samples without a stop token, short ones and duplicates are
+    Sample i depends on (backbone, its dtype, seed, i) only. Samples without a stop token, short ones and duplicates are
     discarded. Raises InputError for invalid settings.
     """
     options.require(config)

@@ -1,6 +1,6 @@
 """The device mesh, and the mesh axis of each logical axis. The only module that names mesh axes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -88,10 +88,10 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_part(mesh: Mesh) -> tuple[int, int]:
     """Returns (index, count): this process has rows index * B / count ... of every batch of B.
 
-    Processes whose devices hold the same rows, those of one tensor-parallel group, have the same part. Raises InputError
-    if the rows of two processes overlap only in part.
+    Processes whose devices hold the same rows, those of one tensor-parallel group, have the same part. Raises
+    InputError if the rows of two processes overlap only in part.
     """
-    places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
     shards: dict[int, set[int]] = {}
     for device, (rows,) in places.items():
         shards.setdefault(device.process_index, set()).add(rows.start or 0)

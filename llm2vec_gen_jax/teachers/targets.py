@@ -107,7 +107,10 @@ def _by_llm2vec(backbone, config, answers, responses):
         frozen = backbone.frozen
         if path or adapters or quantized or frozen is None:  # merging donates its input
             access = hub if path else hub_options(config, config.backbone.revision)
-            frozen = load_backbone(path or config.backbone.path, dtype, mesh, attention, access).frozen
+            loaded = load_backbone(path or config.backbone.path, dtype, mesh, attention, access)
+            if loaded.identity != reader.identity:
+                raise InputError(f"backbone.path={config.backbone.path}: has other weights than the loaded backbone")
+            frozen = loaded.frozen
         frozen = peft.merge(frozen, adapters, reader.architecture)
 
         def embed(rows):

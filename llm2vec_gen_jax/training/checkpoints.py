@@ -102,7 +102,10 @@ class Checkpoints:
                 return None, "the digest of its record differs"
         except Exception as error:  # damaged files raise many types
             return None, _damage(error)
-        if differing := diff(record["of"], self.record):
+        # Evaluation may begin or end when a run is resumed, but its values must be of the same data.
+        begun = {"validation"} - (record["of"].keys() & self.record.keys())
+        before, now = ({k: v for k, v in of.items() if k not in begun} for of in (record["of"], self.record))
+        if differing := diff(before, now):
             raise InputError(
                 f"{self.folder / str(step)}: is of another run ({differing}). Use the settings of that run, choose "
                 "another train.output, or pass train.overwrite=true"

@@ -141,4 +141,4 @@ class CompressionTrainer:
     def describe(self, step: int) -> str:
         """Returns a description of the records that a step (from 0) reads."""
         rows = self.examples.row[self.schedule[step].rows].tolist()
-        return f"rows {rows} (from 0) of {self.config.data.responses}"
+        return f"rows {rows} (from 0) of {self.config.data.responses or 'the records'}"

@@ -68,8 +68,8 @@ def simcse(
 class MaskedBlocks:
     """MNTP batches by step: blocks of S tokens of the concatenated corpus, with a new random mask in every step.
 
-    M = probability * S tokens of each block, but never the first, are masked: all replaced by the mask token, or (masking "bert") 80 % by
-    the mask token, 10 % by a random token and 10 % unchanged. A pure function of (seed, step).
+    M = probability * S tokens of each block, but never the first, are masked: all replaced by the mask token, or
+    (masking "bert") 80 % by the mask token, 10 % by a random token and 10 % unchanged. A pure function of (seed, step).
     """
 
     def __init__(

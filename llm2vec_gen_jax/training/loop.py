@@ -78,9 +78,13 @@ class Trainer(Protocol):
 
 
 class Validator(Protocol):
-    """Evaluates the trainable tree during a run. rows: records of the evaluated steps."""
+    """Evaluates the trainable tree during a run.
+
+    rows: records of the evaluated steps. digest: hex digits that identify the data of the evaluation.
+    """
 
     rows: list[dict[str, Any]]
+    digest: str
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether a step (from 1) of a run of `last` steps is evaluated."""
@@ -129,6 +133,13 @@ class _Window:
         self.rows: list[dict[str, float]] = []
         self.padding: list[float] = []
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of what runs inside from tokens_per_second."""
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
+
     def add(self, values: dict[str, float], computed: int) -> None:
         real = values.pop("tokens")
         self.rows.append(values)
@@ -172,14 +183,15 @@ class Run:
 
     def start(self, resuming: bool) -> None:
         """Initializes state and step, from the newest valid checkpoint if `resuming`."""
-        processes.assert_equal_across_processes({"record": self.trainer.record})
+        record = self.trainer.record | ({"validation": self.validation.digest} if self.validation else {})
+        processes.assert_equal_across_processes({"record": record})
         replicated = sharding.replicated(self.mesh)
         start = jax.jit(lambda trainable: new_state(trainable, self.optimizer), out_shardings=replicated)
         self.state: TrainState = start(self.trainer.init())
         self.first_step = 0
         keep, validation = self.settings.keep_checkpoints, self.validation
         kept_step = (lambda: validation.kept_step) if validation else lambda: None
-        self.checkpoints = Checkpoints(self.output / "checkpoints", self.trainer.record, keep, kept_step)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", record, keep, kept_step)
         restored = self.checkpoints.restore(self.state) if resuming else None
         if restored is not None:
             self.state, self.first_step = restored
@@ -245,9 +257,9 @@ class Run:
         batches = iterate(self.trainer.batches, self.first_step, settings.steps)
         self.saved_step, self.saved_at = self.first_step, time.monotonic()
         with self._writer() as writer, bar, _Profile(settings.profile, self.output) as profile:
-            if self._is_evaluation_missing():  # the run was interrupted between checkpoint and evaluation
-                self._validate(writer, bar, beat)
-            if self.is_finished:
+            # If the run was interrupted between checkpoint and evaluation.
+            ends = self._is_evaluation_missing() and self._validate(writer, bar, beat)
+            if ends or self.is_finished:
                 return
             pending: _Pending | None = None
             for number, (batch, on_mesh) in zip(steps, _ahead(batches, self.mesh)):
@@ -269,7 +281,8 @@ class Run:
                         pending = None
                 profile.after(number)
                 if self.trainer.is_revised(number):
-                    state = dataclasses.replace(state, trainable=self.trainer.revise(state.trainable, beat))
+                    with window.paused():
+                        state = dataclasses.replace(state, trainable=self.trainer.revise(state.trainable, beat))
                 self.state, self.step = state, number
                 if due or action:
                     self.checkpoints.save(number, state)
@@ -277,8 +290,11 @@ class Run:
                     self._call(lambda callback: callback.on_checkpoint(self.step))
                 if action == _STOP and number < settings.steps:
                     self._stop()
-                if evaluates and self._validate(writer, bar, beat):
-                    break
+                if evaluates:
+                    with window.paused():
+                        ends = self._validate(writer, bar, beat)
+                    if ends:
+                        break
 
     def _stop(self) -> NoReturn:
         self.checkpoints.close()

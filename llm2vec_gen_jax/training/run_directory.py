@@ -2,7 +2,6 @@
 
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
@@ -11,7 +10,7 @@ from llm2vec_gen_jax.config import HUB_KEYS, TeacherTrainConfig, TrainConfig, op
 from llm2vec_gen_jax.parallel import processes
 from llm2vec_gen_jax.training import tracking
 
-# Keys that may change when a run is resumed: how long and where it runs, not what it computes.
+# {section: keys} that may change when a run is resumed: how long and where it runs, not what it computes.
 FREE_KEYS = {
     "": ("distributed", "num_processes", "process_id", "join_timeout", "heartbeat_timeout", "tracking", *HUB_KEYS),
     "train": (
@@ -34,19 +33,12 @@ FREE_KEYS = {
 }
 
 
-def prepare_run_directory(
-    output: pathlib.Path,
-    config: TrainConfig | TeacherTrainConfig,
-    free: Mapping[str, Sequence[str]] = FREE_KEYS,
-) -> bool:
-    """Claims the run directory, or verifies that it belongs to the same run. Returns whether the run is resumed.
-
-    free: {section: keys} that may differ from the earlier part of the run; "" for keys without a section.
-    """
-    return processes.run_on_process_0(lambda: _prepare(output, config, free))
+def prepare_run_directory(output: pathlib.Path, config: TrainConfig | TeacherTrainConfig) -> bool:
+    """Claims the run directory, or verifies that it belongs to the same run. Returns whether the run is resumed."""
+    return processes.run_on_process_0(lambda: _prepare(output, config))
 
 
-def _prepare(output, config, free):
+def _prepare(output, config):
     tracking.check(config.tracking)
     resuming = False
     if output.is_dir():
@@ -56,7 +48,7 @@ def _prepare(output, config, free):
         if config.train.overwrite:
             shutil.rmtree(output)
         else:
-            records = _fixed(options.to_dict(old), free), _fixed(options.to_dict(config), free)
+            records = _fixed(options.to_dict(old), FREE_KEYS), _fixed(options.to_dict(config), FREE_KEYS)
             # A run that failed before its first step, often because of its settings, leaves only its config.
             if entries(output) != ["config.yaml"]:
                 remedy = "choose another output, or pass train.overwrite=true"

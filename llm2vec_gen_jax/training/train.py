@@ -83,8 +83,14 @@ def _train(
     trainer = CompressionTrainer(config, data.backbone, data.examples)
     validation = Validation.of(config, data, trainer, jobs)
     run = Run(trainer, config.train, config.optimizer, data.backbone.mesh, output, config, validation, callbacks)
-    run.start(resuming)
-    if run.is_finished and processes.run_on_process_0(lambda: _step_of(final) in (None, run.final_step)):
+
+    def is_written(step: int) -> bool:
+        return bool(processes.run_on_process_0(lambda: _content(final)) == [step, data.examples.digest])
+
+    is_solved = resuming and not config.train.steps and is_written(0)  # the alignment head, and nothing else is asked
+    if not is_solved:
+        run.start(resuming)
+    if is_solved or (run.is_finished and is_written(run.final_step)):
         logger.info(f"{final}: already finished")
         return final
     if config.train.steps:
@@ -97,7 +103,7 @@ def _train(
         "data": {"responses": config.data.responses, "examples": len(data.examples), "digest": data.examples.digest},
         "metrics": processes.run_on_process_0(lambda: _metrics_of(output, run.final_step))
         if config.train.steps
-        else {},
+        else {"step": 0},
     }
     if validation and (scores := validation.record_of(run.final_step)):
         extra["validation"] = scores
@@ -111,12 +117,12 @@ def _train(
     return final
 
 
-def _step_of(model: pathlib.Path) -> int | None:
-    """Returns the step of a run's model directory; -1 without one, None if it does not say."""
+def _content(model: pathlib.Path) -> list[Any]:
+    """Returns [step, digest of the data] of a run's model directory; [] without one. The step is 0 if it has none."""
     if not model.exists():
-        return -1
-    step: int | None = (model_directory.read_model_directory(model).extra.get("metrics") or {}).get("step")
-    return step
+        return []
+    extra = model_directory.read_model_directory(model).extra
+    return [(extra.get("metrics") or {}).get("step", 0), (extra.get("data") or {}).get("digest")]
 
 
 def _metrics_of(output: pathlib.Path, step: int) -> dict[str, Any]:

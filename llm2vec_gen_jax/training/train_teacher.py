@@ -62,6 +62,10 @@ def _train_teacher(config, show_progress):
         for name, make in (("mntp", _mntp), ("simcse", _simcse))
         if getattr(config, name).steps
     }
+    shards = sharding.batch_shards(backbone.mesh)
+    for name in stages:
+        if (size := getattr(config, name).batch_size) % shards:
+            raise InputError(f"{name}.batch_size={size} does not divide over {shards} data shards")
     adapters = []
     for name, stage in stages.items():
         settings, folder = getattr(config, name), output / name

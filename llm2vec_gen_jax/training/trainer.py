@@ -80,7 +80,9 @@ class LLM2VecGenTrainer:
             "kernels": kernels,
             "mesh": mesh,
         }
-        if not isinstance(backbone, LoadedBackbone):
+        if isinstance(backbone, LoadedBackbone):
+            sections["backbone"] = {"path": backbone.name, "revision": backbone.revision, "dtype": backbone.dtype}
+        else:
             sections["backbone"] = {"path": backbone} if isinstance(backbone, str | os.PathLike) else backbone
         for name, section in sections.items():
             if section is not None:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from llm2vec_gen_jax.api import LLM2VecGen
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, nearest, not_finite
+from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.config import EvaluateConfig, TrainConfig
 from llm2vec_gen_jax.data.examples import Examples
 from llm2vec_gen_jax.evaluation import evaluate
@@ -53,7 +54,8 @@ def _jobs(config: TrainConfig) -> list[evaluate.Job]:
 class Validation:
     """Evaluates the trainable tree of a run, and records which step is best.
 
-    rows: the records {"step", name: value, ...} of the evaluated steps.
+    rows: the records {"step", name: value, ...} of the evaluated steps. digest: 16 hex digits that identify the
+    held-out examples and the tasks.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Validation:
         self.settings, self.trainer, self.jobs = config.validation, trainer, jobs
         self.held_out = None if held_out is None else _HeldOut(config, trainer, held_out)
         self.metric = self.settings.metric or (TASKS if held_out is None else "loss")
+        self.digest = fingerprint([held_out and held_out.digest, [job.record() for job in jobs]])
         self.rows: list[dict[str, Any]] = []
 
     @classmethod
@@ -132,7 +135,9 @@ class _HeldOut:
         if len(examples) < shards:
             raise InputError(f"validation.responses: {len(examples)} records for {shards} data shards are too few")
         size = min(config.train.batch_size, len(examples) // shards * shards)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+        train = dataclasses.replace(config.train, batch_size=size)
+        data = dataclasses.replace(config.data, responses=config.validation.responses)
+        config = dataclasses.replace(config, train=train, data=data)
         self.trainer = CompressionTrainer(config, trainer.backbone, examples)
         if self.trainer.model.embedding_size != trainer.model.embedding_size:
             raise InputError("validation.responses: the targets have another size than those of data.responses")
@@ -145,4 +150,7 @@ class _HeldOut:
             on_mesh = self.trainer.prefill(sharding.put_batch(self.trainer.batches[step], backbone.mesh))
             rows.append(self.program(trainable, backbone.frozen, on_mesh))
         values = jax.device_get(rows)
+        for step, row in enumerate(values):
+            if not np.isfinite(row["loss"]):
+                raise not_finite(f"validation.responses: a loss of {self.trainer.describe(step)}", backbone.dtype)
         return {name: float(np.mean([row[name] for row in values], dtype=np.float64)) for name in values[0]}

@@ -302,4 +302,8 @@ def test_quickstart_goes_from_nothing_to_a_model_and_resumes(command, talker_fol
     before = files.sha256_file("quick/run/model/alignment_mlp")
     code, out, errors = command("quickstart", *words)
     assert code == 0 and "already finished" in out, errors
+    pathlib.Path("quick/notes.txt").write_text("mine")
+    check_error(command("quickstart", *words, "overwrite=true"), "not written by quickstart (found notes.txt)")
+    shutil.copytree("quick", "data", ignore=shutil.ignore_patterns("run*", "*.run.json", "responses*", "notes.txt"))
+    check_error(command("quickstart", *words, "output=data", "overwrite=true"), "not written by quickstart and is not")
     assert files.sha256_file("quick/run/model/alignment_mlp") == before

@@ -47,12 +47,17 @@ def test_table_of_all_runs(run, messages):
     assert rows[2][2:] == [f"{last[name]:.4f}" for name in rows[0][2:]]
     assert float(rows[1][4]) == 0 and rows[1][5] == "-"
     messages()
-    results = {"STS": {"main_score": 0.51234, "pearson": 0.5}}
+    results = {"STS": {"main_score": 0.51234, "pearson": 0.5}, "Constant": {"main_score": None}}
     pathlib.Path("runs/aligned/results.json").write_text(json.dumps(results))
     again = run("aligned.yaml", "repeated.yaml")
     assert messages().count("already finished") == 2
     assert [row[:6] for row in again] == rows
     assert [row[6] for row in again] == ["STS", "0.5123", "-"]
+
+
+def test_a_run_without_steps_is_in_the_table(tmp_path):
+    """Such as one that solves the alignment head only."""
+    assert [line.split() for line in table([tmp_path / "solved"]).splitlines()] == [["run", "step"], ["solved", "0"]]
 
 
 def test_an_ablation_resumes(run, messages):

@@ -4,7 +4,7 @@ import json
 
 from llm2vec_gen_jax.evaluation import tasks
 from llm2vec_gen_jax.experiments import splits
-from tests.helpers.tasks import TYPES
+from tests.helpers.tasks import TYPES, write_task
 
 
 def test_development_and_test_are_disjoint(task_folders, tmp_path):
@@ -49,6 +49,13 @@ def test_a_sampled_corpus_includes_the_judged_documents(task_folders, tmp_path):
     for name in ("Small-classificationDevelopment", "Small-classification"):
         labels = [row["label"] for row in views[name].data["train"]]
         assert len(labels) == 3 and len(set(labels)) == min(3, len({row["label"] for row in views[name].data["test"]}))
+
+
+def test_task_folders_of_the_same_name_are_kept_apart(tmp_path):
+    for language in ("de", "en"):
+        write_task(tmp_path / "tasks" / language / "sts", "sts", f"STS-{language}")
+    splits.split(tmp_path / "tasks", tmp_path / "splits")
+    assert splits.types(tmp_path / "splits" / "test") == {"STS-de": "sts", "STS-en": "sts"}
 
 
 def _read(folder):

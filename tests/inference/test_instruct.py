@@ -64,6 +64,13 @@ def test_long_texts_are_cut_and_texts_of_tasks_are_left_out(settings, tmp_path):
     write_jsonl(tmp_path / "texts.jsonl", [{"text": row["text"].upper()}, {"text": "of no task"}])
     rows = rows_of(instruct(settings(overwrite=True), evaluation_texts(tmp_path / "tasks")))
     assert [row["answer"] for row in rows] == ["of no task"]
+    long = "A long test text. It has several sentences and\nmore than one line."
+    write_jsonl(tmp_path / "tasks" / "task" / "test.jsonl", [row | {"text": long}, row | {"text": "Its own row."}])
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": long}, {"text": "It is of no task. Its own row."}])
+    excluded = evaluation_texts(tmp_path / "tasks")
+    for changes, expected in (({"max_words": 5}, "It is of no task."), ({"unit": "sentence"}, "It is of no task.")):
+        rows = rows_of(instruct(settings(overwrite=True, **changes), excluded))
+        assert [row["answer"] for row in rows] == [expected]
 
 
 def test_it_resumes_to_the_same_bytes_wherever_it_is_cut(settings):

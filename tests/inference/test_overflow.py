@@ -23,6 +23,7 @@ from llm2vec_gen_jax.teachers.encoder import Teacher
 from llm2vec_gen_jax.teachers.hyde import Hyde
 from llm2vec_gen_jax.training import ridge
 from llm2vec_gen_jax.training.train import CompressionTrainer
+from llm2vec_gen_jax.training.validation import Validation
 from tests.conftest import check_error, one_device_mesh, tiny_tokenizer, tiny_torch_model, write_jsonl
 from tests.helpers.adapters import settings_of
 from tests.helpers.backbones import save_overflowing_backbone
@@ -267,7 +268,7 @@ def test_weights_beyond_float16_are_named(half, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_ridge_names_the_row(half, folder, tmp_path):
+def test_the_ridge_and_the_held_out_losses_name_the_row(half, folder, tmp_path):
     rows = [{"question": f"{n}" + " ~" * (n == 21), "answer": "a"} for n in range(48)]
     path = write_jsonl(tmp_path / "responses.jsonl", rows)
     settings = settings_of(lambda _: folder, "train.batch_size=8", "compression.num_tokens=2", f"data.responses={path}")
@@ -278,6 +279,9 @@ def test_the_ridge_names_the_row(half, folder, tmp_path):
     start = start | {"tokens": jnp.asarray(start["tokens"]).at[:, 1].set(0)}
     with pytest.raises(InputError, match="responses.jsonl: the question of row 21 .*bfloat16"):
         ridge.solve_alignment_head(trainer, start, 48)
+    held_out = dataclasses.replace(settings.validation, responses=str(path))
+    with pytest.raises(InputError, match=r"validation.responses: a loss of rows \[.*21.*responses.jsonl.*bfloat16"):
+        Validation(dataclasses.replace(settings, validation=held_out), trainer, examples, []).evaluate(start)
 
 
 # The server

@@ -103,6 +103,8 @@ def test_queries_are_evaluated_on_documents_of_the_teacher(trained, model, tmp_p
     assert 0 <= json.loads((tmp_path / "out/results.json").read_text())["Small"]["main_score"] <= 1
     with pytest.raises(InputError, match="holds another run"):
         evaluate(str(path), dataclasses.replace(settings, by_teacher="none"))
+    with pytest.raises(InputError, match="by_teacher: 'documents' -> 'all'"):
+        evaluate(str(path), dataclasses.replace(settings, by_teacher="all", query_instruction=""))
     query, _, _ = encoders.load(str(path), dataclasses.replace(settings, by_teacher="all"))
     np.testing.assert_allclose(query.encode(TEXTS), document.encode(TEXTS), atol=1e-5)
     with pytest.raises(InputError, match="by_teacher=documents is for kind=student, not for kind=teacher"):

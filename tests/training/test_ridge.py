@@ -1,5 +1,7 @@
 """The alignment head's start: the ridge regression of numpy, on any mesh, once, and better than a random head."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -159,7 +161,14 @@ def test_the_head_of_a_finished_model_is_solved_anew_without_a_step(tiny_folder,
     np.testing.assert_array_equal(before.tokens_MD, after.tokens_MD)
     np.testing.assert_array_equal(before.reconstruction["kernel"], after.reconstruction["kernel"])
     assert np.abs(before.alignment["kernel"] - after.alignment["kernel"]).max() > 1e-3
-    assert run("second", *solve) == second and "already finished" in messages()
+    assert run("second", *solve) == second
+    again = messages()
+    assert "already finished" in again and "solved" not in again
+    shutil.copytree(second, tmp_path / "solved")
+    assert read_model_directory(run("second", *solve[::2], "train.steps=1")).extra["metrics"]["step"] == 1
+    shutil.rmtree(second)
+    shutil.move(tmp_path / "solved", second)  # as if the run had been killed before it replaced the model
+    assert read_model_directory(run("second", *solve[::2], "train.steps=1")).extra["metrics"]["step"] == 1
     with pytest.raises(InputError, match="train.steps=0: nothing to train. Set train.ridge_examples"):
         run("third", "train.steps=0")
 

@@ -310,6 +310,11 @@ def test_every_second_of_the_loop_is_counted_in_a_record(monkeypatch):
     for number in (1, 2, 3):
         window.add({"loss": 1.0, "tokens": 7}, 8)
         assert window.flush(number)["tokens_per_second"] == 7.0
+    with window.paused():  # one second later, for 11 seconds
+        for _ in range(10):
+            next(clock)
+    window.add({"loss": 1.0, "tokens": 7}, 8)
+    assert window.flush(4)["tokens_per_second"] == 3.5
 
 
 # What trains and what does not

@@ -15,6 +15,7 @@ from llm2vec_gen_jax.config import options
 from llm2vec_gen_jax.training.metrics import read_metrics
 from llm2vec_gen_jax.training.train import train
 from tests.conftest import write_jsonl
+from tests.helpers.adapters import LORA, write_adapter
 from tests.helpers.processes import Process, environment
 
 RECORDS = [{"question": f"What is {n}?", "answer": f"It is {'abcdefgh'[n % 8] * (1 + n % 6)}."} for n in range(24)]
@@ -63,6 +64,18 @@ def test_the_run_is_that_of_the_command(place, trainer, tiny, tiny_folder, kind)
     assert LLM2VecGen.from_pretrained("run/model").get_embedding_dimension() == 32
 
 
+def test_the_teacher_of_a_loaded_backbone_has_its_weights(place, trainer, tiny_folder):
+    """Adapters are merged into weights that are loaded again."""
+    adapter = write_adapter(place / "adapter", LORA, {(layer, "mlp.up_proj"): 4 for layer in range(3)})
+    made = trainer(teacher={"adapters": [str(adapter)]}, output="loaded")
+    named = trainer(teacher={"adapters": [str(adapter)]}, output="named", backbone=tiny_folder("qwen3"))
+    assert made.config.backbone.path == str(tiny_folder("qwen3"))
+    for each in (made, named):
+        each.train()
+    losses = [[row["loss"] for row in read_metrics(pathlib.Path(name))] for name in ("loaded", "named")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_callbacks_see_every_record_and_can_end_the_training(trainer):
     class Watch(TrainingCallback):
         def __init__(self):
@@ -91,6 +104,11 @@ def test_callbacks_see_every_record_and_can_end_the_training(trainer):
     again = trainer(held_out=RECORDS[:8], train=settings, validation={"every": 2})
     assert again.evaluate() == values, "the model is read from the run directory"
     np.testing.assert_array_equal(again.model.encode("a"), model.encode("a"))
+    evaluations = pathlib.Path("run/validation.jsonl")
+    evaluations.write_text(evaluations.read_text().splitlines(keepends=True)[0])
+    watch = Watch()  # as if the run had been killed between the checkpoint of step 4 and its evaluation
+    trainer(held_out=RECORDS[:8], callbacks=[watch], train=settings, validation={"every": 2}).train()
+    assert [row["step"] for row in watch.validated] == [4] and not watch.logged
 
 
 def test_the_first_ctrl_c_saves_and_a_second_call_resumes(place, tiny_folder):

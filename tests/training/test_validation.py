@@ -196,6 +196,14 @@ def test_a_damaged_checkpoint_of_the_best_step_is_named(run, monkeypatch):
     assert model_directory.read_model_directory(folder / "model").extra["metrics"]["step"] == 40
 
 
+def test_a_run_is_not_resumed_with_other_held_out_records(run, tmp_path):
+    """Its evaluations would be compared with those of other records."""
+    run(*VALIDATED, "train.steps=2")
+    write_jsonl(tmp_path / "held-out.jsonl", HELD_OUT[1:])
+    with pytest.raises(InputError, match="is of another run .*validation"):
+        run(*VALIDATED, "train.steps=4")
+
+
 def test_held_out_targets_are_whitened_as_those_of_the_training_records(run, tiny):
     words = ("teacher.whiten=0.5", *VALIDATED)
     same = load_training_data(run.settings(*words, "validation.responses=responses.jsonl"), tiny("qwen3"))
