@@ -182,8 +182,8 @@ def finite(arrays: Iterable[np.ndarray]) -> NDArray[np.bool_]:
 
 
 def unpack(result: Iterable[Any], rows: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
-    """Returns the results of a pass that are not None, by text: arrays (n, ...)."""
-    return [np.asarray(array)[rows, slots] for array in result if array is not None]
+    """Returns the results of a pass that are not None, by text: arrays (n, ...). All processes of the mesh call it."""
+    return [sharding.to_numpy(array)[rows, slots] for array in result if array is not None]
 
 
 def repair(
@@ -265,7 +265,7 @@ def encode_windows(
     def alone(ids):
         [batch] = plan_window(model, backbone, [ids], batch_size)
         packed, _, *where = arrange(batch, [ids], model.num_thought_tokens, model.num_appended)
-        packed = sharding.put_batch(packed, mesh)
+        packed = sharding.put_rows(packed, mesh)
         return unpack(_encode(model, soft_prompts, trainable, backbone.frozen, packed), *where)
 
     dispatched: collections.deque[tuple[Any, ...]] = collections.deque()
@@ -284,7 +284,7 @@ def encode_windows(
                 dispatched.append((window, None))
             else:
                 tokens += int(np.count_nonzero(packed.segments_BT))
-                result = _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_batch(packed, mesh))
+                result = _encode(model, soft_prompts, trainable, backbone.frozen, sharding.put_rows(packed, mesh))
                 dispatched.append((window, result, where, tokens))
             while len(dispatched) > 1:
                 yield from completed()
@@ -315,7 +315,7 @@ def warmup(
         for height, width in needed:
             shapes_of = [(height, width)] * 3 + [(height, width // model.num_appended)]
             arrays: Any = (np.zeros(shape, np.int32) for shape in shapes_of)
-            packed = sharding.put_batch(Packed(*arrays), backbone.mesh)
+            packed = sharding.put_rows(Packed(*arrays), backbone.mesh)
             _encode.compile(model, soft_prompts, trainable, backbone.frozen, packed)
             bar.update(1)
     return len(needed)

@@ -155,6 +155,8 @@ def abstract_batch(tree: Any, mesh: Mesh) -> Any:
 def put_rows(tree: Any, mesh: Mesh) -> Any:
     """Returns global arrays, sharded over the batch, from numpy arrays with all rows (leading B) on every process."""
     sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 

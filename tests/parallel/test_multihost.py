@@ -55,9 +55,9 @@ def free_address():
 class Cluster:
     """Processes of one run on this machine, `devices` fake ones each, in a folder of their own."""
 
-    def __init__(self, folder, processes, devices, *words, different=(), script=""):
+    def __init__(self, folder, processes, devices, *words, different=(), script="", torch=False):
         """words: the command's name and what follows. different: more words, for all processes but the first; script:
-        Python that these (or a single one) run before."""
+        Python that these (or a single one) run before; torch: whether PyTorch can be imported."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.address = address = free_address()
@@ -69,7 +69,7 @@ class Cluster:
             run = f"{first}\nimport runpy; runpy.run_module('launch.{words[0]}', run_name='__main__')"
             command = [sys.executable, "-c", run, *words[1:], *own]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.processes.append(Process(command, cwd=folder, env=environment(devices), **pipes))
+            self.processes.append(Process(command, cwd=folder, env=environment(devices, torch), **pipes))
 
     def wait(self, timeout=300):
         """Returns [(exit code, stdout, stderr)] of the processes."""
@@ -171,7 +171,7 @@ def test_two_processes_score_tasks_and_end_at_the_same_step(cluster):
     pytest.importorskip("mteb", reason="needs requirements-eval.txt")
     write_task(cluster.folder / "tasks/sts", "sts")
     words = ("validation.tasks=../tasks", "validation.every=2", "validation.patience=1", "train.steps=100")
-    two, one = (cluster(str(count), count, 2 // count, *words).succeed() for count in (2, 1))
+    two, one = (cluster(str(count), count, 2 // count, *words, torch=True).succeed() for count in (2, 1))
     scores = [read_validation(run, 100) for run in (two, one)]
     assert len(scores[0]) < 50, "the run ended before its last step"
     assert [row["step"] for row in scores[0]] == [row["step"] for row in scores[1]]
