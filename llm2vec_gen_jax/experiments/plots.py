@@ -1,7 +1,6 @@
 """PNG plots of the study's tables, by matplotlib, which is imported only when a plot is drawn."""
 
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,8 +40,10 @@ def _plot_headline(axes: Any, table: dict[str, Any]) -> bool:
     for number, name in enumerate(names):
         positions = [position + (number - (len(names) - 1) / 2) * width for position in range(len(rows))]
         heights = [row.get(name) or 0 for row in rows]
-        errors = [row.get("deviation") or 0 for row in rows] if name == "student" else None
-        axes.bar(positions, heights, width, yerr=errors, capsize=3, label=name)
+        errors = [row.get("deviation") for row in rows] if name == "student" else [None]
+        spread = None if None in errors else errors
+        bars = axes.bar(positions, heights, width, yerr=spread, capsize=3, label=name)
+        axes.bar_label(bars, [f"{height:.2f}" for height in heights], padding=2, fontsize=8)
     axes.set_xticks(range(len(rows)), [row["category"].replace("_", "\n") for row in rows])
     axes.set_ylabel("main metric (safety: lower is safer)")
     axes.legend()
@@ -50,26 +51,23 @@ def _plot_headline(axes: Any, table: dict[str, Any]) -> bool:
 
 
 def _plot_comparisons(axes: Any, table: dict[str, Any]) -> bool:
-    """Plots the mean development score against the number of compression tokens."""
-    points = {}
-    for row in table["rows"]:
-        if row.get("mean") is not None and re.fullmatch(r"base|tokens-\d+", row["run"]):
-            points[row["tokens"]] = row["mean"]
-    if len(points) < 2:
-        return False
-    axes.plot(sorted(points), [points[tokens] for tokens in sorted(points)], marker="o")
-    axes.set_xscale("log")
-    axes.set_xticks(sorted(points), [str(tokens) for tokens in sorted(points)])
-    axes.minorticks_off()
-    axes.set_xlabel("compression tokens")
-    axes.set_ylabel("mean of development tasks")
-    return True
+    """Plots the mean development score of each run, from 0, so that small differences look small."""
+    rows = [row for row in table["rows"] if row.get("mean") is not None]
+    bars = axes.barh([row["run"] for row in rows], [row["mean"] for row in rows])
+    axes.bar_label(bars, [f"{row['mean']:.3f}" for row in rows], padding=3)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean of development tasks")
+    return bool(rows)
 
 
 def _plot_cost(axes: Any, table: dict[str, Any]) -> bool:
     rows = [row for row in table["rows"] if row["seconds"]]
-    axes.barh([f"{row['way']}, batch {row['batch']}" for row in rows], [row["seconds"] for row in rows])
+    bars = axes.barh([f"{row['way']}, batch {row['batch']}" for row in rows], [row["seconds"] for row in rows])
+    axes.bar_label(bars, [f"{row['seconds']:.3f}" for row in rows], padding=3)
     axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
     axes.set_xlabel("seconds per query")
     return bool(rows)
 
