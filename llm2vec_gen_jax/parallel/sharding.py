@@ -86,7 +86,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): this process has rows index * B / count ... of every batch of B.
+    """Returns (index, count): which of `count` equal parts of every batch the devices of this process hold.
 
     Processes whose devices hold the same rows, those of one tensor-parallel group, have the same part. Raises
     InputError if the rows of two processes overlap only in part.
@@ -96,7 +96,8 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     for device, (rows,) in places.items():
         shards.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(own)) for own in shards.values()})
-    if [shard for part in parts for shard in part] != list(range(batch_shards(mesh))) or len({*map(len, parts)}) > 1:
+    held = sorted(shard for part in parts for shard in part)  # of a part, not always neighbors
+    if held != list(range(batch_shards(mesh))) or len({*map(len, parts)}) > 1:
         sizes = ", ".join(f"mesh.{name}={size}" for name, size in mesh.shape.items())
         raise InputError(f"{sizes}: {len(shards)} processes cannot have parts of a batch. Choose other mesh sizes")
     return parts.index(tuple(sorted(shards[jax.process_index()]))), len(parts)

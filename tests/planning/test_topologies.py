@@ -93,6 +93,31 @@ def test_memory_limit_of_training(gpu_compiler, monkeypatch, settings, share):
     np.testing.assert_allclose(memory.limit(mesh), 0.92 * share * CHIPS["h100"].memory)
 
 
+@pytest.mark.parametrize(
+    ("shape", "order", "expected"),
+    [
+        ((16, 1, 1), range(16), [(0, 2), (1, 2)]),
+        ((2, 2, 4), range(16), [(0, 2), (1, 2)]),
+        ((1, 1, 16), range(16), [(0, 1), (0, 1)]),  # a tensor-parallel group of both processes
+        ((2, 1, 8), [*range(0, 16, 2), *range(1, 16, 2)], [(0, 1), (0, 1)]),
+        ((16, 1, 1), [*range(0, 16, 2), *range(1, 16, 2)], [(0, 2), (1, 2)]),
+        ((8, 1, 2), [0, 8, *range(1, 8), *range(9, 16)], None),  # the processes share one group of eight
+    ],
+)
+def test_the_part_of_a_batch_that_a_process_has(gpu_compiler, monkeypatch, shape, order, expected):
+    devices = np.array(topologies.described_devices("h100:2x8")[0])
+    mesh = jax.sharding.Mesh(devices[[*order]].reshape(shape), sharding.MESH_AXES)
+    found = []
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        if expected is None:
+            with pytest.raises(InputError, match="mesh.data=8, .*: 2 processes cannot have parts of a batch"):
+                sharding.batch_part(mesh)
+        else:
+            found.append(sharding.batch_part(mesh))
+    assert found == (expected or [])
+
+
 @pytest.mark.parametrize("value", ["most", "0", "1.5", "90%"])
 def test_a_bad_memory_fraction_is_an_error(monkeypatch, value):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
