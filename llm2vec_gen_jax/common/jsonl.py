@@ -15,6 +15,7 @@ from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.files import (
     check_file,
+    diff,
     name_os_errors,
     read_json,
     removed,
@@ -94,7 +95,8 @@ class JsonlAppender:
     Opening truncates an incomplete last line (a kill during a write), and prints a message if it truncates from a line
     with a wrong checksum on (a damaged disk or copy). `rows`: the objects in the file.
     `FILE.run.json` records the settings `run` of the file, `FILE.crc32` a CRC-32 of each line (4 bytes, little-endian).
-    Raises InputError if the file has another `run` record, no record, or is open in another process.
+    overwrite: whether a file with another `run` record is emptied. Raises InputError if the file has another record and
+    is not to be overwritten, has no record, or is open in another process.
     """
 
     def __init__(self, path: str | os.PathLike, run: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -121,11 +123,11 @@ class JsonlAppender:
             file.close()  # the previous holder has removed it
 
     def _begin(self, run, overwrite):
-        if overwrite:
+        if os.fstat(self.file.fileno()).st_size and not self.sidecar.exists():
+            raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
+        if overwrite and self.sidecar.exists() and self._is_of_another(run):
             self.file.truncate(0)
         if os.fstat(self.file.fileno()).st_size:
-            if not self.sidecar.exists():
-                raise InputError(f"{self.path}: exists, and was not written by this command. Choose another output")
             remedy = "choose another output, or pass overwrite=true"
             require_same_run(self.path, read_json(self.sidecar), run, remedy)
         else:
@@ -133,6 +135,12 @@ class JsonlAppender:
             write_json(self.sidecar, run)
         self._truncate_damaged()
         self.rows = [row for _, row in read_jsonl(self.path)]
+
+    def _is_of_another(self, run):
+        try:
+            return bool(diff(read_json(self.sidecar), run))
+        except InputError:  # damaged
+            return True
 
     @staticmethod
     def sidecars(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

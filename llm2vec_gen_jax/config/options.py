@@ -101,7 +101,7 @@ def check_arguments(schema: type, **values: Any) -> None:
 def require(config: Any, *keys: str) -> list[Any]:
     """Returns the values of dotted keys, default those of REQUIRED in the schema.
 
-    Raises InputError unless `config` passes `check` and none of the values is None.
+    Raises InputError unless `config` passes `check` and none of the values is None or empty.
     """
     check(config)
     values = []
@@ -109,7 +109,7 @@ def require(config: Any, *keys: str) -> list[Any]:
         value = config
         for part in key.split("."):
             value = getattr(value, part)
-        if value is None:
+        if value is None or value == "":  # "": such as from an unset shell variable
             raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
         values.append(value)
     return values

@@ -118,6 +118,8 @@ class Corpus:
             if not isinstance(record[self.id_field], str | int):
                 raise InputError(f"{place}: {self.id_field!r} must be a string or an integer")
             id_ = str(record[self.id_field])
+            if has_lone_surrogate(id_):
+                raise InputError(f"{place}: {self.id_field!r} has an unpaired surrogate (not valid Unicode)")
         return Row(number, id_, text)
 
 
@@ -153,8 +155,10 @@ def _standard_input(check):
 def _expand(source):
     """Returns the paths, and "-", of an input setting."""
     paths = []
-    is_path = pathlib.Path(source).expanduser().exists()  # a path may contain a comma
+    is_path = bool(source) and pathlib.Path(source).expanduser().exists()  # a path may contain a comma
     for part in [source] if is_path else source.split(","):
+        if not part.strip():  # such as from an unset shell variable
+            raise InputError(f"input={source}: an empty path. Pass . for this folder")
         path = pathlib.Path(part).expanduser()
         if part == "-":
             paths.append(part)

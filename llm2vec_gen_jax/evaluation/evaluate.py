@@ -9,7 +9,7 @@ from typing import Any
 
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError
-from llm2vec_gen_jax.common.files import install_command, read_json, require_same_run, require_written, write_json
+from llm2vec_gen_jax.common.files import diff, install_command, read_json, require_same_run, require_written, write_json
 from llm2vec_gen_jax.common.hub import offline_datasets
 from llm2vec_gen_jax.common.terminal import align_columns
 from llm2vec_gen_jax.config import EvaluateConfig, options
@@ -74,7 +74,7 @@ def evaluate(path: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         jobs = resolve(config)
         query, document, identity = encoders.load(path, config)
         output.mkdir(parents=True, exist_ok=True)
-        results = _ResultsFile(output, identity | {"limit": config.limit}, config.overwrite)
+        results = _ResultsFile(output, identity | {"limit": config.limit}, jobs, config.overwrite)
         for job in jobs:
             results.check(job)
         for number, job in enumerate(jobs, 1):
@@ -210,13 +210,18 @@ def _import_mteb() -> ModuleType:
 class _ResultsFile:
     """The results.json and run.json of an output directory, each replaced atomically."""
 
-    def __init__(self, output: pathlib.Path, model: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, output: pathlib.Path, model: dict[str, Any], jobs: Sequence[Job], overwrite: bool) -> None:
+        """overwrite: whether results of another model or of other settings of the jobs are removed."""
         self.scores_file, self.run_file = output / "results.json", output / "run.json"
-        if overwrite:
-            self.scores_file.unlink(missing_ok=True)
-            self.run_file.unlink(missing_ok=True)
         if self.scores_file.exists() and not self.run_file.exists():
             raise InputError(f"{self.scores_file}: was not written by this command. Choose another output")
+        if overwrite and self.run_file.exists():
+            old = read_json(self.run_file)
+            records = {job.name: job.record() for job in jobs}
+            done = {name: record for name, record in old.get("tasks", {}).items() if name in records}
+            if diff(old.get("model", {}), model) or any(diff(done[name], records[name]) for name in done):
+                self.scores_file.unlink(missing_ok=True)
+                self.run_file.unlink()
         self.run = read_json(self.run_file) if self.run_file.exists() else {"model": model, "tasks": {}}
         self.scores = read_json(self.scores_file) if self.scores_file.exists() else {}
         self._require_same(self.run["model"], model)

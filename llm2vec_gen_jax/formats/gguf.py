@@ -146,7 +146,8 @@ class GGUFSource:
         if projection and self.family == "llama":
             # llama.cpp interleaves the halves of each head's rotary dimensions; heads stay contiguous.
             rows = self._dequantize(tensor, slices[0])
-            head_dim = self.shape(name)[0] // self.field("{}." + heads[projection])
+            count = self.field("{}." + heads[projection]) or self.field("{}.attention.head_count")
+            head_dim = self.shape(name)[0] // count
             rows = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
             return rows[(slice(None), *slices[1:])]
         return self._dequantize(tensor, slices[0])[(slice(None), *slices[1:])]

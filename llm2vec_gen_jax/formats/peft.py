@@ -218,8 +218,8 @@ def _load(file):
     check_file(file)
     try:
         return safetensors.numpy.load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged or truncated ({error})") from None
+    except (SafetensorError, AttributeError) as error:  # AttributeError: no such numpy dtype
+        raise InputError(f"{file}: damaged or truncated, or of a dtype that NumPy lacks ({error})") from None
 
 
 def _by_module(tensors, architecture, source):

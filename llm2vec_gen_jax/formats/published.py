@@ -151,25 +151,6 @@ def write(
             shutil.copytree(model.teacher, folder / TEACHER)
 
 
-def hf_config_v4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a Hugging Face config with keys that transformers 4 and 5 read.
-
-    transformers 5 writes `rope_parameters` and `dtype`. 4.56 ignores the former and uses the default rotary base, which
-    gives wrong vectors without an error. Both read `rope_theta`, `rope_scaling` and `torch_dtype`.
-    """
-    config = dict(config)
-    if "dtype" in config:
-        config["torch_dtype"] = config.pop("dtype")
-    rope = dict(config.pop("rope_parameters", None) or {})
-    if rope:
-        scaled = rope.get("rope_type", "default") != "default"
-        known = "rope_theta" in rope and (scaled or set(rope) <= {"rope_theta", "rope_type"})
-        _require(known, "config.json", f"rope_parameters {rope} is not supported")
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope if scaled else None
-    return config
-
-
 def _require(condition, place, message):
     if not condition:
         raise InputError(f"{place}: {message}")
@@ -310,7 +291,7 @@ def _read_adapter(directory):
 def _write_encoder(folder, model, backbone_config, ids, vocab_size):
     """Writes encoder/: the trained rows, and the backbone's config as the published training writes it."""
     original = vocab_size - len(ids)
-    config = hf_config_v4(backbone_config)
+    config = dict(backbone_config)
     config["num_tokens"] = max(config.get("vocab_size", original), original) + len(ids)
     config |= {"num_special_tokens": len(ids), "special_tokens_ids": ids, "torch_dtype": model.dtype}
     # The published package resizes the embedding matrix to the tokenizer: vocab_size is its number of rows.

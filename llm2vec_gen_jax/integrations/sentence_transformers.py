@@ -71,8 +71,10 @@ class LLM2VecGenModule(InputModule):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> "LLM2VecGenModule":
         """Loads a module written by `save`, if sentence-transformers is told to trust the code of the folder."""
-        hub = {name: options.get(name) for name in ("token", "cache_folder", "revision")}
-        folder = cls.load_dir_path(
-            model_name_or_path, subfolder, **hub, local_files_only=options.get("local_files_only", False)
-        )
-        return cls(LLM2VecGen.from_pretrained(pathlib.Path(folder) / "model"))
+        hub: dict[str, Any] = {
+            "token": options.get("token"),
+            "local_files_only": bool(options.get("local_files_only")),
+        }
+        cache, revision = options.get("cache_folder"), options.get("revision")
+        folder = cls.load_dir_path(model_name_or_path, subfolder, **hub, cache_folder=cache, revision=revision)
+        return cls(LLM2VecGen.from_pretrained(pathlib.Path(folder) / "model", cache_dir=cache, **hub))

@@ -77,6 +77,7 @@ def build_index(path: str | os.PathLike[str], config: BuildIndexConfig) -> int:
 def _build_index(path, config):
     require_new(config.output, "output")
     output = pathlib.Path(str(config.output))
+    output = output if output.name else output.resolve()  # "." has no name
     corpus = Corpus(config.input, config.field)
     if corpus.streamed:
         raise InputError("input=-: an index is built from files, which a repeated command can read again")
@@ -96,8 +97,10 @@ def _build_index(path, config):
     names = sorted([*_TEXTS, *map(layer_file, layers)])  # a removed file is an error
     hashes = {name: sha256_file(partial / name) for name in names}
     write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
-    (partial / _PROGRESS).unlink(missing_ok=True)
     os.rename(partial, output)
+    (output / _PROGRESS).unlink(
+        missing_ok=True
+    )  # after the rename, which a repeated command could otherwise not resume
     return count
 
 

@@ -50,6 +50,8 @@ class Index:
         if not (self.folder / RECORD).is_file():
             raise InputError(f"index={folder}: no {RECORD} in it. Build it with `{command_prefix()}lens build_index`")
         record = read_json(self.folder / RECORD)
+        if not {"backbone", "tokenizer", "sha256", "config", "count"} <= record.keys():
+            raise InputError(f"index={folder}: its {RECORD} is not of `{command_prefix()}lens build_index`")
         ours = {"backbone": backbone.identity, "tokenizer": backbone.tokenizer.identity}
         if wrong := [key for key in ours if record[key] != ours[key]]:
             raise InputError(f"index={folder}: built for another {wrong[0]} than {backbone.name}. Build it again")
@@ -95,7 +97,7 @@ class Index:
         blocks = [jnp.asarray(states_QD[start : start + _QUERIES]) for start in range(0, len(states_QD), _QUERIES)]
         shapes = [(len(block), top_k) for block in blocks]
         best = [(jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)) for shape in shapes]
-        size = min(max(self.count, top_k), _CHUNK)
+        size = min(self.count, _CHUNK)
         for start in range(0, self.count, size):
             chunk = np.asarray(contexts_CD[start : start + size])
             count = len(chunk)
@@ -137,6 +139,8 @@ def latent_lens(
     layers = check_layers(layers or index.layers, embedder.model.architecture.num_layers)
     if same_layer and (missing := [layer for layer in layers if layer not in index.layers]):
         raise InputError(f"layers: {missing[0]} is not in the index, which has {', '.join(map(str, index.layers))}")
+    if not texts:
+        return []
     states = compression_states(embedder, texts, layers, batch_size, max_length, show_progress_bar)
     n, _, K, D = states.shape
     by_text: list[dict[int, list[list[Neighbour]]]] = [{} for _ in range(n)]

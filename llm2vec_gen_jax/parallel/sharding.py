@@ -172,9 +172,9 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def to_numpy(x: jax.Array) -> np.ndarray:
+def to_numpy(x: jax.Array | np.ndarray) -> np.ndarray:
     """Returns a global array as numpy. Every process must call it."""
-    if not x.is_fully_addressable and not x.is_fully_replicated:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 

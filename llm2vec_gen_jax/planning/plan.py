@@ -39,6 +39,8 @@ def estimate(config: PlanConfig) -> list[dict[str, Any]]:
     if config.backbone.dtype == "auto" and is_described(devices[0]):
         backbone = dataclasses.replace(config.backbone, dtype=default_dtype(devices[0]))
         config = dataclasses.replace(config, backbone=backbone)
+    elif config.backbone.dtype == "auto" and compiler == ESTIMATE and str(config.topology).startswith("t4"):
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, dtype="float32"))
     with compiling_for(devices):
         return _plan(config, architecture, devices, chip, compiler)
 
@@ -55,7 +57,7 @@ def _plan(
     if config.search:
         meshes = _candidates(config, architecture, len(devices), limit)
     else:  # without a memory limit, the policy that training would choose
-        meshes = [(config.mesh, remat) for remat in (policies if chip else policies[:1])]
+        meshes = [(config.mesh, remat) for remat in (policies if limit else policies[:1])]
     devices_name = config.topology or f"{len(devices)} x {devices[0].device_kind}"
     B, T, S = config.train.batch_size, config.query_length, config.answer_length
     about = (
@@ -93,7 +95,7 @@ def _plan(
             )
             break
     else:
-        if len(meshes) > 1:
+        if len(meshes) > 1 and limit:
             print("\nno configuration fits: use more devices, a smaller batch or shorter texts")
     return rows
 
@@ -138,7 +140,9 @@ def _candidates(
         for tensor in (tensor for tensor in (1, 2, 4, 8) if pieces % tensor == 0):
             fsdp, data = pieces // tensor, count // pieces
             shards = data * fsdp * config.train.microbatches
-            divides = config.train.batch_size % shards == 0 and architecture.num_kv_heads % tensor == 0
+            over_tensor = (architecture.num_kv_heads, architecture.vocab_size, architecture.intermediate_size)
+            divides = config.train.batch_size % shards == 0 and architecture.hidden_size % fsdp == 0
+            divides = divides and all(size % tensor == 0 for size in over_tensor)
             if divides and (limit is None or weights / pieces < limit):
                 candidates += [(config_lib.MeshConfig(data, fsdp, tensor), remat) for remat in REMAT[1:]]
     if not candidates:

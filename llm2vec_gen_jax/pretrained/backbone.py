@@ -144,6 +144,11 @@ def _open(
     return LoadedBackbone(str(path), architecture, None, tokenizer, identity, execution, *facts), source
 
 
+def is_local(name: str | os.PathLike[str]) -> bool:
+    """Whether the name of a backbone is an existing path. The default backbone's name is not, even if there is one."""
+    return str(name) != default_backbone.NAME and pathlib.Path(name).expanduser().exists()
+
+
 def resolve_path(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:
     """Returns the local .gguf file or folder of a backbone; the default backbone and hub ids are downloaded.
 

@@ -11,10 +11,11 @@ import numpy as np
 from llm2vec_gen_jax.common import locks
 from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import UNFINISHED, require_new, write_json, write_text
+from llm2vec_gen_jax.common.hub import is_hub_id
 from llm2vec_gen_jax.formats import hf, published
 from llm2vec_gen_jax.model import lora
-from llm2vec_gen_jax.pretrained import model_directory
-from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+from llm2vec_gen_jax.pretrained import default_backbone, model_directory
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, is_local
 
 _MERGED_CARD = """\
 # {name}: the encoder of an LLM2Vec-Gen model, merged
@@ -64,11 +65,13 @@ def save_pretrained(
     dtype: str | None = None,
     backbone: str | os.PathLike[str] | None = None,
     shown: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Writes an LLM2VecGen as a model directory, which JAX and PyTorch load. `path` must not exist.
 
     dtype: of PyTorch (float32 | bfloat16 | float16), default as loaded. backbone: folder or hub id that the directory
-    names as its backbone, default as loaded. shown: the path or hub id in the examples of the model card.
+    names as its backbone, default as loaded. shown: the path or hub id in the examples of the model card. revision: of
+    the backbone on the hub, default that of the loaded one, if it has this name.
     """
     record = embedder.record
     model_directory.save(
@@ -83,6 +86,7 @@ def save_pretrained(
         shown,
         embedder.prompts,
         record.teacher if record else None,
+        revision,
     )
 
 
@@ -186,15 +190,22 @@ def push_to_hub(
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    name = embedder.record.backbone if embedder.record else embedder.backbone.name
-    if pathlib.Path(name).expanduser().exists():
+    record, loaded = embedder.record, embedder.backbone
+    known = {loaded.name: loaded.revision}
+    if record:  # the loaded one may be a local copy of the recorded one
+        known.setdefault(record.backbone, record.extra.get("backbone_revision"))
+    name = next(
+        (name for name in known if name == default_backbone.NAME or (is_hub_id(name) and not is_local(name))), None
+    )
+    if name is None:
         raise InputError(
-            f"the backbone is the local {name}, which other users cannot load. Load the model with backbone=HUB_ID"
+            f"the backbone is the local {loaded.name}, which other users cannot load. Load the model with "
+            "backbone=HUB_ID"
         )
     api = huggingface_hub.HfApi(token=token)
     with locks.temporary(pathlib.Path(tempfile.gettempdir(), "llm2vec-gen-upload"), folder=True) as temporary:
         folder = temporary / repo_id.rpartition("/")[2]
-        save_pretrained(embedder, folder, backbone=name, shown=repo_id)
+        save_pretrained(embedder, folder, backbone=name, shown=repo_id, revision=known[name])
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)

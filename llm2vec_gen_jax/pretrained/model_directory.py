@@ -22,7 +22,7 @@ from llm2vec_gen_jax.formats import peft, published
 from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import sharding
-from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone, is_local
 from llm2vec_gen_jax.pretrained.model_card import is_gguf, model_card
 
 HEADS = published.HEADS
@@ -42,6 +42,7 @@ def save(
     shown: str | None = None,
     prompts: Mapping[str, str] | None = None,
     teacher: pathlib.Path | Callable[[pathlib.Path], None] | None = None,
+    revision: str | None = None,
 ) -> None:
     """Writes a model directory atomically. The directory must not exist.
 
@@ -50,18 +51,19 @@ def save(
     that of the backbone. special_tokens: texts of the trained tokens, default <question1>, ...
     name: of the backbone in the directory, default as loaded. shown: path or hub id in the examples of the model card,
     default the directory. prompts: {name: text prepended to inputs, with a space}. teacher: folder of the encoder of
-    documents, which is copied, or a function that writes it to a new folder.
+    documents, which is copied, or a function that writes it to a new folder. revision: of the backbone on the hub,
+    default that of the loaded one, if it has this name.
     """
     dtype = dtype or str(backbone.frozen["embedding"].dtype)
     trainable = jax.tree.map(sharding.gather, trainable)
     if jax.process_index() != 0:
         return
-    path = pathlib.Path(name or backbone.name).expanduser()
+    named = str(name or backbone.name)
     extra = {key: value for key, value in extra.items() if key != "backbone_revision"}
-    if backbone.revision and not name:
-        extra["backbone_revision"] = backbone.revision
+    if revision := revision or (backbone.revision if named == backbone.name else None):
+        extra["backbone_revision"] = revision
     record = published.PublishedModel(
-        backbone=str(path.resolve()) if path.exists() else str(name or backbone.name),
+        backbone=str(pathlib.Path(named).expanduser().resolve()) if is_local(named) else named,
         dtype=dtype,
         special_tokens=special_tokens or special_token_names(model.num_appended),
         num_tokens=model.num_tokens,

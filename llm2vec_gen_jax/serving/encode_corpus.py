@@ -92,6 +92,7 @@ class _Files:
     """Paths of the files that one share of the work writes to the output folder."""
 
     def __init__(self, output: pathlib.Path, config: EncodeConfig) -> None:
+        output = output if output.name else output.resolve()  # "." has no name
         self.output, self.config = output, config
         index, count = config.shard.index, config.shard.count
         suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
@@ -119,6 +120,11 @@ class _Files:
             count = int(share[1] or 1) if share else self.config.shard.count
             counts = {"shard.count": count}, {"shard.count": self.config.shard.count}
             require_same_run(f"output={self.output}", *counts, "or choose another output")
+
+    def remove_journal(self) -> None:
+        """Removes the journal and its sidecars."""
+        for path in (self.journal, self.journal_record, self.journal_sums):
+            path.unlink(missing_ok=True)
 
     def remove_if_empty(self) -> None:
         """Removes the folder if it holds at most the int8 ranges."""
@@ -173,12 +179,12 @@ class _Job:
             raise InputError(f"output={files.output}: exists and is complete. Choose another, or remove it")
         intact = self._intact(manifest["shards"])
         if len(intact) < len(manifest["shards"]):  # continue as with an unfinished run
-            with JsonlAppender(files.journal, self.record, overwrite=True) as journal:
+            files.remove_journal()
+            with JsonlAppender(files.journal, self.record) as journal:
                 journal.append(intact)
             files.manifest.unlink()
             return None
-        for path in (files.journal, files.journal_record, files.journal_sums):
-            path.unlink(missing_ok=True)  # left by a kill after the manifest was written
+        files.remove_journal()  # left by a kill after the manifest was written
         files.remove_temporary()
         return manifest
 

@@ -89,7 +89,8 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self._compilation.start()
         yield
-        timeout = _RESPONSE_SECONDS if self.endpoints.cancelled else None
+        # Nobody waits for what is computed now: it may take no longer than a request would have been waited for.
+        timeout = _RESPONSE_SECONDS if self.endpoints.cancelled else self.config.shutdown_timeout
         await asyncio.to_thread(self.endpoints.engine.batcher.close, timeout)
 
     def _compile(self) -> None:

@@ -1,5 +1,7 @@
 """The training loop: feeds batches, logs, saves checkpoints, resumes, and stops on request."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import dataclasses
@@ -7,7 +9,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from llm2vec_gen_jax.training.checkpoints import Checkpoints
 from llm2vec_gen_jax.training.metrics import MetricsWriter, read_validation
 from llm2vec_gen_jax.training.optimizer import make_optimizer, make_schedule
 from llm2vec_gen_jax.training.step import TrainState, check_batch_size, new_state
+
+if TYPE_CHECKING:
+    from llm2vec_gen_jax.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -75,37 +80,6 @@ class Trainer(Protocol):
 
     def describe(self, step: int) -> str:
         """Returns a description of the rows that a step (from 0) reads, for errors about a non-finite loss."""
-
-
-class Validator(Protocol):
-    """Evaluates the trainable tree during a run.
-
-    rows: records of the evaluated steps. digest: hex digits that identify the data of the evaluation.
-    """
-
-    rows: list[dict[str, Any]]
-    digest: str
-
-    def is_due(self, step: int, last: int) -> bool:
-        """Whether a step (from 1) of a run of `last` steps is evaluated."""
-
-    def evaluate(self, trainable: Any, beat: Callable[[str], None]) -> dict[str, float]:
-        """Returns {name: value}. beat: called with a description before each part."""
-
-    def record_of(self, step: int) -> dict[str, Any]:
-        """Returns the record of a step, empty if it was not evaluated."""
-
-    @property
-    def best_step(self) -> int | None:
-        """The best of the evaluated steps."""
-
-    @property
-    def kept_step(self) -> int | None:
-        """The step whose state is the result, None for the last."""
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether training is to end because the evaluations no longer improve."""
 
 
 class TrainingCallback:
@@ -168,7 +142,7 @@ class Run:
         mesh: jax.sharding.Mesh,
         output: pathlib.Path,
         config: TrackingConfig,
-        validation: Validator | None = None,
+        validation: Validation | None = None,
         callbacks: Sequence[TrainingCallback] = (),
     ) -> None:
         """config: complete configuration of the command, for the tracker."""

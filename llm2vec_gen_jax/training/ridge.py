@@ -3,10 +3,12 @@
 Not in the paper, whose randomly initialized head takes thousands of steps for this linear problem.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,11 @@ import numpy as np
 
 from llm2vec_gen_jax.common import progress
 from llm2vec_gen_jax.common.errors import InputError, not_finite
-from llm2vec_gen_jax.config import TrainConfig
 from llm2vec_gen_jax.data import batches
-from llm2vec_gen_jax.data.examples import Examples
-from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.parallel import preemption, processes, sharding
-from llm2vec_gen_jax.pretrained.backbone import LoadedBackbone
+
+if TYPE_CHECKING:
+    from llm2vec_gen_jax.training.compression_trainer import CompressionTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +28,8 @@ _PENALTIES = 10.0 ** np.arange(-6, 3)  # relative to the mean variance of the in
 _HELD_OUT = 10  # every tenth batch is held out to choose the penalty
 
 
-class RidgeTrainer(Protocol):
-    """The part of a CompressionTrainer that ridge regression uses."""
-
-    model: LLM2VecGenModel
-    backbone: LoadedBackbone
-    schedule: batches.BatchSchedule
-    batches: batches.Batches
-    examples: Examples
-    config: TrainConfig
-
-    def prefill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """See CompressionTrainer.prefill."""
-
-
 def solve_alignment_head(
-    trainer: RidgeTrainer, trainable: dict[str, Any], examples: int, beat: Callable[[str], None] = lambda _: None
+    trainer: CompressionTrainer, trainable: dict[str, Any], examples: int, beat: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Returns a trainable tree with the alignment head solved on the first batches of the trainer's schedule.
 

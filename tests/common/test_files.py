@@ -37,7 +37,8 @@ def test_nothing_is_lost_or_repeated_whatever_byte_a_kill_leaves(tmp_path):
 def test_nothing_is_lost_over_repeated_kills(tmp_path, cuts):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": number, "text": "é🙂"[: number % 3]} for number in range(10)]
-    with jsonl.JsonlAppender(path, RUN, overwrite=True) as output:
+    path.unlink(missing_ok=True)
+    with jsonl.JsonlAppender(path, RUN) as output:
         output.append(rows[:1])
     for cut in cuts:
         with jsonl.JsonlAppender(path, RUN) as output:
@@ -58,9 +59,12 @@ def test_other_settings_and_foreign_files_are_refused_and_left_alone(tmp_path):
     assert path.read_bytes() == whole
     foreign = tmp_path / "notes.jsonl"
     foreign.write_text("no newline at the end")
-    with pytest.raises(InputError, match="notes.jsonl: exists, and was not written by this command"):
-        jsonl.JsonlAppender(foreign, RUN)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="notes.jsonl: exists, and was not written by this command"):
+            jsonl.JsonlAppender(foreign, RUN, overwrite)
     assert foreign.read_text() == "no newline at the end"
+    with jsonl.JsonlAppender(path, RUN, overwrite=True) as output:
+        assert output.rows == ROWS, "an interrupted command with overwrite=true is resumed"
     with jsonl.JsonlAppender(path, {"model": "b"}, overwrite=True) as output:
         assert output.rows == []
     assert path.read_bytes() == b""
@@ -82,7 +86,8 @@ def test_a_file_that_another_process_appends_to_is_refused(tmp_path):
 def test_what_is_damaged_is_appended_again(tmp_path, place, name, bytes_there):
     """Bytes overwritten, taken out or put in anywhere, in the lines or in their checksums."""
     path = tmp_path / "rows.jsonl"
-    with jsonl.JsonlAppender(path, RUN, overwrite=True) as output:
+    path.unlink(missing_ok=True)
+    with jsonl.JsonlAppender(path, RUN) as output:
         for batch in BATCHES:
             output.append(batch)
     whole = path.read_bytes()

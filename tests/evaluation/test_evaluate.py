@@ -278,6 +278,13 @@ def test_finished_tasks_are_skipped_and_other_settings_are_rejected(
     with pytest.raises(InputError, match="kind: 'student' -> 'teacher'"):
         run(tiny_folder("qwen3"), one, tmp_path / "out", "limit=4", "kind=teacher")
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+    run(model_folder, f"{one},{two}", tmp_path / "out", "limit=4", "overwrite=true")
+    assert messages().count("done before") == 2, "an interrupted command with overwrite=true is resumed"
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="results.json: was not written by this command"):
+        run(model_folder, one, tmp_path / "mine", "overwrite=true")
     again = run(model_folder, one, tmp_path / "out", "overwrite=true")
     assert list(again) == ["Small-safety_retrieval"] and "limit" not in again["Small-safety_retrieval"]
 

@@ -82,7 +82,8 @@ def write_gguf(path, model, kinds=(), metadata=None, merges=(), tokenizer=None, 
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
+    if c.num_key_value_heads != c.num_attention_heads:  # the default
+        writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -146,6 +147,7 @@ def llama3_scaling(factor):
 
 GGUF_VARIANTS = {
     "llama": ("llama", {}),
+    "llama, as many key/value heads": ("llama", {"num_key_value_heads": 4}),
     "llama3.1": ("llama3", llama3_scaling(8.0)),
     "llama3.2": ("llama3", llama3_scaling(32.0)),
     "qwen2": ("qwen2", {}),

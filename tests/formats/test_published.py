@@ -26,8 +26,7 @@ CONFIG = {
     "vocab_size": 300,
     "hidden_size": WIDTH,
     "num_attention_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-    "dtype": "float32",
+    "rope_theta": 5e5,
 }
 DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
 
@@ -126,7 +125,6 @@ def test_tokenizer_files(directory):
     assert tokenizer.convert_tokens_to_ids(TOKENS) == ids == [257, 258, 259]
     plain = tiny_tokenizer()("a b")["input_ids"]
     assert tokenizer(["a b", "a b" + TOKENS[0]], padding=True)["input_ids"] == [[0, *plain], [*plain, 257]]
-    assert "rope_parameters" not in (directory / "encoder/config.json").read_text()
     assert transformers.AutoConfig.from_pretrained(directory / "encoder").rope_parameters["rope_theta"] == 5e5
 
 
@@ -136,18 +134,6 @@ def test_write_does_not_change_the_tokenizer(tmp_path):
     published.write(tmp_path / "model", random_model(), tokenizer, CONFIG, "")
     after = tokenizer.backend_tokenizer.to_str(), len(tokenizer), tokenizer.pad_token, tokenizer.padding_side
     assert before == after
-
-
-def test_hf_config_v4():
-    scaling = {"rope_type": "llama3", "factor": 8.0}
-    found = published.hf_config_v4({"rope_parameters": {"rope_theta": 5e5, **scaling}, "dtype": "bfloat16"})
-    assert found == {"rope_theta": 5e5, "rope_scaling": scaling, "torch_dtype": "bfloat16"}
-    old = {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float32"}
-    assert published.hf_config_v4(old) == old
-    with pytest.raises(InputError, match="rope_parameters"):
-        published.hf_config_v4({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})
-    with pytest.raises(InputError, match="partial"):
-        published.hf_config_v4({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}})
 
 
 def test_rows_follow_the_special_tokens_whatever_the_order_of_ids(directory):

@@ -45,8 +45,8 @@ def open_folder(folder, **options):
     return library.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **options)
 
 
-def assert_same(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+def assert_same(found, expected, tolerance=1e-5):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
@@ -324,12 +324,13 @@ def test_a_gguf_backbone_has_no_torch_files(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_model_gives_the_same_vectors(command, tmp_path):
+def test_the_default_model_gives_the_same_vectors(optimized, command, tmp_path):
     target = tmp_path / "pt"
     code, _, errors = command("convert to_pytorch", "smollm2-135m", f"output={target}", "dtype=float32")
     assert code == 0, errors
     texts = [*TEXTS[1:], "a long text " * 300]
-    assert_same(open_folder(target).encode(texts), load(target).encode(texts))
+    # Its alignment head, of a ridge regression, makes differences of rounding larger than a trained one does.
+    assert_same(open_folder(target).encode(texts), load(target).encode(texts), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-name", "owner/not-there"])

@@ -239,6 +239,7 @@ def test_latent_lens_compares_the_layers_that_are_asked_for(index_folder, embedd
         best = (postprocess.l2_normalize(state) @ index.vectors(3).T).max(axis=1)
         np.testing.assert_allclose([token[0].cosine for token in text[3]], best, atol=1e-6)
         assert all(near.layer == 3 for token in text[3] for near in token)
+    assert search.latent_lens(embedder, index, []) == []
     free = search.latent_lens(embedder, index, TEXTS[:3], top_k=2, layers=[3])
     assert all(a[0].cosine >= b[0].cosine for one, two in zip(free, found) for a, b in zip(one[3], two[3]))
     for layers in (["4"], ["-1"], ["x"]):
@@ -251,6 +252,9 @@ def test_an_index_of_another_backbone_is_refused(index_folder, tiny, tmp_path):
         search.Index(index_folder, tiny("llama"))
     with pytest.raises(InputError, match="build_index"):
         search.Index(tmp_path, tiny("llama"))
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(InputError, match="its index.json is not of .*build_index"):
+        search.Index(tmp_path, tiny("llama"))
 
 
 def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
@@ -262,6 +266,24 @@ def test_a_damaged_index_is_named(index_folder, embedder, tmp_path):
         (folder / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{name} was modified after it was built"):
             search.Index(folder, embedder.backbone).vectors(1)
+
+
+def test_a_finished_index_that_cannot_be_renamed_is_kept(model_folder, corpus, tmp_path, monkeypatch):
+    settings = config.BuildIndexConfig(
+        input=str(corpus), dtype="float32", layers=["1"], contexts=20, output=str(tmp_path / "index")
+    )
+
+    def refuse(*_):
+        raise OSError("not empty")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="not empty"):
+        patch.setattr(index.os, "rename", refuse)
+        index.build_index(model_folder, settings)
+    before = contents(tmp_path / "index.partial")
+    monkeypatch.setattr(index, "_states", refuse)  # nothing is computed again
+    index.build_index(model_folder, settings)
+    after = contents(tmp_path / "index")
+    assert after == {name: before[name] for name in after} and "progress.json" not in after
 
 
 @pytest.mark.parametrize("damaged", ["layer-01.npy", "ids.npy", None])

@@ -1,5 +1,6 @@
 """Plans: memory, FLOPs and bytes of collectives, compared with XLA's counts and with manual calculation."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -213,6 +214,21 @@ def test_the_memory_of_a_cpu_is_measured_on_linux_only(tiny_words, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(InputError, match="measure=true: the memory of a CPU can only be measured on Linux"):
         planned(*tiny_words, "topology=cpu:1", "measure=true")
+
+
+def test_a_search_leaves_out_meshes_that_do_not_divide_the_weights(tiny_words, tiny_folder):
+    settings = options.load(config.PlanConfig, None, tiny_words)
+    architecture = from_hf_config(read_json(tiny_folder("qwen3") / "config.json"), "tiny")
+    assert {mesh.tensor for mesh, _ in plan._candidates(settings, architecture, 4, None)} == {1, 2}
+    odd = dataclasses.replace(architecture, vocab_size=301)
+    assert {mesh.tensor for mesh, _ in plan._candidates(settings, odd, 4, None)} == {1}
+
+
+def test_auto_is_float32_for_a_t4_without_the_gpu_compiler(tiny_words, monkeypatch, capsys):
+    version = topologies._version
+    monkeypatch.setattr(topologies, "_version", lambda name: None if "cuda" in name else version(name))
+    planned(*tiny_words, "topology=t4")
+    assert ", float32; t4;" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import yaml
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.hub import HubOptions
+from llm2vec_gen_jax.formats import published
 from tests.conftest import one_device_mesh
 from tests.helpers.conversion import load, new_model, same_trees
 from tests.helpers.hub import COMMIT, add_to_cache, serving
@@ -107,6 +109,21 @@ def test_push_to_hub_uploads_what_loads_elsewhere(tiny, tiny_folder, tmp_path, m
     card = (tmp_path / "uploaded" / "README.md").read_text()
     assert card.count('from_pretrained("someone/embedder")') == 2
     front = yaml.safe_load(card.split("---")[1])
+    model.backbone = dataclasses.replace(model.backbone, revision="v1")
+    record = published.read(tmp_path / "uploaded")
+    shutil.rmtree(tmp_path / "uploaded")
+    # The directory names a folder of the machine on which it was trained, and the backbone was loaded from the hub.
+    model.record = dataclasses.replace(record, backbone="/of/another/machine")
+    model.push_to_hub("someone/embedder")
+    written = published.read(tmp_path / "uploaded")
+    assert (written.backbone, written.extra["backbone_revision"]) == ("someone/llm", "v1")
+    shutil.rmtree(tmp_path / "uploaded")
+    # The directory names a repository, and the backbone was loaded from a local copy of it.
+    model.backbone = dataclasses.replace(model.backbone, name=str(tiny_folder("llama")), revision=None)
+    model.record = written
+    model.push_to_hub("someone/embedder")
+    written = published.read(tmp_path / "uploaded")
+    assert (written.backbone, written.extra["backbone_revision"]) == ("someone/llm", "v1")
     assert front["base_model"] == "someone/llm" and front["library_name"] == "llm2vec_gen_jax"
 
 

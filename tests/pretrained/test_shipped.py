@@ -1,5 +1,6 @@
 """The embedder that comes with the package: found by its name, in order, and of use."""
 
+import dataclasses
 import pathlib
 import re
 import shutil
@@ -62,6 +63,14 @@ def test_a_local_folder_of_that_name_comes_first(model_folder, tmp_path, monkeyp
     shutil.copytree(model_folder, tmp_path / "smollm2-135m")
     assert model_directory.local_folder("smollm2-135m") == pathlib.Path("smollm2-135m")
     assert model_directory.read_model_directory("smollm2-135m").tokens_MD.shape != (10, 576)
+
+
+def test_the_default_backbone_is_not_a_local_folder_of_its_name(embedder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    backbone = dataclasses.replace(embedder.backbone, name="smollm2-135m")
+    model_directory.save(tmp_path / "smollm2-135m" / "model", embedder.model, embedder.trainable, backbone, {})
+    assert model_directory.read_model_directory(tmp_path / "smollm2-135m" / "model").backbone == "smollm2-135m"
 
 
 def test_a_mistyped_name_is_an_error_that_lists_the_names():

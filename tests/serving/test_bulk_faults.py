@@ -223,6 +223,29 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("value", ["", "a.txt,", ",a.txt", " "])
+def test_an_empty_path_is_no_folder(run, value):
+    """Such as from an unset shell variable: texts of the working directory would be encoded."""
+    pathlib.Path("a.txt").write_text("a\n")
+    code, line = run(f"input={value}", "output=out")
+    assert code == 2 and ("an empty path" in line or "input is needed" in line), line
+    assert [path.name for path in pathlib.Path().iterdir()] == ["a.txt"]
+
+
+def test_an_id_with_an_unpaired_surrogate_is_named(run, tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"id": "a", "text": "a"}\n{"id": "\\ud800", "text": "b"}\n')
+    code, line = run(f"input={tmp_path / 'ids.jsonl'}", "id_field=id", "output=out")
+    assert code == 2 and "ids.jsonl, line 2: 'id' has an unpaired surrogate" in line, line
+
+
+def test_the_working_directory_can_be_the_output(run, tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    assert run(f"input={tmp_path / 'a.txt'}", "output=.")[0] == 0
+    assert load_embeddings(".").shape[0] == 2
+    code, line = run(f"input={tmp_path / 'a.txt'}", "output=")
+    assert code == 2 and "output is needed" in line
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_one_line_error_and_leaves_nothing(run, tmp_path, name):
     content, expected = BAD[name]

@@ -93,7 +93,7 @@ def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monk
         monkeypatch.setattr(trainer, "_step_with", recorded)
         trainer.compile(state, range(5), False)
         policy, step = steps[-1]
-        return policy, max(sum(memory.program_bytes(program)) for program in step.compiled.values())
+        return policy, sum(memory.program_bytes(next(iter(step.compiled.values()))))  # of the largest batch
 
     policy, most = chosen(1e12)
     assert policy == "dots"
