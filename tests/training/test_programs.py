@@ -97,7 +97,7 @@ def test_the_fastest_policy_that_fits_is_taken(tiny, tiny_folder, tmp_path, monk
 
     policy, most = chosen(1e12)
     assert policy == "dots"
-    policy, least = chosen(most)
+    policy, least = chosen(0.98 * most)  # the limit also determines the chunks of logits, and so some bytes
     assert policy == "block" and least < most
     assert chosen(1)[0] == "block"  # and the device itself will say that it does not fit
     assert chosen(None)[0] == DEFAULT_REMAT
