@@ -78,9 +78,9 @@ class Study:
             {"tasks": self.config.tasks} | cut,
             lambda: splits.split(str(self.config.tasks), self.output / "tasks", **cut),
         )
-        for folder in (self.output / "tasks").iterdir():  # what a split leaves of a task may be too small
-            resolve(config_lib.EvaluateConfig(tasks=str(folder), kind="teacher"))
         self.types = {part: splits.types(self.output / "tasks" / part) for part in ("development", "test")}
+        for part in (part for part, names in self.types.items() if names):  # part of a task may be too small
+            resolve(config_lib.EvaluateConfig(tasks=str(self.output / "tasks" / part), kind="teacher"))
         self.prepare_data()
         students = [self.train("base", self.sizes.steps, seed) for seed in range(self.sizes.seeds)]
         compared = {

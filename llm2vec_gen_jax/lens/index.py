@@ -77,7 +77,6 @@ def build_index(path: str | os.PathLike[str], config: BuildIndexConfig) -> int:
 def _build_index(path, config):
     require_new(config.output, "output")
     output = pathlib.Path(str(config.output))
-    output = output if output.name else output.resolve()  # "." has no name
     corpus = Corpus(config.input, config.field)
     if corpus.streamed:
         raise InputError("input=-: an index is built from files, which a repeated command can read again")
@@ -98,9 +97,8 @@ def _build_index(path, config):
     hashes = {name: sha256_file(partial / name) for name in names}
     write_json(partial / RECORD, {**run, "count": count, "dimension": _width(backbone), "sha256": hashes})
     os.rename(partial, output)
-    (output / _PROGRESS).unlink(
-        missing_ok=True
-    )  # after the rename, which a repeated command could otherwise not resume
+    # Not before: without this file a repeated command begins again.
+    (output / _PROGRESS).unlink(missing_ok=True)
     return count
 
 

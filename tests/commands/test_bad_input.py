@@ -465,5 +465,5 @@ def test_an_output_that_cannot_be_is_named(command, model_folder, tiny_folder, t
     ):
         check_error(command(name, *words), f"error: {tmp_path / 'file'}")
     result = command("decode", model_folder, "text=a", f"output={task}", "max_new_tokens=4")
-    check_error(result, f"error: {task}: Is a directory")
+    check_error(result, f"error: output={task}: already exists")
     assert os.listdir() == [] and sorted(os.listdir(tmp_path)) == ["file", "here", "rows.jsonl", "task"]

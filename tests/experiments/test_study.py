@@ -208,6 +208,16 @@ def test_bad_settings_fail_before_any_work(arguments, task_folders, tmp_path, ar
     assert not (tmp_path / "study").exists() or not any(tmp_path.joinpath("study").glob("[!.]*"))
 
 
+@needs_mteb
+def test_a_task_that_is_too_small_to_be_split_is_named_before_any_work(arguments, tmp_path):
+    task = write_task(tmp_path / "tasks" / "few", "classification")
+    rows = {row["label"]: row for row in rows_of(task / "train.jsonl")}
+    write_jsonl(task / "train.jsonl", rows.values())  # one of each label: none is left for the test rows
+    with pytest.raises(InputError, match="development/few/test.jsonl: no rows"):
+        study(arguments, tmp_path / "tasks", tmp_path / "study")
+    assert not (tmp_path / "study" / "train.jsonl").exists()
+
+
 def test_a_folder_with_other_files_is_rejected(arguments, task_folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="holds thesis.txt, which is not part of a study"):

@@ -77,6 +77,21 @@ def test_a_sentence_transformer_is_saved_and_loaded(model, sentence_transformer,
     np.testing.assert_allclose(again.encode_query(TEXTS), expected, rtol=1e-5, atol=1e-5)  # on all devices of the test
 
 
+def test_hub_options_reach_the_backbone_of_a_saved_module(sentence_transformer, tmp_path, monkeypatch):
+    sentence_transformer.save_pretrained(str(tmp_path / "saved"))
+    given = {}
+
+    def from_pretrained(path, **options):
+        given.update(options)
+        return load(path, **options)
+
+    load = LLM2VecGen.from_pretrained
+    monkeypatch.setattr(LLM2VecGen, "from_pretrained", from_pretrained)
+    options = {"token": "hf_secret", "cache_folder": str(tmp_path / "cache"), "local_files_only": True}
+    type(sentence_transformer)(str(tmp_path / "saved"), trust_remote_code=True, device="cpu", **options)
+    assert given == {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+
+
 # LangChain and LlamaIndex
 
 
