@@ -83,15 +83,20 @@ class BatchSchedule:
         return Batch(rows, T, S, self.extra_edges[np.searchsorted(self.extra_edges, self.extra_lengths[rows].max())])
 
 
+def rows_of_part(batch_size: int, part: int, parts: int) -> slice:
+    """Returns the rows of one of the equal parts of a batch. Raises InputError if it does not divide."""
+    if batch_size % parts:
+        raise InputError(f"train.batch_size={batch_size} does not divide over {parts} processes")
+    size = batch_size // parts
+    return slice(part * size, (part + 1) * size)
+
+
 class Batches:
     """The padded batches of a schedule by step, a data source for grain: rows part * B / parts ... of each."""
 
     def __init__(self, examples: Examples, schedule: BatchSchedule, part: int, parts: int) -> None:
-        if schedule.batch_size % parts:
-            raise InputError(f"train.batch_size={schedule.batch_size} does not divide over {parts} processes")
         self.examples, self.schedule = examples, schedule
-        size = schedule.batch_size // parts
-        self.local = slice(part * size, (part + 1) * size)
+        self.local = rows_of_part(schedule.batch_size, part, parts)
 
     def __len__(self) -> int:
         return 2**40  # the number of epochs is unlimited

@@ -93,7 +93,7 @@ class MaskedBlocks:
             )
         self.config, self.mask_id, self.vocab_size, self.seed = config, mask_id, vocab_size, seed
         self.count = min(max(round(config.mask_probability * S), 1), S - 1)  # the first token is never masked
-        self.local = _share(config.batch_size, part, parts)
+        self.local = batches.rows_of_part(config.batch_size, part, parts)
 
     def __len__(self) -> int:
         return 2**40  # unlimited epochs
@@ -150,7 +150,7 @@ class Sentences:
         self.digest = examples.digest_ids(self.ids).hexdigest()[:16]
         lengths = [len(row) for row in self.ids]
         self.schedule = batches.BatchSchedule(lengths, np.ones(len(lengths), int), config.batch_size, 8, True, seed)
-        self.local = _share(config.batch_size, part, parts)
+        self.local = batches.rows_of_part(config.batch_size, part, parts)
 
     def __len__(self) -> int:
         return 2**40  # unlimited epochs
@@ -172,10 +172,3 @@ def sentences(texts: Iterable[str], shortest: int = 20) -> list[str]:
     """Splits texts into sentences and lines; drops those with fewer than `shortest` characters, and duplicates."""
     pieces = (piece.strip() for text in texts for piece in re.split(r"(?<=[.!?。！？])\s+|\n+", text))
     return list(dict.fromkeys(piece for piece in pieces if len(piece) >= shortest))
-
-
-def _share(batch_size: int, part: int, parts: int) -> slice:
-    if batch_size % parts:
-        raise InputError(f"a batch of {batch_size} does not divide over {parts} processes")
-    size = batch_size // parts
-    return slice(part * size, (part + 1) * size)

@@ -57,15 +57,12 @@ def _train_teacher(config, show_progress):
     backbone = load_configured_backbone(config, jax.devices())
     texts = corpus(config, output, backbone)
     # Of both stages before the first is trained, to report what is wrong with the second.
-    stages = {
-        name: make(config, backbone, texts)
-        for name, make in (("mntp", _mntp), ("simcse", _simcse))
-        if getattr(config, name).steps
-    }
+    makers = {name: make for name, make in (("mntp", _mntp), ("simcse", _simcse)) if getattr(config, name).steps}
     shards = sharding.batch_shards(backbone.mesh)
-    for name in stages:
+    for name in makers:
         if (size := getattr(config, name).batch_size) % shards:
             raise InputError(f"{name}.batch_size={size} does not divide over {shards} data shards")
+    stages = {name: make(config, backbone, texts) for name, make in makers.items()}
     adapters = []
     for name, stage in stages.items():
         settings, folder = getattr(config, name), output / name
