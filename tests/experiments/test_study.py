@@ -165,6 +165,7 @@ def test_comparisons_beyond_the_paper_train(tiny_folder, tmp_path, name):
     assert ("repeat_alignment_loss" in losses) == (name == "forms") and math.isfinite(losses["loss"])
 
 
+@needs_mteb
 def test_texts_of_tasks_are_no_training_queries(arguments, tmp_path):
     write_task(tmp_path / "tasks" / "sts", "sts")
     sentence = rows_of(tmp_path / "tasks/sts/test.jsonl")[3]["sentence2"]
@@ -218,6 +219,7 @@ def test_a_task_that_is_too_small_to_be_split_is_named_before_any_work(arguments
     assert not (tmp_path / "study" / "train.jsonl").exists()
 
 
+@needs_mteb
 def test_a_folder_with_other_files_is_rejected(arguments, task_folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="holds thesis.txt, which is not part of a study"):
