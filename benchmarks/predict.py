@@ -174,10 +174,12 @@ def predict(topology, model, words):
         "training step": (step_flops, traffic(*training, passes=5), sum(programs[name].moved for name in training)),
         "encoding": (encode_flops, traffic("encode", passes=1), programs["encode"].moved),
     }
-    # One token per row, after a prompt of T tokens and half of the answer.
-    read = decoding_bytes(architecture, [T + S // 2] * B, 1, itemsize) / count
+    # One token per row, after a prompt of T tokens and half of the answer. Each data-parallel device reads all weights.
+    cached = decoding_bytes(architecture, [T + S // 2] * B, 1, itemsize) - decoding_bytes(architecture, [], 1, itemsize)
+    read = decoding_bytes(architecture, [], 1, itemsize) / shards + cached / count
     decoded = memory_traffic(programs["generate"].compiled.as_text(), decoding=True) if on_gpu else read
-    rows["decoding, a token"] = (2.0 * architecture.num_parameters * B, decoded, 0.0)
+    multiplied = layer_weights(architecture) + architecture.vocab_size * architecture.hidden_size
+    rows["decoding, a token"] = (2.0 * multiplied * B, decoded, 0.0)
     for name, (flops, bytes_, moved) in rows.items():
         times = {"compute": flops / count / chip.flops, "memory": bytes_ / chip.bandwidth, "links": moved / chip.link}
         bound = max(times, key=times.get)

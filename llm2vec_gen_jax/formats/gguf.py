@@ -164,8 +164,8 @@ class GGUFSource:
 
 
 @_raises_input_error
-def read_architecture(source: GGUFSource) -> tuple[architecture_lib.Architecture, dict[str, Any]]:
-    """Returns (Architecture, Hugging Face config dict)."""
+def read_architecture(source: GGUFSource) -> architecture_lib.Architecture:
+    """Returns the architecture that the metadata describes."""
     field = source.field
 
     def required(key):
@@ -191,12 +191,13 @@ def read_architecture(source: GGUFSource) -> tuple[architecture_lib.Architecture
         "rope_scaling": None if scaling in (None, "none") else {"rope_type": scaling},
         "partial_rotary_factor": field("{}.rope.dimension_count", head_dim) / head_dim,
         "tie_word_embeddings": "lm_head.weight" not in source.tensors,
+        "max_position_embeddings": field("{}.context_length"),
     }
     architecture = architecture_lib.from_hf_config(config, source)
     if "rope_freqs.weight" in source.tensors:
         scaling = _llama3_scaling(source, architecture)
         architecture = dataclasses.replace(architecture, rope_scaling=scaling)
-    return architecture, architecture_lib.to_hf_config(architecture)
+    return architecture
 
 
 def _llama3_scaling(source, architecture):

@@ -37,6 +37,12 @@ class Architecture:
     qkv_bias: bool  # Qwen2.5
     qk_norm: bool  # Qwen3
     tied_embeddings: bool
+    # Not used by the computation; written to exported configs, because vLLM limits lengths to it.
+    max_position_embeddings: int | None = dataclasses.field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields that determine the computation."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != _POSITIONS}
 
     @property
     def num_parameters(self) -> int:
@@ -62,6 +68,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
+_POSITIONS = "max_position_embeddings"
 _MAX_VALUE = 1e30  # fits in float32
 # Keys that change the computation, and their supported values.
 _SUPPORTED: dict[str, tuple] = {
@@ -120,6 +127,7 @@ def from_hf_config(config: Mapping[str, Any], source: object) -> Architecture:
         rope_theta=float(_positive(config | scaling, "rope_theta", (int, float), source)),
         rope_scaling=_rope_scaling(scaling, source),
         tied_embeddings=config["tie_word_embeddings"],
+        max_position_embeddings=positions if isinstance(positions := config.get(_POSITIONS), int) else None,
         **_FAMILIES[str(family)],
     )
 
@@ -129,7 +137,7 @@ def to_hf_config(architecture: Architecture) -> dict[str, Any]:
     switches = {"qkv_bias": architecture.qkv_bias, "qk_norm": architecture.qk_norm}
     family = next(family for family, its_switches in _FAMILIES.items() if its_switches == switches)
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    scaling = architecture.rope_scaling
+    scaling, positions = architecture.rope_scaling, architecture.max_position_embeddings
     return {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": family,
@@ -145,6 +153,7 @@ def to_hf_config(architecture: Architecture) -> dict[str, Any]:
         "rope_scaling": None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)},
         "tie_word_embeddings": architecture.tied_embeddings,
         "hidden_act": "silu",
+        **({} if positions is None else {_POSITIONS: positions}),
     }
 
 

@@ -59,7 +59,7 @@ class LLM2VecGenModel:
     def shapes(self) -> dict[str, Any]:
         """The settings that determine the shapes and the meaning of the trees."""
         return {key: value for key, value in vars(self).items() if key not in ("architecture", "execution")} | {
-            "architecture": dataclasses.asdict(self.architecture)
+            "architecture": self.architecture.to_dict()
         }
 
     @property

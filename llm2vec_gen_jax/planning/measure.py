@@ -48,7 +48,8 @@ def measure(config: PlanConfig, architecture: Architecture, execution: Execution
 class _Peak:
     """Measures the increase of the peak memory of a device inside the block, as `bytes`.
 
-    On a CPU, that of the process divided by the number of devices, sampled.
+    On a CPU, that of the process divided by the number of devices. Sampled on a CPU, and on other devices after a
+    program with a larger peak.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
@@ -58,6 +59,7 @@ class _Peak:
         if self.devices[0].platform == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # free memory not yet returned to the system
         self.before, self.peak, self.done = self._bytes("bytes_in_use"), 0.0, threading.Event()
+        self.earlier_peak = self._bytes("peak_bytes_in_use")
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -65,8 +67,10 @@ class _Peak:
     def __exit__(self, *_: Any) -> None:
         self.done.set()
         self.thread.join()
-        if self.devices[0].platform != "cpu":
-            self.peak = self._bytes("peak_bytes_in_use")
+        peak = self._bytes("peak_bytes_in_use")
+        # The device keeps the largest peak of the process: if an earlier program set it, the sampled one counts.
+        if self.devices[0].platform != "cpu" and peak > self.earlier_peak:
+            self.peak = peak
         self.bytes = self.peak - self.before
 
     def _watch(self) -> None:

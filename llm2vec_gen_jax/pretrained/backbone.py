@@ -121,7 +121,7 @@ def _open(
     source: weights.WeightSource
     if where.suffix == ".gguf":
         source = file = gguf.GGUFSource(where)
-        architecture, _ = gguf.read_architecture(file)
+        architecture = gguf.read_architecture(file)
         tokenizer = Tokenizer(gguf.read_tokenizer(file), gguf.stop_ids(file))
         license = file.field("general.license")
     else:
@@ -136,7 +136,7 @@ def _open(
         license = hf.read_license(where)
     tokenizer.check_fits(architecture.vocab_size, where)
     digest = hashlib.sha256(weights.fingerprint_values(source, architecture).tobytes()).hexdigest()
-    parts = [dataclasses.asdict(architecture), digest]
+    parts = [architecture.to_dict(), digest]
     former = identity = fingerprint(parts)
     if not architecture.tied_embeddings:
         identity = fingerprint([*parts, weights.head_digest(source)])

@@ -15,6 +15,7 @@ from llm2vec_gen_jax.pretrained.chat_template import render
 # characters at both ends occur in no template.
 _SENTINEL = '\ue000It\'s 1 < 2 & "A" {{ x }} {% y %} \\n\n  <b>Où?</b>\t\n' + 99 * "A long text. " + "\ue001"
 _PROBE = "It's 3,000 m² away; don't go!\n\tdef f(x): return x**2  # Größe, déjà vu, 你好, مرحبا, Привет, 🙂"
+_CHANGED_BY_CUT = 16  # largest number of tokens at the end of a cut text that the rest of the text can change
 CHARS_PER_TOKEN = 64  # upper bound for ordinary text; `encode` handles longer tokens
 _BATCH_CHARS = 1 << 22
 
@@ -133,7 +134,8 @@ class Tokenizer:
             raise InputError(f"input {first + bad} has an unpaired surrogate (not valid Unicode)") from None
         for row, text in enumerate(texts):
             total, count = len(text) + (len(prefix) + 1 if prefix else 0), longest
-            while count < total and len(ids[row]) <= max_length:  # very long tokens, such as runs of spaces
+            # Very long tokens, such as runs of spaces. A cut inside a run changes its tokens, also before the cut.
+            while count < total and len(ids[row]) < max_length + _CHANGED_BY_CUT:
                 count *= 4
                 ids[row] = self.plain.encode_batch([start_of(text, count)])[0].ids
         return ids

@@ -54,6 +54,8 @@ def encode_corpus(path: str, config: EncodeConfig, check: Callable[[], None] = l
         if getattr(config, key):
             raise InputError(f"{key}=true is not for by_teacher=true: remove one of them")
     output = pathlib.Path(str(config.output))
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output={output}: exists and is not a folder")
     files = _Files(output, config)
     with locks.locked(files.share, "output"):  # fails before any work if the output cannot be written
         return _encode_corpus(path, config, files, check)
@@ -96,7 +98,8 @@ class _Files:
         self.output, self.config = output, config
         index, count = config.shard.index, config.shard.count
         suffix = "" if count == 1 else f"-{index:05}-of-{count:05}"
-        self.share = output.with_name(f"{output.name}{suffix}")  # locked, so that shares do not block each other
+        # Locked: what a share locks is in the output, because the folder above a mounted one may be read-only.
+        self.share = output if count == 1 else output / f"progress{suffix}"
         self.manifest = output / f"manifest{suffix}.json"
         self.journal = output / f"progress{suffix}.jsonl"
         self.journal_record, self.journal_sums = JsonlAppender.sidecars(self.journal)
@@ -109,11 +112,9 @@ class _Files:
         return self.output / f"soft_prompts-{number:05}.npy"
 
     def check(self) -> None:
-        """Raises InputError if the output is a file, or a folder that was not written by encode."""
+        """Raises InputError if the output is a folder that was not written by encode."""
         ours = re.compile(r"\.?(manifest|progress|embeddings|soft_prompts|ranges)\b")
-        if self.output.exists() and not self.output.is_dir():
-            raise InputError(f"output={self.output}: exists and is not a folder")
-        if self.output.is_dir() and not all(map(ours.match, entries(self.output))):
+        if self.output.exists() and not all(map(ours.match, entries(self.output))):
             raise InputError(f"output={self.output}: exists and holds other files. Choose another, or remove it")
         for path in self.output.glob("[mp]*.json*"):
             share = re.match(r"(?:manifest|progress)(?:-\d+-of-(\d+))?\.json", path.name)
@@ -127,10 +128,12 @@ class _Files:
             path.unlink(missing_ok=True)
 
     def remove_if_empty(self) -> None:
-        """Removes the folder if it holds at most the int8 ranges."""
-        if self.output.exists() and {path.name for path in self.output.iterdir()} <= {self.ranges.name}:
+        """Removes the int8 ranges if no share has written or is running, and the folder if it is empty."""
+        ours = {self.ranges.name, f".{self.share.name}.lock"}
+        if self.output.exists() and {path.name for path in self.output.iterdir()} <= ours:
             self.ranges.unlink(missing_ok=True)
-            self.output.rmdir()
+            with contextlib.suppress(OSError):  # the lock is in it, and removes it
+                self.output.rmdir()
 
     def remove_temporary(self) -> None:
         """Removes the temporary files that this share left when it was killed."""

@@ -16,6 +16,7 @@ from llm2vec_gen_jax.serving import encode_corpus
 from tests.conftest import check_error, write_jsonl
 from tests.helpers import commands
 from tests.helpers.bulk import settings, write_texts
+from tests.helpers.tasks import needs_mteb
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """if True:
@@ -245,7 +246,7 @@ def test_shares_write_side_by_side_and_other_divisions_are_refused(model_folder,
     from llm2vec_gen_jax.config import ShardConfig
 
     write_texts(tmp_path)
-    hold(tmp_path / "out-00000-of-00002")  # as the first share does
+    hold(tmp_path / "out" / "progress-00000-of-00002")  # as the first share does
     encode_corpus.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(1, 2)))
     with pytest.raises(InputError, match="another process is writing to it"):
         encode_corpus.encode_corpus(str(model_folder), settings(tmp_path, shard=ShardConfig(0, 2)))
@@ -361,6 +362,7 @@ def test_a_training_of_teachers_whose_output_is_removed_fails(tiny_folder, comma
     check_error(result, "out/config.yaml: was removed or replaced", code=1)
 
 
+@needs_mteb
 def test_a_study_whose_output_is_removed_fails(task_folders, command, monkeypatch):
     from llm2vec_gen_jax.experiments.reproduce import Study
 

@@ -103,6 +103,12 @@ def test_what_may_not_be_read_or_written_is_named(results_of, model_folder, tiny
         (model, ["evaluate!", model, f"tasks={task}", "output=results", "save_scores=true"]),
         (closed, [f"{train[0]}!", *train[1:], f"train.output={closed / 'run'}"]),
     ]
+    mount = tmp_path / "mount"
+    (mount / "vectors").mkdir(parents=True)
+    share = ["encode!", model, f"input={tmp_path / 'rows.jsonl'}", f"output={mount / 'vectors'}", "shard.count=2"]
+    [[code, errors]] = results_of([(mount, share)])  # its parent is read-only, as with a volume of a container
+    assert code == 0, errors
+    assert not list(mount.glob("vectors/.*")) and (mount / "vectors" / "manifest-00000-of-00002.json").exists()
     wrong = []
     for (path, words), (code, errors) in zip(cases, results_of(cases), strict=True):
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]

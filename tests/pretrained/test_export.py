@@ -1,5 +1,6 @@
 """Export of merged encoders and of backbones: plain transformers models, in several files, by several processes."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm2vec_gen_jax import LLM2VecGen
+from llm2vec_gen_jax.common.files import read_json
 from llm2vec_gen_jax.formats import hf
 from llm2vec_gen_jax.integrations.verify import TEXTS
+from llm2vec_gen_jax.model.architecture import to_hf_config
 from llm2vec_gen_jax.pretrained import export
 from llm2vec_gen_jax.pretrained.backbone import load_backbone
-from tests.conftest import one_device_mesh
+from tests.conftest import one_device_mesh, tiny_torch_model
+from tests.formats.test_gguf import write_gguf
 from tests.helpers.conversion import new_model, same_trees
 from tests.helpers.processes import Process, environment, free_port
 
@@ -39,6 +43,20 @@ def test_large_backbones_are_written_in_several_files(tiny, tmp_path, monkeypatc
     again = load_backbone(str(tmp_path / "many"), "float32", one_device_mesh())
     same_trees(again.frozen, tiny("llama").frozen)
     assert again.identity == tiny("llama").identity
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_an_exported_config_has_the_maximum_length(tiny_folder, tmp_path, kind):
+    """vLLM limits prompts to it; without it, a Llama gets transformers' default of 2,048."""
+    source = tiny_folder("llama") if kind == "folder" else write_gguf(tmp_path / "m.gguf", tiny_torch_model("llama"))
+    backbone = load_backbone(str(source), "float32", one_device_mesh())
+    export.save_backbone(backbone, tmp_path / "exported")
+    assert read_json(tmp_path / "exported" / "config.json")["max_position_embeddings"] == 1024
+    without = dataclasses.replace(backbone.architecture, max_position_embeddings=None)
+    assert without == backbone.architecture and without.to_dict() == backbone.architecture.to_dict()
+    export.save_backbone(dataclasses.replace(backbone, architecture=without), tmp_path / "without")
+    again = load_backbone(str(tmp_path / "without"), "float32", one_device_mesh())
+    assert again.identity == backbone.identity and "max_position_embeddings" not in to_hf_config(again.architecture)
 
 
 ONE_OF_TWO = """

@@ -145,7 +145,7 @@ def test_any_metadata_of_gguf(tmp_path, gguf_file, data):
 
     def read():
         source = gguf.GGUFSource(path)
-        architecture, _ = gguf.read_architecture(source)
+        architecture = gguf.read_architecture(source)
         gguf.read_tokenizer(source), gguf.stop_ids(source)
         weights.fingerprint_values(source, architecture)
 

@@ -106,6 +106,7 @@ def test_a_saved_tokenizer_reads_back_the_same(make, tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 @hypothesis.given(texts=st.lists(RUNS, min_size=1, max_size=3), length=st.integers(1, 5))
+@hypothesis.example(texts=[" " + "-" * 64], length=1)  # one token of 65 characters
 def test_cutting_the_text_first_changes_no_id(make, name, texts, length):
     tokenizer = make(name)
     assert tokenizer.encode(texts, length) == [tokenizer.plain.encode(text).ids[:length] for text in texts]
