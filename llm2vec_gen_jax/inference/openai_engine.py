@@ -37,6 +37,7 @@ class Server:
             api_key=os.environ.get(config.api_key_env) or "none",  # local servers accept any
             timeout=config.request_timeout,
             max_retries=_RETRIES,
+            http_client=_http_client(),
         )
         try:
             models = [model.id for model in self.client.with_options(max_retries=0).models.list()]
@@ -124,7 +125,10 @@ class Server:
         """Returns the error of a failed request. record: that of the request."""
         endpoint, openai = f"endpoint={self.config.endpoint}", self.openai
         if isinstance(error, openai.APITimeoutError):
-            return InputError(f"{endpoint}: no answer within request_timeout={self.config.request_timeout} seconds")
+            return InputError(
+                f"{endpoint}: no answer within request_timeout={self.config.request_timeout} seconds. Increase it, or "
+                "decrease concurrency"
+            )
         if isinstance(error, openai.APIConnectionError):
             cause = error.__cause__ or error
             return InputError(f"{endpoint}: no server there ({first_line(cause)}). Start it, then repeat the command")
@@ -137,3 +141,19 @@ class Server:
             return InputError(f"{endpoint}: not the URL of an OpenAI API, which usually ends in /v1")
         of = f", question {record['id']!r}, {quote(record['question'])}" if record else ""
         return InputError(f"{endpoint}{of}: {first_line(error)}")
+
+
+def _http_client() -> Any:
+    """Returns an HTTP client with which the openai package does not repeat a request after request_timeout."""
+    import openai
+
+    class Client(openai.DefaultHttpxClient):
+        def send(self, request: Any, **options: Any) -> Any:
+            try:
+                return super().send(request, **options)
+            except Exception as error:
+                if type(error).__name__ == "ReadTimeout":  # of httpx or httpx2, whichever openai uses
+                    raise openai.APITimeoutError(request=request) from error  # openai repeats no errors of its own
+                raise
+
+    return Client()

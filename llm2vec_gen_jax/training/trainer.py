@@ -57,12 +57,16 @@ class LLM2VecGenTrainer:
         kernels: Values | config_lib.KernelsConfig | None = None,
         mesh: Values | config_lib.MeshConfig | None = None,
         tracking: str | None = None,
+        token: str | None = None,
+        cache_dir: Path | None = None,
+        local_files_only: bool | None = None,
     ) -> None:
         """records: {question, answer} dicts, a datasets.Dataset, a JSONL file or a hub dataset id.
 
         output: run directory; an interrupted run in it is resumed. held_out: records for evaluation, as `records`.
         backbone: path or hub id, the section `backbone`, or a loaded one. config: a TrainConfig, or a YAML file from
-        which the other arguments deviate. Raises InputError for an unknown key and for an invalid value.
+        which the other arguments deviate. token, cache_dir, local_files_only: of the Hugging Face hub.
+        Raises InputError for an unknown key and for an invalid value.
         """
         values: dict[str, Any] = {}
         if config is not None:
@@ -91,8 +95,13 @@ class LLM2VecGenTrainer:
         for key, name, source in (("data", "responses", records), ("validation", "responses", held_out)):
             if isinstance(source, str | os.PathLike):
                 values[key] = values.get(key, {}) | {name: source}
-        if tracking is not None:
-            values["tracking"] = tracking
+        keys = {
+            "tracking": tracking,
+            "token": token,
+            "cache_dir": None if cache_dir is None else str(cache_dir),
+            "local_files_only": local_files_only,
+        }
+        values |= {key: value for key, value in keys.items() if value is not None}
         self.config = options.from_values(TrainConfig, values, type(self).__name__)
         self.records, self.held_out, self.callbacks = records, held_out, callbacks
         self.backbone = backbone if isinstance(backbone, LoadedBackbone) else None

@@ -116,6 +116,15 @@ def test_the_backbone_is_loaded_at_its_recorded_revision(tiny, tiny_folder, tmp_
     assert_same(other.encode(TEXTS), model.encode(TEXTS))
 
 
+def test_a_directory_without_modules_is_not_opened(saved, tmp_path):
+    """docs/pytorch.md tells the fix for this message."""
+    _, folder = saved("qwen3", 0)
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "modules.json").unlink()
+    with pytest.raises(ValueError, match="Unrecognized model in .*copy"):
+        open_folder(tmp_path / "copy")
+
+
 def test_padding_may_be_on_the_left(saved):
     import torch
 

@@ -1,6 +1,7 @@
 """The hub: models load from its cache, and are uploaded to it."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -106,6 +107,13 @@ def test_push_to_hub_uploads_what_loads_elsewhere(tiny, tiny_folder, tmp_path, m
     assert not list(left.parent.iterdir())
     again = LLM2VecGen.from_pretrained(tmp_path / "uploaded", "float32", tiny_folder("llama"), one_device_mesh())
     same_trees(again.trainable, model.trainable)
+    if importlib.util.find_spec("sentence_transformers"):
+        from sentence_transformers import SentenceTransformer
+
+        add_to_cache(tmp_path / "cache", tiny_folder("llama"), repository="someone/llm")
+        options = {"trust_remote_code": True, "cache_folder": str(tmp_path / "cache"), "local_files_only": True}
+        vectors = SentenceTransformer(str(tmp_path / "uploaded"), device="cpu", **options).encode(["x"])
+        np.testing.assert_allclose(vectors, again.encode(["x"]), rtol=0, atol=1e-5 * np.abs(vectors).max())
     card = (tmp_path / "uploaded" / "README.md").read_text()
     assert card.count('from_pretrained("someone/embedder")') == 2
     front = yaml.safe_load(card.split("---")[1])

@@ -46,6 +46,10 @@ def test_the_hub_reads_the_metadata(written):
     record.backbone, record.extra["data"] = "someone/llm", {"responses": "someone/answers", "examples": 3}
     data = ModelCard(model_card.model_card(record, "me/my-model", "apache-2.0")).data
     assert (data.base_model, data.base_model_relation, data.license) == ("someone/llm", "adapter", "apache-2.0")
+    text = model_card.model_card(record, "me/my-model", "apache-2.0")
+    assert "## Limits\n\n* The vectors encode what the LLM would answer, with its errors" in text
+    license = text.partition("## License")[2]
+    assert "apache-2.0" in license and "someone/llm" in license
     assert data.datasets == ["someone/answers"] and data.model_name == "my-model"
     for bad in ("0.7", None, True, {"metric": "accuracy"}):
         record.extra["scores"] = {"NFCorpus": bad}

@@ -2,13 +2,14 @@
 # mypy: disallow-any-generics, disallow-untyped-calls, disallow-untyped-defs, warn-return-any
 
 import pathlib
-from typing import assert_type
+from collections.abc import Mapping
+from typing import Any, assert_type
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2vec_gen_jax import InputError, LLM2VecGen, load_embeddings
+from llm2vec_gen_jax import InputError, LLM2VecGen, LLM2VecGenTrainer, TrainingCallback, load_embeddings
 from llm2vec_gen_jax.config import LossConfig, MeshConfig, TrainConfig, TrainSettings
 from llm2vec_gen_jax.lens.logit import Candidate
 from llm2vec_gen_jax.training.losses import alignment
@@ -38,6 +39,20 @@ def use_embedder(path: pathlib.Path, texts: list[str]) -> None:
     assert_type(model.get_embedding_dimension(), int)
     assert_type(model.save_pretrained("copy"), None)
     assert_type(load_embeddings("vectors", rows=(0, 10)), np.ndarray)
+
+
+class Log(TrainingCallback):
+    def on_validation(self, record: Mapping[str, Any]) -> bool:
+        return bool(record["loss"] < 0.1)
+
+
+def train_in_memory(rows: list[dict[str, str]]) -> LLM2VecGen:
+    trainer = LLM2VecGenTrainer(
+        rows, "runs/x", train={"steps": 10}, loss=LossConfig(), callbacks=[Log()], local_files_only=True
+    )
+    assert_type(trainer.config, TrainConfig)
+    assert_type(trainer.evaluate(), dict[str, float])
+    return assert_type(trainer.train(), LLM2VecGen)
 
 
 def run_training(responses: str) -> pathlib.Path:
