@@ -199,11 +199,10 @@ def _row(
 
 
 def _line(row: dict[str, Any]) -> str:
-    """Returns the memory of a row on one line, and its training step on the next."""
+    """Returns the memory of a row on one line of 75 columns, and its training step on the next."""
     size = row["mesh"]
     text = f"{size['data']:>4} x{size['fsdp']:>4} x{size['tensor']:>3}  {row['remat']:<16}"
     text += f"{row['weights'] / GIB:>11.2f}{row['state'] / GIB:>7.2f}"
-    verdict = "   does not fit" if row["fits"] is False else ""
     if "train" in row:
         text += f"{row['train'] / GIB:>8.2f}{row['encode'] / GIB:>8.2f}{row['generate'] / GIB:>10.2f}"
         step = f"training step: {row['flops'] / 1e12:,.1f} TFLOP, {row['moved'] / GIB:.2f} GiB moved"
@@ -212,6 +211,8 @@ def _line(row: dict[str, Any]) -> str:
             parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in bounds.items())
             step += f", at least {max(bounds.values()):.3f} s ({parts})"
         step += f"; {row['compiler']}"
+        if row["fits"] is False:
+            step = f"does not fit; {step}"
     else:
         step = row["reason"]
-    return "\n".join([text + verdict, *wrap(step, terminal_width(), " " * 6)])
+    return "\n".join([text, *wrap(step, terminal_width(), " " * 6)])

@@ -237,7 +237,7 @@ def test_a_search_returns_the_first_mesh_that_fits(tiny_words, monkeypatch, caps
     rows = planned(*arguments)
     assert [row["fits"] for row in rows] == [True] and rows[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     assert "use: mesh.data=4 mesh.fsdp=1 mesh.tensor=1 train.remat=dots" in capsys.readouterr().out
-    small = Chip(1e12, rows[0]["train"] * 0.7 / (0.92 * 0.75), 1e9, 1e9)
+    small = Chip(1e12, rows[0]["train"] * 0.9 / (0.92 * 0.75), 1e9, 1e9)
     monkeypatch.setitem(CHIPS, "h100", small)
     rows += planned(*arguments)
     assert [row["fits"] for row in rows[1:]] == [False] * (len(rows) - 2) + [True]

@@ -141,6 +141,7 @@ def test_a_command_runs(name, words, here, command, monkeypatch):
     if "save_scores=true" in words:
         more = [word for word in more if not word.startswith("limit=")]
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("COLUMNS", "80")
     for other, its in made_by_others(words):
         code, _, errors = command(other, *its, *SMALL.get(other, []))
         assert code == 0, errors
@@ -156,6 +157,7 @@ def test_a_command_runs(name, words, here, command, monkeypatch):
         monkeypatch.setattr(sys, "stdin", open(here / "texts.txt", encoding="utf-8"))
     code, out, errors = command(name, *given, *more)
     assert code == 0, errors
+    assert not [line for line in out.splitlines() if len(line) > 80 and os.sep not in line], "only paths may be longer"
     assert out and (set(here.rglob("*")) - before or not any(word.partition("=")[0] in OUTPUTS for word in given))
 
 
