@@ -208,7 +208,7 @@ def _join(config):
     values = {key: value for key, value in options.to_dict(config).items() if key not in ("process_id", *HUB_KEYS)}
     processes.assert_equal_across_processes({"code": processes.code_version(), "config": values})
     if not static and processes.stop_requested():
-        raise preemption.Stopped("stopped as asked, before starting")
+        raise preemption.Stopped("stopped on request, before starting")
     if static and jax.process_count() > 1:
         if config.shard.count > 1:
             raise InputError(

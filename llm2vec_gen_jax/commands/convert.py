@@ -34,7 +34,7 @@ def to_pytorch(path: str, config: ToPytorchConfig) -> None:
     if (run := pathlib.Path(path) / "model").is_dir():
         path = str(run)  # a run directory
     if not (config.output or config.merged):
-        raise InputError("output is needed: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
+        raise InputError("output is required: pass output=DIR (model directory), merged=DIR (plain encoder) or both")
     hub = hub_options(config, config.revision)
     source = model_directory.backbone_source(model_directory.read_model_directory(path, hub), hub, config.backbone)
     if config.output and not config.backbone_output and resolve_path(*source).suffix == ".gguf":

@@ -237,7 +237,7 @@ class EvaluateConfig(ModelHubConfig):
     save_scores: bool = setting(
         False,
         "kind=student: also save the main scores in MODEL, a model directory on this machine: in llm2vec_gen_jax.json, "
-        "and in the model card README.md, which is written anew",
+        "and in the model card README.md, which is regenerated",
     )
     batch_size: int = setting(32, "texts per batch", least=1)
     max_length: int | None = setting(None, "maximum tokens per text; null: as published (512; BRIGHT: 4096)", least=1)

@@ -110,7 +110,7 @@ def require(config: Any, *keys: str) -> list[Any]:
         for part in key.split("."):
             value = getattr(value, part)
         if value is None or value == "":  # "": such as from an unset shell variable
-            raise InputError(f"{key} is needed: pass {key}=... ({_help_of(type(config), key)})")
+            raise InputError(f"{key} is required: pass {key}=... ({_help_of(type(config), key)})")
         values.append(value)
     return values
 

@@ -86,7 +86,7 @@ class BatchSchedule:
 def rows_of_part(batch_size: int, part: int, parts: int) -> slice:
     """Returns the rows of one of the equal parts of a batch. Raises InputError if it does not divide."""
     if batch_size % parts:
-        raise InputError(f"train.batch_size={batch_size} does not divide over {parts} processes")
+        raise InputError(f"train.batch_size={batch_size} is not divisible by {parts} processes")
     size = batch_size // parts
     return slice(part * size, (part + 1) * size)
 

@@ -21,7 +21,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import Licenses, PromptType
 
 from llm2vec_gen_jax.api import LLM2VecGen
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.common.files import fingerprint
 from llm2vec_gen_jax.evaluation import instructions as instructions_lib
 from llm2vec_gen_jax.evaluation import tasks
@@ -303,9 +303,8 @@ def _fetch(task: Any) -> None:
     try:
         task.load_data()
     except Exception as error:  # the hub's clients raise exceptions of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"task {task.metadata.name}: its data cannot be fetched from the hub ({reason}). "
+            f"task {task.metadata.name}: its data cannot be fetched from the hub ({first_line(error)}). "
             "Check the network (neither HF_HUB_OFFLINE nor local_files_only may be set), or evaluate task folders"
         ) from None
 

@@ -48,7 +48,7 @@ class Server:
                 f"endpoint={config.endpoint}: no list of models at /models ({first_line(error)})"
             ) from None
         if config.model is None and len(models) != 1:
-            raise InputError(f"model is needed: {config.endpoint} has {', '.join(models[:20]) or 'none'}")
+            raise InputError(f"model is required: {config.endpoint} has {', '.join(models[:20]) or 'none'}")
         self.model = config.model or models[0]
         if self.model not in models:
             suggestion, available = nearest(self.model, models), ", ".join(models[:20]) or "none"
@@ -134,7 +134,7 @@ class Server:
             return InputError(f"{endpoint}: no server there ({first_line(cause)}). Start it, then repeat the command")
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return InputError(
-                f"{endpoint}: the server refuses the key in the environment variable {self.config.api_key_env} "
+                f"{endpoint}: the server rejects the key in the environment variable {self.config.api_key_env} "
                 "(api_key_env=)"
             )
         if isinstance(error, openai.NotFoundError) and record is None:

@@ -12,7 +12,7 @@ def finish(embeddings: np.ndarray, truncate_dim: int | None, normalize: bool) ->
     """Returns embeddings (n, E) truncated to their first truncate_dim dimensions, then L2-normalized on request."""
     if truncate_dim is not None:
         if not 1 <= truncate_dim <= embeddings.shape[1]:
-            raise InputError(f"truncate_dim must be within 1 and {embeddings.shape[1]}, found {truncate_dim}")
+            raise InputError(f"truncate_dim must be between 1 and {embeddings.shape[1]}, found {truncate_dim}")
         embeddings = embeddings[:, :truncate_dim]
     return l2_normalize(embeddings) if normalize else embeddings
 

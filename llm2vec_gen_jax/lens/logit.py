@@ -65,7 +65,7 @@ def logit_lens(
     model, tokenizer = embedder.model, embedder.backbone.tokenizer
     pool = max(top_k, _POOL) if words else top_k
     if not 1 <= top_k <= model.architecture.vocab_size:
-        raise InputError(f"top_k must be within 1 and {model.architecture.vocab_size}, found {top_k}")
+        raise InputError(f"top_k must be between 1 and {model.architecture.vocab_size}, found {top_k}")
     last = [model.architecture.num_layers]
     states = compression_states(embedder, texts, last, batch_size, max_length, show_progress_bar)[:, 0]
     probabilities, ids = _top(embedder, state, states, min(pool, model.architecture.vocab_size))

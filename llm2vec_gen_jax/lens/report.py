@@ -16,7 +16,7 @@ from llm2vec_gen_jax.lens.search import Index, latent_lens
 from llm2vec_gen_jax.teachers import encoder, hyde, targets
 
 _TEMPLATE = "report.html"
-_SENTENCES = 3  # neighbours per layer shown with their sentences
+_SENTENCES = 3  # neighbors per layer shown with their sentences
 
 
 def write_report(model: Any, texts: list[str], path: str | os.PathLike[str], config: ReportConfig) -> None:
@@ -41,7 +41,7 @@ def gather(model: Any, texts: list[str], config: ReportConfig, index: Index | No
         state: logit_lens(model, texts, config.top_k, state, words=True, **reading)
         for state in ("hidden", "soft_prompts")
     }
-    neighbours = latent_lens(model, index, texts, config.top_k, **reading) if index else [{}] * len(texts)
+    neighbors = latent_lens(model, index, texts, config.top_k, **reading) if index else [{}] * len(texts)
     teacher, adapters, missing = _teacher(model, config)
     answers = hyde.Hyde(
         model.backbone, teacher, config.max_new_tokens, config.batch_size, config.max_length, True
@@ -63,7 +63,7 @@ def gather(model: Any, texts: list[str], config: ReportConfig, index: Index | No
                 "answer": answers[row],
                 "decoded": decoded[row],
                 "words": {state: candidates[row] for state, candidates in words.items()},
-                "layers": [_layer(*layer) for layer in neighbours[row].items()],
+                "layers": [_layer(*layer) for layer in neighbors[row].items()],
                 "nearest": _nearest(cosines[row], row, config.nearest),
             }
             for row, text in enumerate(texts)

@@ -28,7 +28,7 @@ _ENDED = re.compile(r"[.!?]$")  # a word that ends its sentence
 _AROUND = 80  # characters of the sentence shown before and after a word
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A context near a state: its word, the cosine, its layer, and its sentence before and after the word."""
 
     word: str
@@ -79,12 +79,12 @@ class Index:
         cosines, rows = (np.take_along_axis(x, order, axis=1) for x in (cosines, rows))
         return cosines, of_layer[order], rows
 
-    def neighbour(self, cosine: float, layer: int, row: int) -> Neighbour:
-        """Returns the Neighbour of a result of `search`."""
+    def neighbor(self, cosine: float, layer: int, row: int) -> Neighbor:
+        """Returns the Neighbor of a result of `search`."""
         text, position = self.contexts[row]
         ids = self._ids[self._offsets[text] : self._offsets[text + 1]].tolist()
         before, word, after = in_sentence(self.backbone.tokenizer, ids, int(position))
-        return Neighbour(word, float(cosine), int(layer), before, after)
+        return Neighbor(word, float(cosine), int(layer), before, after)
 
     def _map(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
@@ -127,8 +127,8 @@ def latent_lens(
     batch_size: int = 16,
     max_length: int | None = None,
     show_progress_bar: bool = False,
-) -> list[dict[int, list[list[Neighbour]]]]:
-    """Returns, for each text, {layer: top_k Neighbours of each of the K compression tokens, nearest first}.
+) -> list[dict[int, list[list[Neighbor]]]]:
+    """Returns, for each text, {layer: top_k Neighbors of each of the K compression tokens, nearest first}.
 
     index: an Index of the embedder's backbone. layers: of the compression tokens, default those of the index.
     same_layer: search contexts of the same layer only, default those of all layers, as in LatentLens.
@@ -143,12 +143,12 @@ def latent_lens(
         return []
     states = compression_states(embedder, texts, layers, batch_size, max_length, show_progress_bar)
     n, _, K, D = states.shape
-    by_text: list[dict[int, list[list[Neighbour]]]] = [{} for _ in range(n)]
+    by_text: list[dict[int, list[list[Neighbor]]]] = [{} for _ in range(n)]
     for number, layer in enumerate(layers):
         results = index.search(states[:, number].reshape(-1, D), top_k, [layer] if same_layer else None)
-        neighbours = [[index.neighbour(*one) for one in zip(*token)] for token in zip(*results)]
+        neighbors = [[index.neighbor(*one) for one in zip(*token)] for token in zip(*results)]
         for text in range(n):
-            by_text[text][layer] = neighbours[text * K : (text + 1) * K]
+            by_text[text][layer] = neighbors[text * K : (text + 1) * K]
     return by_text
 
 

@@ -56,7 +56,7 @@ def deferred() -> Iterator[None]:
 
 def _stop_if_asked():
     if _asked:
-        raise Stopped("stopped as asked")
+        raise Stopped("stopped on request")
 
 
 def _note(number, frame):

@@ -58,7 +58,7 @@ def initialize(config: Any, together: bool = True) -> None:
                 jax.distributed.initialize(**timeouts)
             except rendezvous.Missed as error:
                 if preemption.asked():
-                    raise Stopped("stopped as asked, before all processes joined") from None
+                    raise Stopped("stopped on request, before all processes joined") from None
                 reason = f"process {index} of {count} could not join ({error})"
                 raise PeerMissing(f"distributed=auto: {reason}") from None
             except ValueError as error:  # JAX detected no cluster
@@ -83,7 +83,7 @@ def initialize(config: Any, together: bool = True) -> None:
             jax.distributed.initialize(address, count, index, **timeouts)
         except (rendezvous.Missed, RuntimeError) as error:
             if preemption.asked():
-                raise Stopped("stopped as asked, before all processes joined") from None
+                raise Stopped("stopped on request, before all processes joined") from None
             reason = f"process {index} of {count} could not join ({first_line(error)})"
             raise PeerMissing(f"distributed={address}: {reason}") from None
 

@@ -57,7 +57,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
             axis = RULES[logical]
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(
-                    f"{name}: its {logical} dimension of {size} does not divide over mesh.{axis}={mesh.shape[axis]}"
+                    f"{name}: its {logical} dimension of {size} is not divisible by mesh.{axis}={mesh.shape[axis]}"
                 )
             spec.append(axis)
         return NamedSharding(mesh, jax.P(*spec))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from llm2vec_gen_jax import config as config_lib
-from llm2vec_gen_jax.common.errors import InputError
+from llm2vec_gen_jax.common.errors import InputError, first_line
 from llm2vec_gen_jax.common.files import read_json, shipped
 from llm2vec_gen_jax.common.terminal import terminal_width, wrap
 from llm2vec_gen_jax.config import PlanConfig, hub_options, options
@@ -173,7 +173,7 @@ def _row(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | {"fits": False, "reason": str(error).strip().splitlines()[0][:200]}
+        return row | {"fits": False, "reason": first_line(error)[:200]}
     training = [programs[name] for name in ("prefix", "step") if name in programs]
     row["train"] = programs["step"].peak
     if "prefix" in programs:  # the state is in memory, too

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from llm2vec_gen_jax.common.errors import InputError, nearest
+from llm2vec_gen_jax.common.errors import InputError, first_line, nearest
 from llm2vec_gen_jax.parallel.chips import CHIPS, Chip
 
 TARGETS = {path.stem: path for path in (pathlib.Path(__file__).parent / "gpu_targets").glob("*.txtpb")}
@@ -113,7 +113,7 @@ def _tpus(topology: str, kind: str, shape: str) -> Sequence[Any]:
             if "libtpu" in str(error) or "not installed" in str(error)
             else "such as v5e:4x4, v5p:2x2x1"
         )
-        raise InputError(f"topology={topology}: {str(error).strip().splitlines()[0]} ({hint})") from None
+        raise InputError(f"topology={topology}: {first_line(error)} ({hint})") from None
 
 
 def _cpus(topology: str, count: int) -> Sequence[Any]:

@@ -154,10 +154,10 @@ def resolve_path(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) ->
 
     Raises InputError if there is none, and for a revision of anything but a hub id.
     """
-    local = pathlib.Path(path).expanduser()
-    if path == default_backbone.NAME or local.exists():
+    local, is_default = pathlib.Path(path).expanduser(), str(path) == default_backbone.NAME
+    if is_default or local.exists():
         require_no_revision(path, hub)
-    if path == default_backbone.NAME:
+    if is_default:
         return default_backbone.default_backbone()
     if local.exists():
         if not local.is_dir() and local.suffix != ".gguf":
@@ -172,13 +172,18 @@ def resolve_adapter(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB)
     """Returns the local folder of a PEFT adapter: a path, a name of TEACHERS, or a hub id, which is downloaded."""
     folder = pathlib.Path(path).expanduser()
     if not folder.exists() and str(path) in TEACHERS:
-        return pathlib.Path(__file__).parent / "assets" / "teachers" / str(path)
+        return included_adapter(str(path))
     if is_hub_id(path):
         folder = fetch_from_hub(path, peft.FILES, hub)
     for name in peft.FILES:
         if not (folder / name).is_file():
             raise InputError(f"{path}: not a PEFT adapter: no {name}")
     return folder
+
+
+def included_adapter(name: str) -> pathlib.Path:
+    """Returns the folder of one of TEACHERS."""
+    return pathlib.Path(__file__).parent / "assets" / "teachers" / name
 
 
 def resolve_embedder(path: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB) -> pathlib.Path:

@@ -86,7 +86,7 @@ class Endpoints:
             message = f"'encoding_format' must be float or base64, not {quote(encoding)}"
             raise RequestError(400, message, param="encoding_format")
         if soft and not self.config.decode.enabled:
-            raise RequestError(400, "this server does not decode (decode.enabled=false)", param="soft_prompts")
+            raise RequestError(400, "decoding is disabled on this server (decode.enabled=false)", param="soft_prompts")
         if soft:
             self._require_decoding()
         limit = min(self.config.max_inputs, self.config.decode.max_inputs) if soft else self.config.max_inputs
@@ -174,7 +174,7 @@ class Endpoints:
             )
         max_tokens = body.get("max_tokens", settings.max_new_tokens)
         if not 1 <= max_tokens <= settings.max_new_tokens:
-            raise RequestError(400, f"'max_tokens' must be within 1 and {settings.max_new_tokens}", param="max_tokens")
+            raise RequestError(400, f"'max_tokens' must be between 1 and {settings.max_new_tokens}", param="max_tokens")
         prompt_tokens, key = 0, "input" if "input" in body else "soft_prompts"
         if key == "input":
             texts = openai_api.texts_of(body["input"], settings.max_inputs)

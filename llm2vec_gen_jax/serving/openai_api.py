@@ -104,7 +104,7 @@ def dimensions_of(request: Mapping[str, Any], largest: int) -> int | None:
     """Returns the `dimensions` of a request, None for all. Raises RequestError if they are not within 1 and largest."""
     size: int | None = request.get("dimensions")
     if size is not None and not 1 <= size <= largest:
-        raise RequestError(400, f"'dimensions' must be within 1 and {largest}, found {size}", param="dimensions")
+        raise RequestError(400, f"'dimensions' must be between 1 and {largest}, found {size}", param="dimensions")
     return size
 
 

@@ -47,7 +47,9 @@ def check_truncation_direction(request: Mapping[str, Any]) -> None:
     """Raises RequestError unless a request truncates at the end of texts."""
     direction = request.get("truncation_direction", "right")
     if direction.lower() != "right":
-        raise RequestError(400, f"'truncation_direction' must be right, not {quote(direction)}: texts lose their end")
+        raise RequestError(
+            400, f"'truncation_direction' must be right, not {quote(direction)}: only right truncation is supported"
+        )
 
 
 def prompt_of(request: Mapping[str, Any], prompts: Mapping[str, str], default: str) -> str:

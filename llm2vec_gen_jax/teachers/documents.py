@@ -19,7 +19,13 @@ from llm2vec_gen_jax.common.files import read_json, sha256_file, write_json
 from llm2vec_gen_jax.common.hub import DEFAULT_HUB, HubOptions
 from llm2vec_gen_jax.config import TrainConfig, hub_options
 from llm2vec_gen_jax.formats import peft, published
-from llm2vec_gen_jax.pretrained.backbone import TEACHERS, LoadedBackbone, load_backbone, resolve_adapter
+from llm2vec_gen_jax.pretrained.backbone import (
+    TEACHERS,
+    LoadedBackbone,
+    included_adapter,
+    load_backbone,
+    resolve_adapter,
+)
 from llm2vec_gen_jax.teachers import targets
 from llm2vec_gen_jax.teachers.encoder import Teacher
 from llm2vec_gen_jax.teachers.whitening import Transform
@@ -103,7 +109,7 @@ def load(folder: pathlib.Path, backbone: LoadedBackbone, hub: HubOptions = DEFAU
         raise InputError(
             f"{path}: expected adapters (a list of folders here), causal (a boolean) and max_length (tokens)"
         )
-    adapters = [resolve_adapter(name if name in TEACHERS else folder / name) for name in names]
+    adapters = [included_adapter(name) if name in TEACHERS else resolve_adapter(folder / name) for name in names]
     transform = _read_transform(folder / _TRANSFORM, backbone.architecture.hidden_size)
     frozen, dtype = backbone.frozen, backbone.dtype
     if adapters or dtype == "int8":  # merging changes the weights; targets are computed without quantization

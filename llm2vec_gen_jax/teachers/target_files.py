@@ -51,7 +51,7 @@ def compute_once(
                     logger.warning(f"waiting for another process, which holds {lock.path}")
                 waiting = True
                 if processes.stop_requested():
-                    raise preemption.Stopped(f"{file}: stopped as asked, while another process computes the targets")
+                    raise preemption.Stopped(f"{file}: stopped on request, while another process computes the targets")
             computed = not processes.run_on_process_0(lambda: _is_valid(file))  # unless the other process wrote it
             if computed and (together or first):
                 stop = processes.stop_requested if together or jax.process_count() == 1 else lambda: False
@@ -177,6 +177,6 @@ def _fill(file, lengths, batch_size, embed, width, stop, together):
                 if stopping or number % _FLUSH_EVERY == _FLUSH_EVERY - 1:
                     partial.flush()
             if stopping:
-                raise preemption.Stopped(f"{file}: stopped as asked, {done} of {len(lengths)} are kept")
+                raise preemption.Stopped(f"{file}: stopped on request, {done} of {len(lengths)} are kept")
     if partial:
         partial.finish()

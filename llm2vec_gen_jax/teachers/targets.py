@@ -109,7 +109,9 @@ def _by_llm2vec(backbone, config, answers, responses):
             access = hub if path else hub_options(config, config.backbone.revision)
             loaded = load_backbone(path or config.backbone.path, dtype, mesh, attention, access)
             if loaded.identity != reader.identity:
-                raise InputError(f"backbone.path={config.backbone.path}: has other weights than the loaded backbone")
+                raise InputError(
+                    f"backbone.path={config.backbone.path}: has different weights from the loaded backbone"
+                )
             frozen = loaded.frozen
         frozen = peft.merge(frozen, adapters, reader.architecture)
 

@@ -205,13 +205,13 @@ class Run:
         settings = self.settings
         if processes.stop_requested():
             self.checkpoints.close()
-            raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
+            raise preemption.Stopped(f"{self.output}: stopped on request, at step {self.first_step}")
         watchdog = Watchdog(settings.watchdog, self.checkpoints.check)
 
         def before_compiling(description: str) -> None:
             watchdog.beat(description)
             if processes.stop_requested():
-                raise preemption.Stopped(f"{self.output}: stopped as asked, at step {self.first_step}")
+                raise preemption.Stopped(f"{self.output}: stopped on request, at step {self.first_step}")
 
         with watchdog, self.checkpoints.settled():
             steps = range(self.first_step, settings.steps)
@@ -272,7 +272,7 @@ class Run:
 
     def _stop(self) -> NoReturn:
         self.checkpoints.close()
-        raise preemption.Stopped(f"{self.output}: stopped as asked, and saved at step {self.step}")
+        raise preemption.Stopped(f"{self.output}: stopped on request, and saved at step {self.step}")
 
     def _is_evaluated(self, step: int) -> bool:
         return self.validation is not None and self.validation.is_due(step, self.settings.steps)

@@ -51,7 +51,7 @@ def solve_alignment_head(
         for number, batch in enumerate(batches.iterate(trainer.batches, 0, count)):
             beat("the ridge regression")
             if processes.stop_requested():
-                raise preemption.Stopped("stopped as asked, while the alignment head was being solved")
+                raise preemption.Stopped("stopped on request, while the alignment head was being solved")
             batch = _prefill(trainer, batch)
             if origin is None:  # centers the values, because their squares are summed in float32
                 origin = means(trainable, frozen, batch)

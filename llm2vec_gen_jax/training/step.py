@@ -96,7 +96,7 @@ def check_batch_size(settings: TrainSettings, shards: int) -> None:
     size, parts = settings.batch_size, settings.microbatches
     if size % (shards * parts):
         over = [f"{shards} data shards"] * (shards > 1) + [f"train.microbatches={parts}"] * (parts > 1)
-        raise InputError(f"train.batch_size={size} does not divide over {' x '.join(over)}")
+        raise InputError(f"train.batch_size={size} is not divisible by {' x '.join(over)}")
 
 
 def check_microbatches(config: TrainConfig | PlanConfig) -> None:

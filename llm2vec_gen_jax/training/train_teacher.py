@@ -61,7 +61,7 @@ def _train_teacher(config, show_progress):
     shards = sharding.batch_shards(backbone.mesh)
     for name in makers:
         if (size := getattr(config, name).batch_size) % shards:
-            raise InputError(f"{name}.batch_size={size} does not divide over {shards} data shards")
+            raise InputError(f"{name}.batch_size={size} is not divisible by {shards} data shards")
     stages = {name: make(config, backbone, texts) for name, make in makers.items()}
     adapters = []
     for name, stage in stages.items():

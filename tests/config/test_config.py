@@ -286,7 +286,7 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
 
 
 def test_require_names_the_key_and_what_it_is():
-    with pytest.raises(InputError, match="train.output is needed.*run directory"):
+    with pytest.raises(InputError, match="train.output is required.*run directory"):
         options.require(TrainConfig(), "backbone.path", "train.output")
     options.require(TrainConfig(), "backbone.path")
 
@@ -337,7 +337,7 @@ def test_the_example_of_the_help_has_all_that_is_required(schema):
     options.require(loaded)
     for key in getattr(schema, "REQUIRED", ()):
         missing = options.load(schema, None, [word for word in words if "=" in word and not word.startswith(f"{key}=")])
-        with pytest.raises(InputError, match=f"{key} is needed: pass {key}="):
+        with pytest.raises(InputError, match=f"{key} is required: pass {key}="):
             options.require(missing)
     for width in (60, 80):
         text = help_lib.example_text("python -m launch.x", schema.EXAMPLE, width)

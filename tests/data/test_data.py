@@ -412,7 +412,7 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(drawn, step):
 
 def test_a_batch_that_does_not_divide_over_processes_is_an_error():
     plan, lengths = make_plan(([(3, 3)] * 12, 6, 1, True, 0))
-    with pytest.raises(InputError, match="train.batch_size=6 does not divide over 4 processes"):
+    with pytest.raises(InputError, match="train.batch_size=6 is not divisible by 4 processes"):
         Batches(make_examples(lengths), plan, 0, 4)
 
 

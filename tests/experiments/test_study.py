@@ -200,7 +200,7 @@ def test_texts_of_tasks_are_no_training_queries(arguments, tmp_path):
         ("teacher.kind=file", "remove teacher.kind"),
         ("sizes.queries=0", "sizes.queries"),
         ("budget=hour", "'hours'"),
-        ("tasks=null", "tasks is needed"),
+        ("tasks=null", "tasks is required"),
     ],
 )
 def test_bad_settings_fail_before_any_work(arguments, task_folders, tmp_path, argument, expected):

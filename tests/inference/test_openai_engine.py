@@ -139,9 +139,9 @@ def test_what_a_server_refuses_is_named(server, tmp_path, monkeypatch):
     fails("model=ecko: not a model of .*did you mean 'echo'.*it has echo", model="ecko")
     fails("no server there .*Start it", port=free_port())
     fails("not the URL of an OpenAI API, which usually ends in /v1", endpoint=f"http://127.0.0.1:{server}")
-    fails("endpoint is needed", endpoint=None)
+    fails("endpoint is required", endpoint=None)
     monkeypatch.setenv("MY_KEY", "wrong")
-    fails("refuses the key in the environment variable MY_KEY", api_key_env="MY_KEY")
+    fails("rejects the key in the environment variable MY_KEY", api_key_env="MY_KEY")
     assert not os.path.exists(tmp_path / "out.jsonl"), "found out before anything is written"
     write_jsonl(tmp_path / "queries.jsonl", [{"question": "fine"}, {"question": "too long"}])
     fails("question 1, 'too long': .*9999 tokens", concurrency=1)

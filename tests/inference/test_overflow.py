@@ -69,7 +69,7 @@ def model_folder(model, tmp_path_factory):
 # Vectors
 
 
-def test_the_text_is_named_and_its_neighbours_are_unharmed(model):
+def test_the_text_is_named_and_its_neighbors_are_unharmed(model):
     for options in ({}, {"precision": "int8"}, {"precision": "binary"}, {"return_soft_prompts": True}):
         with pytest.raises(InputError, match=f"input {NAMED}"):
             model.encode(TEXTS, **options)

@@ -338,7 +338,7 @@ def test_the_default_model_gives_the_same_vectors(optimized, command, tmp_path):
     code, _, errors = command("convert to_pytorch", "smollm2-135m", f"output={target}", "dtype=float32")
     assert code == 0, errors
     texts = [*TEXTS[1:], "a long text " * 300]
-    # Its alignment head, of a ridge regression, makes differences of rounding larger than a trained one does.
+    # Its alignment head, from a ridge regression, amplifies rounding differences than a trained one does.
     assert_same(open_folder(target).encode(texts), load(target).encode(texts), 1e-4)
 
 

@@ -203,13 +203,13 @@ def test_search_is_brute_force(index_folder, embedder, monkeypatch, top_k, layer
     assert all(len(set(row)) == len(row) == min(top_k, len(every)) for row in at.tolist())
 
 
-def test_a_text_of_the_corpus_is_its_own_neighbour(index_folder, embedder):
+def test_a_text_of_the_corpus_is_its_own_neighbor(index_folder, embedder):
     """What is searched for is found: the state of a context has cosine 1 with itself, and its word is shown."""
     index = search.Index(index_folder, embedder.backbone)
     cosines, layers, rows = index.search(np.asarray(index.vectors(2)[5:9]), 1, [2])
     np.testing.assert_allclose(cosines, 1, atol=1e-6)
     assert (layers == 2).all() and rows[:, 0].tolist() == [5, 6, 7, 8]
-    near = index.neighbour(cosines[0, 0], 2, rows[0, 0])
+    near = index.neighbor(cosines[0, 0], 2, rows[0, 0])
     text, position = index.contexts[5]
     ids = index._ids[index._offsets[text] : index._offsets[text + 1]].tolist()
     whole = embedder.backbone.tokenizer.decode(ids)
@@ -373,7 +373,7 @@ def test_the_commands_of_the_lens(command, model_folder, index_folder, tmp_path,
 
     check_error(command("lens logit", *common, "output=a.jsonl"), "output=a.jsonl: already exists")
     check_error(command("lens logit", model_folder), "text= and input=")
-    check_error(command("lens query", *common), "index is needed")
+    check_error(command("lens query", *common), "index is required")
     check_error(command("lens query", *common, f"index={tmp_path}"), "index.json", "build_index")
     check_error(command("lens build_index", model_folder, f"input={texts}", "output=i", "layers=9"), "layers: 9")
     check_error(command("lens logits", model_folder), "unknown action 'logits'", "did you mean 'logit'")

@@ -117,7 +117,7 @@ def test_texts_stay_texts_and_nothing_is_loaded(page):
     source = page.read_text(encoding="utf-8")
     assert "<script" not in source and "&lt;script&gt;document.title" in source and "&lt;i&gt;more" in source
     assert not re.search(r"\b(src|href)=\"(?!#)|url\(|@import|\bon\w+=\"", source)
-    assert "<title>What 5 embeddings hold</title>" in source
+    assert "<title>What 5 embeddings encode</title>" in source
 
 
 def test_the_command_writes_the_page_or_nothing(command, model_folder, index_folder, tmp_path):
@@ -128,7 +128,7 @@ def test_the_command_writes_the_page_or_nothing(command, model_folder, index_fol
     source = pathlib.Path("report.html").read_text(encoding="utf-8")
     assert 'id="text-2"' in source and 'id="text-3"' not in source and "Latent lens: nearest contexts" in source
     check_error(command("lens report", *words), "report.html: already exists")
-    check_error(command("lens report", *words[:2]), "output is needed")
+    check_error(command("lens report", *words[:2]), "output is required")
     check_error(
         command("lens report", *words[:2], "output=other.html", "index=nowhere"), "index=nowhere", "build_index"
     )
@@ -139,8 +139,8 @@ def test_the_command_writes_the_page_or_nothing(command, model_folder, index_fol
 
 _CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
-  const rgb = colour => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1)
+  const rgb = color => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1)
     return [...canvas.getImageData(0, 0, 1, 1).data]
   }
   const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
@@ -154,8 +154,8 @@ _CONTRAST = """() => {
     let behind = owner
     while (behind && rgb(getComputedStyle(behind).backgroundColor)[3] < 255) behind = behind.parentElement
     const style = getComputedStyle(owner)
-    const colours = [style[owner.tagName === 'text' ? 'fill' : 'color'], getComputedStyle(behind).backgroundColor]
-    const [a, b] = colours.map(rgb).map(light)
+    const colors = [style[owner.tagName === 'text' ? 'fill' : 'color'], getComputedStyle(behind).backgroundColor]
+    const [a, b] = colors.map(rgb).map(light)
     least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05))
     seen += 1
   }
@@ -189,7 +189,7 @@ def test_a_browser_shows_the_page_without_a_complaint(browser, page, values, sch
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(page.as_uri())
     assert (said, asked) == ([], [page.as_uri()])
-    assert tab.title() == "What 5 embeddings hold", "a text was run"
+    assert tab.title() == "What 5 embeddings encode", "a text was run"
     assert TEXTS[1] in tab.inner_text("#text-2") and tab.locator("article").count() == len(TEXTS)
     assert tab.locator("svg[role=img]").count() == 2 and tab.locator("svg[role=img] circle").count() == 2 * len(TEXTS)
     assert tab.locator("#text-1 ol.strip").first.locator("> li").count() == 4

@@ -395,7 +395,7 @@ def test_a_stray_process_cannot_end_a_run_and_a_signal_stops_it(cluster):
     assert len(metrics.read_text().splitlines()) > before
     run.processes[1].send_signal(signal.SIGINT)
     for code, _, err in run.wait(timeout=60):
-        assert code == 3 and "stopped as asked, and saved at step" in err
+        assert code == 3 and "stopped on request, and saved at step" in err
 
 
 @pytest.mark.slow
@@ -409,7 +409,7 @@ def test_processes_that_wait_for_targets_stop_together(cluster):
         assert any("waiting for another process" in line for line in waiting.processes[0].stdout)
         waiting.processes[1].send_signal(signal.SIGTERM)
         for code, _, err in waiting.wait(timeout=30):
-            assert code == 3 and "stopped as asked, while another process computes the targets" in err
+            assert code == 3 and "stopped on request, while another process computes the targets" in err
 
 
 # The watchdog

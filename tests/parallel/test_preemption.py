@@ -89,7 +89,7 @@ def test_the_first_signal_saves_and_stops_and_the_run_goes_on(start, tmp_path, n
     run.send_signal(number)
     errors = ended(run, 3)
     (step,) = steps_of(tmp_path)
-    assert f"stopped as asked, and saved at step {step}. Repeat the command to resume" in errors
+    assert f"stopped on request, and saved at step {step}. Repeat the command to resume" in errors
     assert ("press Ctrl-C again to exit immediately" in errors) == (number == signal.SIGINT)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = start(f"train.steps={step + 2}")
@@ -120,7 +120,7 @@ def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     run = start("train.steps=2", script=script)
     assert any("reading" in line for line in run.stdout)
     run.send_signal(number)
-    assert "stopped as asked" in ended(run, 3, 20)
+    assert "stopped on request" in ended(run, 3, 20)
 
 
 @pytest.mark.parametrize("number", ONE_STOP)
@@ -133,7 +133,7 @@ def test_a_run_that_waits_for_the_targets_of_another_can_be_stopped(start, tmp_p
         waiting = start("train.steps=2", "train.output=other")
         assert any("waiting for another process" in line for line in waiting.stdout)
         waiting.send_signal(number)
-        assert "stopped as asked" in ended(waiting, 3, 20)
+        assert "stopped on request" in ended(waiting, 3, 20)
 
 
 def test_a_checkpoint_is_saved_by_time_too(start, tmp_path):

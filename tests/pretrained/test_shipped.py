@@ -12,6 +12,7 @@ import llm2vec_gen_jax
 from llm2vec_gen_jax import LLM2VecGen
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.pretrained import model_directory
+from llm2vec_gen_jax.pretrained.backbone import TEACHERS, resolve_path
 from tests.conftest import one_device_mesh
 
 FOLDER = pathlib.Path(llm2vec_gen_jax.__file__).parent / "pretrained" / "assets" / "models"
@@ -47,6 +48,16 @@ def test_what_it_decodes_is_text(shipped):
     _, soft_prompts = shipped.encode([text for text, _ in PAIRS], return_soft_prompts=True)
     for answer in shipped.decode(soft_prompts, max_new_tokens=16):
         assert len(re.findall(r"[A-Za-z]{2,}", answer)) >= 2, answer
+
+
+def test_the_teacher_is_the_included_one_whatever_the_working_directory_holds(tmp_path, monkeypatch):
+    for name in TEACHERS:
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = LLM2VecGen.from_pretrained("smollm2-135m", dtype="float32", mesh=one_device_mesh())
+    assert model.encode_document(["a text"], by_teacher=True).shape == (1, 576)
+    resolved = resolve_path(pathlib.Path("smollm2-135m"))
+    assert resolved == resolve_path("smollm2-135m") and resolved.suffix == ".gguf"
 
 
 def test_the_card_has_scores_and_no_path_of_a_machine():

@@ -228,7 +228,7 @@ def test_an_empty_path_is_no_folder(run, value):
     """Such as from an unset shell variable: texts of the working directory would be encoded."""
     pathlib.Path("a.txt").write_text("a\n")
     code, line = run(f"input={value}", "output=out")
-    assert code == 2 and ("an empty path" in line or "input is needed" in line), line
+    assert code == 2 and ("an empty path" in line or "input is required" in line), line
     assert [path.name for path in pathlib.Path().iterdir()] == ["a.txt"]
 
 
@@ -243,7 +243,7 @@ def test_the_working_directory_can_be_the_output(run, tmp_path):
     assert run(f"input={tmp_path / 'a.txt'}", "output=.")[0] == 0
     assert load_embeddings(".").shape[0] == 2
     code, line = run(f"input={tmp_path / 'a.txt'}", "output=")
-    assert code == 2 and "output is needed" in line
+    assert code == 2 and "output is required" in line
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -85,7 +85,7 @@ def test_errors_reach_the_client(client):
         ({"input": [1, 2, 3]}, "token ids are not accepted"),
         ({"input": [[1, 2], [3]]}, "token ids are not accepted"),
         ({"input": []}, "at least one"),
-        ({"input": "a", "dimensions": E + 1}, f"within 1 and {E}, found {E + 1}"),
+        ({"input": "a", "dimensions": E + 1}, f"between 1 and {E}, found {E + 1}"),
         ({"input": "a", "encoding_format": "hex"}, "float or base64, not 'hex'"),
         ({"input": "a", "extra_body": {"dimension": 3}}, "unknown key 'dimension', did you mean 'dimensions'"),
     ):
@@ -160,7 +160,7 @@ def test_the_client_of_huggingface_hub(server, model, monkeypatch):
         ({"inputs": []}, 400, "Empty", "'inputs' is empty"),
         ({"inputs": ["a"] * 2049}, 413, "Validation", "at most 2048"),
         ({"inputs": [[1, 2]]}, 422, "Validation", "token ids are not accepted"),
-        ({"inputs": "a", "dimensions": 0}, 422, "Validation", f"within 1 and {E}"),
+        ({"inputs": "a", "dimensions": 0}, 422, "Validation", f"between 1 and {E}"),
         ({"inputs": "a", "normalise": False}, 422, "Validation", "did you mean 'normalize'"),
         ({"inputs": "a", "prompt_name": "query"}, 422, "Validation", "this model has no prompts"),
         ({"inputs": "a", "truncation_direction": "left"}, 422, "Validation", "must be right, not 'left'"),
@@ -219,7 +219,7 @@ def test_decoding(server, model):
         ({"soft_prompts": ["=?"]}, "'soft_prompts' 0 must be"),
         ({"soft_prompts": [[[1e300] * 32] * K]}, "'soft_prompts' 0 must be"),
         ({"soft_prompts": [[[1] * 32] * K, [[1], [2, 3]]]}, "'soft_prompts' 1 must be"),
-        ({"input": "a", "max_tokens": MOST_NEW + 1}, f"within 1 and {MOST_NEW}"),
+        ({"input": "a", "max_tokens": MOST_NEW + 1}, f"between 1 and {MOST_NEW}"),
         ({"input": "a", "seed": "x"}, "'seed' must be an integer"),
     ],
 )

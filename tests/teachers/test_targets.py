@@ -107,7 +107,7 @@ def test_one_computes_the_targets_that_two_need(tiny, tiny_folder, responses, mo
     other = locks.Lock(file.with_suffix(".lock"))
     assert other.acquire()
     monkeypatch.setattr(preemption, "_asked", True)
-    with pytest.raises(preemption.Stopped, match="stopped as asked, while another process computes the targets"):
+    with pytest.raises(preemption.Stopped, match="stopped on request, while another process computes the targets"):
         computed(tiny(FAMILY), tiny_folder, responses)
     assert "waiting for another process" in messages()
     other.release()

@@ -348,7 +348,7 @@ def test_only_what_trains_is_saved_and_the_backbone_stays_as_it_was(place, run, 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_named(place, run, tiny_folder):
     mesh = sharding.make_mesh(config.MeshConfig(data=8))
     backbone = load_backbone(str(tiny_folder("qwen3")), "float32", mesh)
-    with pytest.raises(InputError, match="train.batch_size=12 does not divide over 8 data shards"):
+    with pytest.raises(InputError, match="train.batch_size=12 is not divisible by 8 data shards"):
         run("train.steps=1", "train.batch_size=12", backbone=backbone)
 
 
@@ -461,7 +461,7 @@ def test_microbatches_need_less_memory(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.microbatches=3"], "train.batch_size=8 does not divide over train.microbatches=3"),
+        (["train.microbatches=3"], "train.batch_size=8 is not divisible by train.microbatches=3"),
         (["loss.margin=0.1"], "train.microbatches=2: loss.margin compares all rows of a batch; pass .*loss.margin=0"),
         (["loss.contrastive=0.1"], "train.microbatches=2: loss.contrastive compares all rows"),
         (["train.microbatches=0"], "train.microbatches"),

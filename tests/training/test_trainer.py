@@ -141,7 +141,7 @@ except KeyboardInterrupt as error:
     out, err = process.communicate()
     timer.cancel()
     assert process.returncode == 0, err
-    assert "interrupted: run: stopped as asked, and saved at step " in out and "Call train() again to resume" in out
+    assert "interrupted: run: stopped on request, and saved at step " in out and "Call train() again to resume" in out
     step = int(out.split("saved at step ")[1].split(".")[0])
     assert (place / f"run/checkpoints/{step}").is_dir()
 
