@@ -311,7 +311,9 @@ class LLM2VecGen:
     @property
     def identity(self) -> str:
         """Hash, 16 hex digits, of what the embeddings depend on: tokens, heads, LoRA, backbone weights, tokenizer."""
-        digest = hashlib.sha256(repr(dataclasses.astuple(self.model)).encode())
+        architecture, *settings = dataclasses.astuple(self.model)
+        computing = tuple(architecture[: len(self.model.architecture.to_dict())])
+        digest = hashlib.sha256(repr((computing, *settings)).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.trainable):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.common.hub import HubOptions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -81,6 +82,11 @@ class ShardConfig:
 
     index: int = setting(0, "shard of the input for this process; set automatically for joined processes")
     count: int = setting(1, "number of shards", least=1)
+
+    def check(self) -> None:
+        """Raises InputError if the index is not that of a shard."""
+        if not 0 <= self.index < self.count:
+            raise InputError(f"shard.index={self.index} must be between 0 and shard.count - 1 = {self.count - 1}")
 
 
 @dataclasses.dataclass

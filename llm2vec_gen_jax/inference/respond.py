@@ -41,8 +41,7 @@ def load_configured_backbone(
 
 def shard_path(output: str | os.PathLike[str], shard: ShardConfig) -> pathlib.Path:
     """Returns the output path, with the shard's index and count before the suffix if there are several shards."""
-    if not 0 <= shard.index < shard.count:
-        raise InputError(f"shard.index={shard.index} must be between 0 and shard.count - 1 = {shard.count - 1}")
+    shard.check()
     path = pathlib.Path(output)
     if path.suffix != ".jsonl":
         raise InputError(f"output={output}: must end in .jsonl (lines are appended; compress it afterwards)")

@@ -37,7 +37,8 @@ class Architecture:
     qkv_bias: bool  # Qwen2.5
     qk_norm: bool  # Qwen3
     tied_embeddings: bool
-    # Not used by the computation; written to exported configs, because vLLM limits lengths to it.
+    # The last field: not used by the computation, nor part of identities. Written to exported configs, because vLLM
+    # limits lengths to it.
     max_position_embeddings: int | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

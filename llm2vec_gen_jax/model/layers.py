@@ -27,6 +27,11 @@ def einsum_f32(equation: str, *operands: jax.Array, dtype: Any = jnp.float32) ->
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=dtype)
 
 
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Returns vectors (..., E) of unit length; zero vectors stay zero."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-18)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(equation: str, x: jax.Array, y: jax.Array, sums: Any = jnp.float32) -> jax.Array:
     """einsum of two arrays in the dtype of x, accumulated in float32. y: of the same dtype, or int8.

@@ -47,9 +47,7 @@ def encode_corpus(path: str, config: EncodeConfig, check: Callable[[], None] = l
     Raises InputError for bad input, and if the output holds another run, naming the difference.
     """
     options.require(config)
-    share = config.shard
-    if not 0 <= share.index < share.count:
-        raise InputError(f"shard.index={share.index} must be between 0 and shard.count - 1 = {share.count - 1}")
+    config.shard.check()
     for key in ("save_soft_prompts", "warmup") if config.by_teacher else ():
         if getattr(config, key):
             raise InputError(f"{key}=true is not for by_teacher=true: remove one of them")

@@ -16,7 +16,7 @@ import numpy as np
 from llm2vec_gen_jax.common.errors import InputError
 from llm2vec_gen_jax.config import MntpConfig, SimcseConfig
 from llm2vec_gen_jax.data import batches, buckets, examples
-from llm2vec_gen_jax.model.layers import Dropout, einsum_f32
+from llm2vec_gen_jax.model.layers import Dropout, einsum_f32, l2_normalize
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training.losses import fused_cross_entropy
 
@@ -59,8 +59,7 @@ def simcse(
     """
     ids, lengths = (jnp.concatenate([batch[name], batch[name]]) for name in ("text", "text_lengths"))
     pooled = model.mean_pool(frozen, ids, lengths, causal, updates, dropout)
-    pooled = pooled * jax.lax.rsqrt(jnp.sum(jnp.square(pooled), axis=-1, keepdims=True) + 1e-18)
-    first_BD, second_BD = jnp.split(pooled, 2)
+    first_BD, second_BD = jnp.split(l2_normalize(pooled), 2)
     logits_BB = scale * einsum_f32("bd,cd->bc", first_BD, second_BD)
     return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits_BB)))
 

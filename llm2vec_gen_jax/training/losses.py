@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm2vec_gen_jax.model.layers import Dropout, einsum_f32
+from llm2vec_gen_jax.model.layers import Dropout, einsum_f32, l2_normalize
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 from llm2vec_gen_jax.training import supervised
 
@@ -110,10 +110,7 @@ def cosine_alignment(embedding_BE: jax.Array, target_BE: jax.Array) -> jax.Array
 
     The norms of the embeddings are not constrained.
     """
-    embedding_BE, target_BE = (
-        supervised.l2_normalize(embedding_BE),
-        supervised.l2_normalize(target_BE.astype(jnp.float32)),
-    )
+    embedding_BE, target_BE = l2_normalize(embedding_BE), l2_normalize(target_BE.astype(jnp.float32))
     return 1 - jnp.mean(jnp.sum(embedding_BE * target_BE, axis=-1))
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llm2vec_gen_jax.data.instructions import REPEAT, instructed
-from llm2vec_gen_jax.model.layers import Dropout
+from llm2vec_gen_jax.model.layers import Dropout, l2_normalize
 from llm2vec_gen_jax.model.llm2vec_gen import LLM2VecGenModel
 
 Record = Mapping[str, Any]
@@ -162,11 +162,6 @@ def _aligned(loss_config):
 
 def _square(x_BE):
     return jnp.sum(jnp.square(x_BE), axis=-1)
-
-
-def l2_normalize(x_BE: jax.Array) -> jax.Array:
-    """Returns vectors (B, E) of unit length; zero vectors stay zero."""
-    return x_BE * jax.lax.rsqrt(_square(x_BE) + 1e-18)[:, None]
 
 
 def _product(x_BE, y_CE):

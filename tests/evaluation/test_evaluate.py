@@ -172,12 +172,13 @@ def test_mteb_evaluate(model, task_folders):
 
 
 @needs_mteb
-def test_mteb_evaluates_the_embedder_itself_and_its_entry(model, model_folder, task_folders, tmp_path):
+def test_mteb_evaluates_the_embedder_itself_and_its_entry(model, model_folder, task_folders, tmp_path, monkeypatch):
     """Three forms of a model have the same score: the embedder, an Encoder of it, and what mteb loads of its entry.
 
     mteb stores results by name and revision: two embedders do not share them.
     """
     import mteb
+    from mteb.models.model_implementations import MODEL_REGISTRY
 
     from llm2vec_gen_jax.evaluation.mteb import MTEBEncoder, folder_task, model_meta
 
@@ -196,7 +197,10 @@ def test_mteb_evaluates_the_embedder_itself_and_its_entry(model, model_folder, t
     assert score(MTEBEncoder(model, instructions={"STSBenchmark": ("Find something else:", "")})) != expected
     pytest.importorskip("sentence_transformers")
     meta = model_meta(model, "me/embedder", instructions)
-    loaded = meta.loader(str(model_folder), None, device="cpu", **meta.loader_kwargs)
+    monkeypatch.setitem(MODEL_REGISTRY, "me/embedder", meta)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "me/embedder")  # sentence-transformers prefers a folder to a hub id
+    loaded = mteb.get_model("me/embedder", device="cpu")
     assert score(loaded) == pytest.approx(expected, abs=5e-3)  # ties within float32
 
 

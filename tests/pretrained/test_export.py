@@ -54,6 +54,9 @@ def test_an_exported_config_has_the_maximum_length(tiny_folder, tmp_path, kind):
     assert read_json(tmp_path / "exported" / "config.json")["max_position_embeddings"] == 1024
     without = dataclasses.replace(backbone.architecture, max_position_embeddings=None)
     assert without == backbone.architecture and without.to_dict() == backbone.architecture.to_dict()
+    model = new_model(backbone)
+    other = dataclasses.replace(model.model, architecture=without)
+    assert LLM2VecGen(other, model.trainable, backbone).identity == model.identity
     export.save_backbone(dataclasses.replace(backbone, architecture=without), tmp_path / "without")
     again = load_backbone(str(tmp_path / "without"), "float32", one_device_mesh())
     assert again.identity == backbone.identity and "max_position_embeddings" not in to_hf_config(again.architecture)
